@@ -1,0 +1,8 @@
+// Every family of operations adds its functions to the module through one of these.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+void bind_lattice(pybind11::module_& m);
+void bind_stats(pybind11::module_& m);
+void bind_graft(pybind11::module_& m);

@@ -1,0 +1,1 @@
+"""Esper lets a PyTorch network grow while it trains."""

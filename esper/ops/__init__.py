@@ -1,0 +1,1 @@
+"""Operations: one schema each, several backends, one registry that picks."""

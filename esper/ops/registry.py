@@ -1,0 +1,249 @@
+"""One place that knows every operation, its backends, and which of them runs.
+
+An operation is declared once with :func:`define`; backends add themselves with :func:`implements` or say with
+:func:`unavailable` why they cannot. :class:`Op` picks by device and by ``ESPER_BACKEND`` and remembers its choice, so that a
+call costs one dictionary look-up over calling the backend's function directly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = [
+    "Backend",
+    "BackendUnavailableError",
+    "Op",
+    "Selection",
+    "define",
+    "get",
+    "implements",
+    "names",
+    "unavailable",
+    "use_backend",
+]
+
+Kernel = Callable[..., Any]
+
+
+class Backend(enum.StrEnum):
+    """The four ways an operation can run."""
+
+    TRITON = "triton"
+    CUDA = "cuda"
+    CPU = "cpu"
+    REFERENCE = "reference"
+
+
+#: Fastest first. What follows the first entry that is meant for a device is a fallback, and is announced.
+PREFERENCE: Mapping[str, tuple[Backend, ...]] = {
+    "cuda": (Backend.TRITON, Backend.CUDA, Backend.REFERENCE),
+    "cpu": (Backend.CPU, Backend.REFERENCE),
+}
+
+#: Where a backend can run at all. Triton reaches the CPU only through its interpreter, and only when asked for by name.
+DEVICES: Mapping[Backend, tuple[str, ...]] = {
+    Backend.TRITON: ("cuda", "cpu"),
+    Backend.CUDA: ("cuda",),
+    Backend.CPU: ("cpu",),
+    Backend.REFERENCE: ("cuda", "cpu"),
+}
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend asked for cannot run this operation on this device; the message says why."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What :meth:`Op.select` decided for one device, and why every other backend was passed over."""
+
+    backend: Backend
+    kernel: Kernel
+    rejected: Mapping[Backend, str]
+
+
+@dataclass
+class Op:
+    """One operation: a schema, its meaning, and the functions that carry it out.
+
+    Calling an ``Op`` runs the selected backend on the device of the first tensor argument.
+    """
+
+    name: str
+    schema: str
+    doc: str
+    fake: Kernel | None = None
+    _kernels: dict[Backend, Kernel] = field(default_factory=dict, repr=False)
+    _reasons: dict[Backend, str] = field(default_factory=dict, repr=False)
+    _chosen: dict[str, Kernel] = field(default_factory=dict, repr=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.resolve(_device_type(args, kwargs))(*args, **kwargs)
+
+    def resolve(self, device_type: str) -> Kernel:
+        """The function that runs on ``device_type`` ("cpu" or "cuda"), chosen once and remembered."""
+        kernel = self._chosen.get(device_type)
+        if kernel is None:
+            selection = self.select(device_type)
+            _announce_fallback(self, device_type, selection)
+            kernel = self._chosen[device_type] = selection.kernel
+        return kernel
+
+    def backend(self, backend: Backend | str) -> Kernel:
+        """The function of one backend by name, whatever the environment says.
+
+        Raises:
+            BackendUnavailableError: if that backend has no such function here.
+        """
+        backend = Backend(backend)
+        if backend not in self._kernels:
+            raise BackendUnavailableError(f"{self.name}: backend {backend} is not available: {self.reason(backend)}")
+        return self._kernels[backend]
+
+    def reason(self, backend: Backend) -> str:
+        """Why ``backend`` cannot run this operation ("" when it can)."""
+        if backend in self._kernels:
+            return ""
+        return self._reasons.get(backend, "not implemented for this operation")
+
+    def select(self, device_type: str) -> Selection:
+        """Choose a backend for ``device_type``; every backend not chosen is listed with its reason."""
+        wanted = forced_backend()
+        order = PREFERENCE.get(device_type, (Backend.REFERENCE,)) if wanted is None else (wanted,)
+        rejected: dict[Backend, str] = {}
+        chosen: Backend | None = None
+        for backend in (*order, *(b for b in Backend if b not in order)):
+            reason = self._why_not(backend, device_type)
+            if reason:
+                rejected[backend] = reason
+            elif chosen is None and backend in order:
+                chosen = backend
+            elif chosen is None or wanted is not None:
+                rejected[backend] = f"ESPER_BACKEND={wanted}" if wanted else "only when asked for by name"
+            else:
+                rejected[backend] = f"{chosen} is preferred on {device_type}"
+        if chosen is None:
+            why = "; ".join(f"{backend}: {rejected[backend]}" for backend in order)
+            hint = " Unset ESPER_BACKEND to let Esper choose." if wanted else ""
+            raise BackendUnavailableError(f"{self.name} cannot run on {device_type} ({why}).{hint}")
+        return Selection(chosen, self._kernels[chosen], rejected)
+
+    def _why_not(self, backend: Backend, device_type: str) -> str:
+        if device_type not in DEVICES[backend] and not (backend is Backend.REFERENCE):
+            return f"runs on {' and '.join(DEVICES[backend])}, not on {device_type}"
+        if backend is Backend.TRITON and device_type == "cpu" and not triton_interprets():
+            return "a CPU needs Triton's interpreter (TRITON_INTERPRET=1, for tests only)"
+        return self.reason(backend)
+
+
+_OPS: dict[str, Op] = {}
+_OVERRIDE: list[Backend] = []
+_WARNED: set[str] = set()
+
+
+def define(name: str, schema: str, *, doc: str, fake: Kernel | None = None) -> Op:
+    """Declare an operation.
+
+    Args:
+        name: Its name, unique in the package.
+        schema: Arguments and results in the dispatcher's language, such as ``"(Tensor x) -> Tensor"``.
+        doc: One line for ``esper env``.
+        fake: Shape function for ``torch.compile``; give it to every op that is called inside a model's forward.
+    """
+    if name in _OPS:
+        raise ValueError(f"operation {name!r} is declared twice")
+    op = _OPS[name] = Op(name, schema, doc, fake)
+    return op
+
+
+def implements(name: str, backend: Backend | str) -> Callable[[Kernel], Kernel]:
+    """Decorator: the function is ``backend``'s implementation of the operation ``name``."""
+
+    def register(kernel: Kernel) -> Kernel:
+        _OPS[name]._kernels[Backend(backend)] = kernel
+        _OPS[name]._chosen.clear()
+        return kernel
+
+    return register
+
+
+def unavailable(name: str, backend: Backend | str, reason: str) -> None:
+    """Put on record why ``backend`` cannot run the operation ``name`` on this machine."""
+    _OPS[name]._reasons[Backend(backend)] = reason
+
+
+def get(name: str) -> Op:
+    """The operation ``name``; ``KeyError`` lists the known ones."""
+    try:
+        return _OPS[name]
+    except KeyError:
+        raise KeyError(f"unknown operation {name!r}; known: {', '.join(sorted(_OPS))}") from None
+
+
+def names() -> list[str]:
+    """All declared operations, sorted."""
+    return sorted(_OPS)
+
+
+def forced_backend() -> Backend | None:
+    """The backend that :func:`use_backend` or ``ESPER_BACKEND`` asks for, or None."""
+    if _OVERRIDE:
+        return _OVERRIDE[-1]
+    value = os.environ.get("ESPER_BACKEND", "").strip().lower()
+    if not value or value == "auto":
+        return None
+    try:
+        return Backend(value)
+    except ValueError:
+        raise ValueError(f"ESPER_BACKEND={value!r}: expected auto, {', '.join(Backend)}") from None
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend | str) -> Iterator[None]:
+    """Force one backend inside a ``with`` block (tests, benchmarks); not thread-safe."""
+    _OVERRIDE.append(Backend(backend))
+    _forget_choices()
+    try:
+        yield
+    finally:
+        _OVERRIDE.pop()
+        _forget_choices()
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in the interpreter, that is, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _forget_choices() -> None:
+    for op in _OPS.values():
+        op._chosen.clear()
+
+
+def _announce_fallback(op: Op, device_type: str, selection: Selection) -> None:
+    """A GPU tensor never falls to a slower backend in silence: say so once, with the reasons."""
+    preferred = PREFERENCE.get(device_type, (Backend.REFERENCE,))[0]
+    if selection.backend is preferred or forced_backend() is not None:
+        return
+    faster = "; ".join(f"{backend}: {reason}" for backend, reason in selection.rejected.items() if backend in PREFERENCE.get(device_type, ()))
+    message = f"esper runs on {device_type} with the slower backend {selection.backend} ({faster}). `esper env` shows all."
+    if message not in _WARNED:
+        _WARNED.add(message)
+        warnings.warn(f"{op.name}: {message}", RuntimeWarning, stacklevel=4)
+
+
+def _device_type(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value.device.type
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+            return value[0].device.type
+    raise TypeError("an operation needs at least one tensor argument to know its device")

@@ -1,0 +1,1 @@
+"""Triton kernels. They import nothing of the rest of Esper."""
