@@ -1,0 +1,63 @@
+"""The errors that Esper raises on purpose.
+
+All derive from :class:`EsperError`, so that one ``except`` clause catches them, and from the built-in class that fits best, so
+that code which knows nothing of Esper catches them too. Messages say what was wrong with the value and what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["ArtifactError", "BlueprintError", "BlueprintShapeError", "EsperError", "ShapeMismatchError"]
+
+
+class EsperError(Exception):
+    """Base class of every error that Esper raises on purpose."""
+
+
+class ArtifactError(EsperError, ValueError):
+    """An artifact was had and is bad: truncated, altered, of an unknown version, or holding what its blueprint forbids."""
+
+
+class ShapeMismatchError(EsperError, ValueError):
+    """Two shapes that must agree do not; the message names both.
+
+    Attributes:
+        expected: The shape that was needed, where one is known.
+        got: The shape that was found, where one is known.
+    """
+
+    def __init__(
+        self, message: str, *, expected: Sequence[int] | None = None, got: Sequence[int] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.expected = None if expected is None else tuple(expected)
+        self.got = None if got is None else tuple(got)
+
+
+class BlueprintError(EsperError, ValueError):
+    """A blueprint is not one: bad JSON, an unknown operation, a cycle, a size out of range.
+
+    Attributes:
+        node: Name of the node at fault, or None when the fault is not one node's; the message begins with it.
+    """
+
+    def __init__(self, message: str, *, node: str | None = None) -> None:
+        super().__init__(message if node is None else f"node {node!r}: {message}")
+        self.node = node
+
+
+class BlueprintShapeError(BlueprintError, ShapeMismatchError):
+    """Shapes inside a blueprint, or between it and the sizes asked for, do not agree; the message names both."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        node: str | None = None,
+        expected: Sequence[int] | None = None,
+        got: Sequence[int] | None = None,
+    ) -> None:
+        BlueprintError.__init__(self, message, node=node)
+        self.expected = None if expected is None else tuple(expected)
+        self.got = None if got is None else tuple(got)
