@@ -2,16 +2,19 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings.h"
+#include "build_config.h"
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "C++ and CUDA kernels of Esper. Arguments are raw addresses; esper.ops checks them first.";
 #ifdef ESPER_WITH_CUDA
     m.attr("cuda_built") = true;
-    m.attr("cuda_archs") = ESPER_CUDA_ARCHS;
 #else
     m.attr("cuda_built") = false;
-    m.attr("cuda_archs") = "";
 #endif
+    // Empty where they do not apply: architectures and toolkit without CUDA, the reason for its absence with it.
+    m.attr("cuda_archs") = ESPER_CUDA_ARCHS;
+    m.attr("cuda_toolkit") = ESPER_CUDA_TOOLKIT;
+    m.attr("cuda_reason") = ESPER_CUDA_REASON;
     bind_lattice(m);
     bind_stats(m);
     bind_graft(m);

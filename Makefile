@@ -1,0 +1,69 @@
+# The environment is made once and redone only when pyproject.toml changes; see docs/install.md.
+#
+#   make grow     make the environment, build, and train a network that grows (options: ARGS="--epochs 20")
+#   make test     the tests (options: ARGS="-k lattice")
+#   make lint     ruff, mypy, import-linter
+#   make native   rebuild the C++/CUDA extension, only what changed
+#   make bench, make bench-check    measure; compare with the stored ratios
+#   make clean    remove what was built (the environment too: make distclean)
+
+SHELL  := /bin/bash
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check
+ARGS   ?=
+
+# Developers want to see a CUDA compile error; a plain `pip install .` would go on without.
+export ESPER_CUDA ?= $(shell command -v nvcc >/dev/null && echo 1 || echo auto)
+
+.PHONY: grow test lint format native bench bench-check clean distclean env
+
+grow: native
+	$(VENV)/bin/esper grow $(ARGS)
+
+test: native
+	$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.deps
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/.deps
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+bench: native
+	$(VENV)/bin/esper bench $(ARGS)
+
+bench-check: native
+	$(VENV)/bin/esper bench --check $(ARGS)
+
+native: $(VENV)/.deps
+	$(PY) setup.py -q build_ext --inplace
+
+env: $(VENV)/.deps
+
+$(VENV)/.made:
+	@"$(PYTHON)" -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+	  "Esper needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0] + ". Name another: make PYTHON=/path/to/python3.11")'
+	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
+	touch $@
+
+# A plain requirement of torch may fetch a CUDA build of several GB; without an NVIDIA GPU the version is named first, so that
+# an installed or locally provided CPU build of it is taken.
+$(VENV)/.deps: pyproject.toml | $(VENV)/.made
+	command -v nvidia-smi >/dev/null || $(PIP) install torch==2.13.0
+	$(PIP) install "setuptools>=77" "pybind11>=2.13" "ninja>=1.11" "cmake>=3.24"
+	$(PIP) install --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis .benchmarks
+	rm -f esper/_native*.so
+	find esper kernels tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV)
