@@ -1,0 +1,180 @@
+"""The outer form of an artifact: one safetensors file, parsed strictly and written in one way only.
+
+Layout (https://github.com/huggingface/safetensors, "Format"): 8 bytes little-endian header length N, N bytes of JSON
+``{"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [begin, end]}}``, then the tensors' bytes. Nothing here
+trusts the file: every count, length and offset is checked against the file's real size before it is used, and no tensor byte
+is read. What this module accepts, the safetensors library accepts too; the reverse does not hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from esper.contracts import strict_json
+from esper.contracts.errors import ArtifactError
+
+__all__ = ["DTYPES", "MAX_HEADER_BYTES", "Container", "TensorSpan", "build", "header_size", "parse"]
+
+#: Bytes per element of every dtype code of the format that an artifact may contain, by its name in torch.
+DTYPES: Final[Mapping[str, tuple[str, int]]] = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+}
+_CODES: Final = {name: code for code, (name, _) in DTYPES.items()}
+
+MAX_HEADER_BYTES: Final = 1 << 20
+MAX_TENSORS: Final = 512
+MAX_NAME: Final = 256
+MAX_DIMS: Final = 8
+MAX_DIM: Final = 1 << 31
+_PREFIX: Final = 8
+#: Tensor data starts on a cache line, so that views into the file are aligned for vector loads.
+_ALIGN: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpan:
+    """Where one tensor lies in the file: ``dtype`` by torch's name, offsets from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A checked header: the metadata and every tensor's place."""
+
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorSpan]
+    data_begin: int
+    size: int
+
+
+def header_size(prefix: bytes, total: int) -> int:
+    """Length of the JSON header, from the file's first 8 bytes and its total size.
+
+    Raises:
+        ArtifactError: if the file is too short or the length makes no sense.
+    """
+    if total < _PREFIX or len(prefix) < _PREFIX:
+        raise ArtifactError(f"not an artifact: {min(total, len(prefix))} bytes are too few for a safetensors file")
+    length = int.from_bytes(prefix[:_PREFIX], "little")
+    if length > MAX_HEADER_BYTES:
+        raise ArtifactError(f"the header claims {length} bytes, more than the limit of {MAX_HEADER_BYTES}")
+    if length > total - _PREFIX:
+        raise ArtifactError(f"the header claims {length} bytes, but only {total - _PREFIX} follow: the file is truncated")
+    if length < 2:
+        raise ArtifactError(f"the header claims {length} bytes; the shortest possible header has 2")
+    return length
+
+
+def parse(head: bytes | bytearray | memoryview, total: int) -> Container:
+    """Check the header of a file.
+
+    Args:
+        head: The file's beginning, at least the 8 length bytes and the whole header.
+        total: Size of the whole file in bytes.
+
+    Raises:
+        ArtifactError: with the first thing found wrong.
+    """
+    length = header_size(bytes(head[:_PREFIX]), total)
+    text = bytes(head[_PREFIX : _PREFIX + length])
+    if len(text) < length:
+        raise ArtifactError(f"the header has {len(text)} of its {length} bytes: the file is truncated")
+    if text[:1] != b"{":
+        raise ArtifactError("the header does not begin with '{': not a safetensors file")
+    header = strict_json.loads(text, what="the header", max_bytes=MAX_HEADER_BYTES)
+    if not isinstance(header, dict):
+        raise ArtifactError("the header is not a JSON object")
+    metadata = _metadata(header.pop("__metadata__", {}))
+    if len(header) > MAX_TENSORS:
+        raise ArtifactError(f"{len(header)} tensors, more than the limit of {MAX_TENSORS}")
+    data_begin = _PREFIX + length
+    tensors = {name: _tensor(name, entry, data_begin, total) for name, entry in header.items()}
+    _check_cover(tensors, data_begin, total)
+    return Container(metadata, tensors, data_begin, total)
+
+
+def build(metadata: Mapping[str, str], tensors: Mapping[str, tuple[str, tuple[int, ...], bytes]]) -> bytes:
+    """Write a file; the same contents always give the same bytes.
+
+    Args:
+        metadata: Text by key.
+        tensors: ``(dtype by torch's name, shape, little-endian row-major bytes)`` by name.
+
+    Raises:
+        ArtifactError: if the result would not pass :func:`parse`.
+    """
+    for name, (dtype, _, _) in tensors.items():
+        if dtype not in _CODES:
+            raise ArtifactError(f"tensor {name!r}: dtype {dtype} cannot be stored; possible: {', '.join(_CODES)}")
+    # Wide elements first: every tensor then starts at a multiple of its element size without padding between them.
+    order = sorted(tensors, key=lambda name: (-DTYPES[_CODES[tensors[name][0]]][1], name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in order:
+        dtype, shape, data = tensors[name]
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + len(data)]}
+        offset += len(data)
+    text = strict_json.canonical(header).encode("ascii")
+    text += b" " * (-(_PREFIX + len(text)) % _ALIGN)
+    head = len(text).to_bytes(_PREFIX, "little") + text
+    parse(head, len(head) + offset)
+    return b"".join([head, *(tensors[name][2] for name in order)])
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise ArtifactError("__metadata__ is not a JSON object")
+    for key, text in value.items():
+        if not isinstance(text, str):
+            raise ArtifactError(f"__metadata__[{key[:80]!a}] is {type(text).__name__}, not text")
+    return value
+
+
+def _tensor(name: str, entry: Any, data_begin: int, total: int) -> TensorSpan:
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise ArtifactError(f"tensor name {name[:80]!a} is empty, unprintable or longer than {MAX_NAME}")
+    where = f"tensor {name!a}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ArtifactError(f"{where}: expected an object with exactly dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise ArtifactError(f"{where}: dtype {code!a:.40} is not one of {', '.join(DTYPES)}")
+    dtype, itemsize = DTYPES[code]
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS:
+        raise ArtifactError(f"{where}: shape must be a list of at most {MAX_DIMS} sizes")
+    if any(type(size) is not int or not 1 <= size <= MAX_DIM for size in shape):
+        raise ArtifactError(f"{where}: every size of a shape must be an integer from 1 to {MAX_DIM}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(o) is not int for o in offsets):
+        raise ArtifactError(f"{where}: data_offsets must be two integers")
+    begin, end = offsets
+    if not 0 <= begin <= end <= total - data_begin:
+        raise ArtifactError(f"{where}: data_offsets lie outside the {total - data_begin} data bytes of the file")
+    need = math.prod(shape) * itemsize
+    if end - begin != need:
+        raise ArtifactError(f"{where}: shape {shape} of {dtype} needs {need} bytes, data_offsets span {end - begin}")
+    if (data_begin + begin) % itemsize:
+        raise ArtifactError(f"{where}: starts at byte {data_begin + begin}, not a multiple of its {itemsize}-byte elements")
+    return TensorSpan(dtype, tuple(shape), data_begin + begin, data_begin + end)
+
+
+def _check_cover(tensors: Mapping[str, TensorSpan], data_begin: int, total: int) -> None:
+    """The tensors tile the data: no overlap, no hole where something unhashed could hide, nothing after the last."""
+    reached, last = data_begin, ""
+    for name, span in sorted(tensors.items(), key=lambda item: item[1].begin):
+        if span.begin < reached:
+            raise ArtifactError(f"tensors {last!a} and {name!a} overlap")
+        if span.begin > reached:
+            raise ArtifactError(f"{span.begin - reached} bytes before tensor {name!a} belong to no tensor")
+        reached, last = span.end, name
+    if reached != total:
+        raise ArtifactError(f"{total - reached} bytes at the end of the file belong to no tensor")

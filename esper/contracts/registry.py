@@ -1,0 +1,86 @@
+"""What a registry of artifacts is to the rest of the package, and how it fails.
+
+Three failures are kept apart, because the layer answers each differently: the artifact does not exist
+(:class:`KernelNotFoundError`), the registry cannot be reached at present (:class:`RegistryUnavailableError`, worth trying
+again), and the artifact was had and is bad (:class:`~esper.contracts.errors.ArtifactError`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+from urllib.parse import urlsplit, urlunsplit
+
+from esper.contracts.errors import EsperError
+
+__all__ = ["ArtifactSummary", "KernelNotFoundError", "RegistryClient", "RegistryUnavailableError", "mask_credentials"]
+
+
+class KernelNotFoundError(EsperError, LookupError):
+    """The registry answered: it has no such artifact."""
+
+
+class RegistryUnavailableError(EsperError, ConnectionError):
+    """The registry did not answer: its folder is gone, it cannot be reached, or access was denied. May pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactSummary:
+    """One line of a registry's list.
+
+    Attributes:
+        artifact_id: The artifact's id.
+        sha256: SHA-256 of its bytes, 64 hex digits.
+        size: Its length in bytes.
+        info: Facts copied from its manifest: ``name``, ``family``, ``d_in``, ``d_out``, ``dtype``, ``parameters`` (count), ``seed``.
+    """
+
+    artifact_id: str
+    sha256: str
+    size: int
+    info: Mapping[str, Any]
+
+
+@runtime_checkable
+class RegistryClient(Protocol):
+    """What ``registry=`` accepts besides a URL. All coroutines may run on any event loop, from several threads."""
+
+    @property
+    def url(self) -> str:
+        """Where the registry is, for messages; without credentials."""
+
+    async def fetch(self, artifact_id: str, *, max_bytes: int) -> bytes:
+        """The artifact's bytes; their size is checked against ``max_bytes`` before they are read.
+
+        Raises:
+            KernelNotFoundError: it is not there.
+            RegistryUnavailableError: the registry did not answer.
+            ArtifactError: it is there and is bad, or too large.
+        """
+
+    async def publish(self, data: bytes) -> str:
+        """Store an artifact and return its id; storing it again changes nothing.
+
+        Raises:
+            ArtifactError: the bytes are no artifact.
+            RegistryUnavailableError: it could not be stored.
+        """
+
+    async def list(self, *, prefix: str = "") -> Sequence[ArtifactSummary]:
+        """What there is, sorted by id, limited to ids that begin with ``prefix``."""
+
+    async def describe(self, artifact_id: str) -> ArtifactSummary:
+        """One artifact's line, without reading its bytes; errors as for :meth:`fetch`."""
+
+
+def mask_credentials(url: str) -> str:
+    """``url`` with the user, the password and the query (where tokens travel) replaced by ``***``, for messages and logs."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "***"
+    if not parts.scheme or not parts.netloc:
+        return url
+    netloc = "***@" + parts.netloc.rpartition("@")[2] if "@" in parts.netloc else parts.netloc
+    return urlunsplit((parts.scheme, netloc, parts.path, "***" if parts.query else "", ""))
