@@ -1,1 +1,109 @@
-"""Esper lets a PyTorch network grow while it trains."""
+"""Esper lets a PyTorch network grow while it trains.
+
+    import esper
+
+    model = esper.wrap(network)                    # dormant seeds: same function, no cost
+    kernel = esper.compile("lowrank", d_in=64, d_out=64, registry="runs/registry")
+    model.request_kernel("0", 0, kernel)           # fetched in the background
+    model.step()                                   # once per training step
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from esper import blueprints, contracts, core, execution, grow, nn, ops, optim, services
+    from esper.contracts.artifact import Artifact
+    from esper.contracts.errors import (
+        ArtifactError,
+        BlueprintError,
+        EsperError,
+        KernelNotFoundError,
+        RegistryUnavailableError,
+        ShapeMismatchError,
+    )
+    from esper.core.checkpoint import load, save
+    from esper.core.export import export
+    from esper.core.model_wrapper import MorphableModel, unwrap, wrap
+    from esper.execution.kasmina_layer import KasminaLayer
+    from esper.execution.kernel_cache import KernelCache
+    from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
+    from esper.execution.state_layout import KasminaStateLayout
+    from esper.services.tezzeret.forge import compile
+
+# Loaded when first used: `import esper` stays fast, and tools that only read artifacts do not load all of torch.
+_HOMES = {
+    "Artifact": "esper.contracts.artifact",
+    "ArtifactError": "esper.contracts.errors",
+    "BlueprintError": "esper.contracts.errors",
+    "EsperError": "esper.contracts.errors",
+    "KasminaLayer": "esper.execution.kasmina_layer",
+    "KasminaStateLayout": "esper.execution.state_layout",
+    "KernelCache": "esper.execution.kernel_cache",
+    "KernelNotFoundError": "esper.contracts.errors",
+    "LifecycleError": "esper.execution.lifecycle",
+    "MorphableModel": "esper.core.model_wrapper",
+    "RegistryUnavailableError": "esper.contracts.errors",
+    "SeedLifecycleState": "esper.execution.lifecycle",
+    "ShapeMismatchError": "esper.contracts.errors",
+    "compile": "esper.services.tezzeret.forge",
+    "export": "esper.core.export",
+    "load": "esper.core.checkpoint",
+    "save": "esper.core.checkpoint",
+    "unwrap": "esper.core.model_wrapper",
+    "wrap": "esper.core.model_wrapper",
+}
+_PACKAGES = ("blueprints", "contracts", "core", "execution", "grow", "nn", "ops", "optim", "services")
+
+__all__ = [
+    "Artifact",
+    "ArtifactError",
+    "BlueprintError",
+    "EsperError",
+    "KasminaLayer",
+    "KasminaStateLayout",
+    "KernelCache",
+    "KernelNotFoundError",
+    "LifecycleError",
+    "MorphableModel",
+    "RegistryUnavailableError",
+    "SeedLifecycleState",
+    "ShapeMismatchError",
+    "__version__",
+    "blueprints",
+    "compile",
+    "contracts",
+    "core",
+    "execution",
+    "export",
+    "grow",
+    "load",
+    "nn",
+    "ops",
+    "optim",
+    "save",
+    "services",
+    "unwrap",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in _PACKAGES:
+        value = importlib.import_module(f"esper.{name}")
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("esper")
+    else:
+        raise AttributeError(f"module 'esper' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,155 @@
+"""``esper.wrap`` and ``esper.unwrap``: which layers of a model get seeds, and how they are found."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+
+from torch import nn
+
+from esper.contracts.registry import RegistryClient
+from esper.core.morphable import MorphableModel
+from esper.execution.hosts import SUPPORTED_HOSTS
+from esper.execution.host_binding import fast_path_ancestors
+from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kernel_cache import KernelCache
+from esper.execution.state_layout import Lattice
+
+__all__ = ["ROOT_NAME", "MorphableModel", "find_targets", "unwrap", "wrap"]
+
+#: Layer name of a model that is itself a target (its dotted name would be empty).
+ROOT_NAME = "root"
+
+DEFAULT_TARGETS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
+
+
+def wrap(
+    model: nn.Module,
+    target_layers: Iterable[type[nn.Module] | str] | None = None,
+    seeds_per_layer: int = 4,
+    cache_size_mb: int = 128,
+    telemetry_enabled: bool = True,
+    preserve_original: bool = True,
+    *,
+    registry: RegistryClient | str | None = None,
+    bus: object | None = None,
+    reserve_rank: int = 0,
+    monitor_budget: float = 0.005,
+) -> MorphableModel:
+    """Give every target layer of a model a few dormant seeds.
+
+    The wrapped model computes what the model computed, bit for bit, until a seed is woken.
+
+    Args:
+        model: Any network. Its layers stay in place; its ``state_dict`` keys stay valid.
+        target_layers: Module types, dotted names of single layers, or both; None means Linear and Conv2d.
+        seeds_per_layer: Seeds of each layer.
+        cache_size_mb: Memory for fetched kernels, in MiB, for the whole model.
+        telemetry_enabled: Whether the activations are monitored.
+        preserve_original: True wraps a copy and keeps a reference to ``model``; False wraps ``model`` itself and copies no weight.
+        registry: Where kernels come from: a client, a ``file://`` URL or a path. None means ``ESPER_REGISTRY``, else the user's own
+            registry folder.
+        bus: Reserved for the message bus; only None is accepted in this version.
+        reserve_rank: Reserved for grafts of fixed shape; only 0 is accepted in this version.
+        monitor_budget: Share of the host's time that monitoring may take (0.005 = 0.5 %).
+
+    Raises:
+        ValueError: an unknown layer name, a layer that its parent never calls, or an argument out of range.
+        NotImplementedError: a target type that Esper does not support; the message names it.
+        TypeError: ``model`` is not a module, or is wrapped already.
+    """
+    _check_arguments(model, seeds_per_layer, bus, reserve_rank, monitor_budget)
+    body = copy.deepcopy(model) if preserve_original else model
+    targets = find_targets(body, target_layers)
+    if not targets:
+        wanted = "Linear or Conv2d" if target_layers is None else ", ".join(map(_describe, target_layers))
+        warnings.warn(f"{type(model).__name__} has no layer to give seeds to (looked for {wanted})", stacklevel=2)
+    cache = KernelCache(cache_size_mb, registry=registry)
+    lattice = Lattice(len(targets), seeds_per_layer)
+    layers = {
+        name: KasminaLayer.from_host(
+            host,
+            num_seeds=seeds_per_layer,
+            telemetry_enabled=telemetry_enabled,
+            layer_name=name,
+            kernel_cache=cache,
+            state_layout=lattice.layer(index),
+            register_host=False,
+            fast_path=tuple(fast_path_ancestors(body, "" if host is body else name)),
+        )
+        for index, (name, host) in enumerate(targets.items())
+    }
+    return MorphableModel(
+        body,
+        layers,
+        model if preserve_original else None,
+        lattice=lattice,
+        monitor_budget=monitor_budget,
+    )
+
+
+def unwrap(model: MorphableModel) -> nn.Module:
+    """The model given to :func:`wrap` if it was preserved, else the wrapped one, as it was trained."""
+    return model.original_model if model.original_model is not None else model.wrapped_model
+
+
+def find_targets(model: nn.Module, target_layers: Iterable[type[nn.Module] | str] | None = None) -> dict[str, nn.Module]:
+    """The layers that :func:`wrap` would give seeds to, by name, each module once.
+
+    Raises:
+        ValueError: a name that does not exist, or names a layer that its parent never calls.
+        NotImplementedError: a type that Esper does not support.
+    """
+    wanted = tuple(DEFAULT_TARGETS if target_layers is None else target_layers)
+    types = tuple(entry for entry in wanted if not isinstance(entry, str))
+    for kind in types:
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise TypeError(f"target_layers holds module types or layer names, got {kind!r}")
+        if not issubclass(kind, SUPPORTED_HOSTS):
+            supported = ", ".join(host.__name__ for host in SUPPORTED_HOSTS)
+            raise NotImplementedError(f"Esper does not support layers of type {kind.__name__}; supported: {supported}")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    bypassed = _bypassed(model)
+    found: dict[str, nn.Module] = {}
+    for entry in (entry for entry in wanted if isinstance(entry, str)):
+        name = "" if entry == ROOT_NAME and ROOT_NAME not in modules else entry
+        if name not in modules:
+            raise ValueError(f"Layer '{entry}' not found; the model has: {', '.join(filter(None, modules))}")
+        if id(modules[name]) in bypassed:
+            raise ValueError(
+                f"Layer '{entry}' is never called: nn.MultiheadAttention reads its weight directly. "
+                f"Target the attention layer itself, '{name.rpartition('.')[0]}'."
+            )
+        found[entry] = modules[name]
+    known = {id(module) for module in found.values()}
+    for name, module in modules.items():
+        if types and isinstance(module, types) and id(module) not in bypassed | known:
+            found[name or ROOT_NAME] = module
+            known.add(id(module))
+    order = {id(module): position for position, module in enumerate(model.modules())}
+    return dict(sorted(found.items(), key=lambda item: order[id(item[1])]))
+
+
+def _bypassed(model: nn.Module) -> set[int]:
+    """Layers whose weights their parent reads without ever calling them."""
+    return {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+
+
+def _check_arguments(model: nn.Module, seeds_per_layer: int, bus: object, reserve_rank: int, budget: float) -> None:
+    if isinstance(model, MorphableModel):
+        raise TypeError("the model is wrapped already; esper.unwrap(model) gives back what was wrapped")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"wrap needs a torch.nn.Module, got {type(model).__name__}")
+    if seeds_per_layer < 1:
+        raise ValueError(f"seeds_per_layer must be at least 1, got {seeds_per_layer}")
+    if not 0 <= budget <= 1:
+        raise ValueError(f"monitor_budget is a share of the host's time, between 0 and 1, got {budget}")
+    if bus is not None:
+        raise ValueError("bus= is not available in this version: pass None")
+    if reserve_rank:
+        raise ValueError(f"reserve_rank={reserve_rank} is not available in this version: pass 0 (banks grow as seeds wake)")
+
+
+def _describe(entry: type[nn.Module] | str) -> str:
+    return repr(entry) if isinstance(entry, str) else entry.__name__

@@ -1,0 +1,554 @@
+"""The wrapped model: what users train, and the clock that keeps its seeds going."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from esper.contracts.errors import ArtifactError
+from esper.core.naming import GRAFT_PREFIX, WRAPPED, GraftTree
+from esper.execution import background
+from esper.execution.kasmina_layer import GrowthCallback, GrowthEvent, KasminaLayer
+from esper.execution.kernel_executor import LoadedKernel
+from esper.execution.lifecycle import SeedLifecycleState
+from esper.execution.monitor import Monitor
+from esper.execution.state_layout import Lattice
+
+__all__ = ["MorphableModel"]
+
+_State = SeedLifecycleState
+_tracing = torch.compiler.is_dynamo_compiling
+
+#: Cost of a counted call and of a step() with nothing due, in nanoseconds; the monitor's budget pays for it too.
+FIXED_NS_PER_STEP = 200.0
+
+_NEVER = 1 << 62
+
+
+class _Clock:
+    """Counts forwards and steps. Slots: an attribute of an ``nn.Module`` costs twenty times as much to set."""
+
+    __slots__ = ("calls", "due", "seen_calls", "steps")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.steps = 0
+        self.due = 0
+        self.seen_calls = 0
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """What the background loop hands to the training thread."""
+
+    layer: KasminaLayer
+    seed_idx: int
+    artifact_id: str
+    alpha: float
+    ramp_steps: int
+    fetch: Future[LoadedKernel | None]
+    outcome: Future[bool]
+
+
+class MorphableModel(nn.Module):
+    """A network whose layers have seeds. Built by ``esper.wrap``.
+
+    It is called, trained, moved, saved and inspected as the network it wraps: parameters and ``state_dict`` entries have the
+    host's names, attributes it does not have itself are the host's. Parameters of awake seeds and the lattice stand
+    beside them under names that start with ``esper.``.
+
+    Call :meth:`step` once per training step, after the optimizer's.
+
+    Args:
+        wrapped_model: The network.
+        kasmina_layers: Its layers with seeds, by dotted name; all with the same number of seeds.
+        original_model: What ``esper.unwrap`` gives back; None gives back ``wrapped_model``.
+        lattice: The layers' common state; by default one is made and the layers' states are moved into it.
+        monitor_budget: Share of the host's time that monitoring may take.
+    """
+
+    wrapped_model: nn.Module
+    esper: GraftTree
+
+    def __init__(
+        self,
+        wrapped_model: nn.Module,
+        kasmina_layers: Mapping[str, KasminaLayer],
+        original_model: nn.Module | None = None,
+        *,
+        lattice: Lattice | None = None,
+        monitor_budget: float = 0.005,
+    ) -> None:
+        super().__init__()
+        self.wrapped_model = wrapped_model
+        # The root's own parameters are this module's too, so that a name without a dot resolves as it does on the host.
+        self.__dict__["_parameters"] = wrapped_model._parameters
+        self.__dict__["_buffers"] = wrapped_model._buffers
+        self.__dict__["_non_persistent_buffers_set"] = wrapped_model._non_persistent_buffers_set
+        self.training = wrapped_model.training
+        self.__dict__["original_model"] = original_model
+        self.kasmina_layers: dict[str, KasminaLayer] = dict(kasmina_layers)
+        self.lattice = lattice if lattice is not None else _common_lattice(self.kasmina_layers)
+        if (parameter := next(wrapped_model.parameters(), None)) is not None:
+            self.lattice.to(parameter.device)
+        self.esper = GraftTree(self.kasmina_layers)
+        self.monitor_budget = monitor_budget
+        self.monitor = Monitor(
+            list(self.kasmina_layers.values()), self.lattice, budget=monitor_budget, fixed_ns_per_step=FIXED_NS_PER_STEP
+        )
+        self._telemetry = any(layer.telemetry_enabled for layer in self.kasmina_layers.values())
+        self._clock = _Clock()
+        self.register_load_state_dict_post_hook(_host_names)
+        self._start()
+
+    def _start(self) -> None:
+        """What belongs to one process and one copy: called on construction, copying and unpickling."""
+        self._host_call = self.wrapped_model._call_impl
+        self._lock = threading.Lock()
+        self._fetched: deque[_Fetched] = deque()
+        self._growth_callbacks: dict[int, GrowthCallback] = {}
+        self._closed = False
+        clock = self._clock
+        for layer in self.kasmina_layers.values():
+            layer._forwards = self._count_forwards
+            layer._growth_callbacks.append(self._on_growth)
+        clock.due = 0
+
+    # -- calls --------------------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the host; arguments and result are its own. Hooks of the host and of this module run."""
+        # One frame in place of the one of nn.Module.__call__ that the host's own __call__ would cost: counting is all that is
+        # added. A counter that changes would recompile a traced graph.
+        if not _tracing():
+            self._clock.calls += 1
+        return self._host_call(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's forward; arguments and result are its own."""
+        return self.wrapped_model.forward(*args, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the host in place, as ``nn.Module.compile``."""
+        self.wrapped_model.compile(*args, **kwargs)
+        self._host_call = self.wrapped_model.__call__
+
+    # Hooks belong to the host: its __call__ is the one that runs.
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As on the host, which is the ``module`` that the hook is given."""
+        return self.wrapped_model.register_forward_hook(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As on the host, which is the ``module`` that the hook is given."""
+        return self.wrapped_model.register_forward_pre_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As on the host, which is the ``module`` that the hook is given."""
+        return self.wrapped_model.register_full_backward_hook(*args, **kwargs)
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As on the host, which is the ``module`` that the hook is given."""
+        return self.wrapped_model.register_full_backward_pre_hook(*args, **kwargs)
+
+    def step(self) -> None:
+        """Do what is due between two training steps: ramps, faults, finished loads, samples. Never waits.
+
+        Costs about 0.1 us when nothing is due. An error here would break a run, so what goes wrong with a seed is put on record in
+        :meth:`get_layer_stats` instead.
+        """
+        clock = self._clock
+        clock.steps += 1
+        if clock.steps >= clock.due:
+            self._on_due(clock)
+
+    def _on_due(self, clock: _Clock) -> None:
+        clock.due = _NEVER
+        while self._fetched:
+            self._commit(self._fetched.popleft())
+        if self.lattice.needs_step:
+            self.lattice.step(clock.steps)
+            clock.due = 0
+            self._follow_lattice()
+        if self._telemetry:
+            clock.due = min(clock.due, self._monitor_due(clock))
+        # A fetch that ended while this ran has set `due` before it was overwritten.
+        if self._fetched:
+            clock.due = 0
+
+    def _follow_lattice(self) -> None:
+        per_layer = self.lattice.seeds_per_layer
+        layers = list(self.kasmina_layers.values())
+        for row, _, new in self.lattice.poll():
+            if new == _State.ERROR_RECOVERY:
+                layers[row // per_layer].on_fault_limit(row % per_layer)
+        for layer in layers:
+            layer.poll_latency()
+
+    def _monitor_due(self, clock: _Clock) -> int:
+        # Without a counted call since the last time the model runs inside a compiled or captured graph, where arming a
+        # single layer would recompile: only a probe of all layers, asked for by sample_now(), is let through there.
+        eager = clock.calls != clock.seen_calls
+        clock.seen_calls = clock.calls
+        return self.monitor.on_due(clock.steps, eager=eager or clock.steps == 1)
+
+    # -- seeds --------------------------------------------------------------------------------------------------------------------
+
+    async def load_kernel(
+        self, layer_name: str, seed_idx: int, artifact_id: str, *, alpha: float = 0.3, ramp_steps: int = 0
+    ) -> bool:
+        """Fetch a kernel and wake a seed with it, between two forwards of the calling thread.
+
+        Args:
+            layer_name: The layer's dotted name.
+            seed_idx: Which of its seeds.
+            artifact_id: What to load.
+            alpha: Blend factor to reach, clamped to [0, 1].
+            ramp_steps: Training steps over which alpha rises from 0; 0 sets it at once.
+
+        Returns:
+            Whether the seed is awake with the new kernel; if not, :meth:`get_layer_stats` holds the reason under "errors".
+
+        Raises:
+            ValueError: unknown layer, bad seed index, or alpha is NaN.
+            LifecycleError: the seed is fossilized, culled, or already loading.
+        """
+        layer = self.layer(layer_name)
+        try:
+            return await layer.load_kernel(seed_idx, artifact_id, alpha=alpha, ramp_steps=ramp_steps)
+        finally:
+            self._clock.due = 0
+
+    def request_kernel(
+        self, layer_name: str, seed_idx: int, artifact_id: str, *, alpha: float = 0.3, ramp_steps: int = 0
+    ) -> Future[bool]:
+        """Start the work of :meth:`load_kernel` in the background; :meth:`step` commits it when it is ready.
+
+        Returns:
+            A future with the result of :meth:`load_kernel`; it is done after the :meth:`step` that committed. Do not wait for it
+            in the thread that trains.
+
+        Raises:
+            As :meth:`load_kernel`, at once.
+        """
+        if self._closed:
+            raise RuntimeError("the model is closed")
+        layer = self.layer(layer_name)
+        layer.begin_load(seed_idx, alpha)
+        outcome: Future[bool] = Future()
+        fetch = background.submit(layer.kernel_cache.load_kernel(artifact_id))
+        item = _Fetched(layer, seed_idx, artifact_id, alpha, ramp_steps, fetch, outcome)
+
+        def hand_over(_: object) -> None:
+            self._fetched.append(item)
+            self._clock.due = 0
+
+        fetch.add_done_callback(hand_over)
+        return outcome
+
+    def _commit(self, item: _Fetched) -> None:
+        layer, seed_idx = item.layer, item.seed_idx
+        if not item.outcome.set_running_or_notify_cancel():
+            layer.refuse(seed_idx, f"{item.artifact_id}: the request was cancelled", bad=False)
+            return
+        try:
+            kernel = item.fetch.result(timeout=0)
+            if kernel is None:
+                reason = layer.kernel_cache.last_error(item.artifact_id) or "not to be had"
+                done = layer.refuse(seed_idx, f"{item.artifact_id}: {reason}", bad=False)
+            else:
+                done = layer.commit(seed_idx, kernel, alpha=item.alpha, ramp_steps=item.ramp_steps)
+        except ArtifactError as error:
+            done = layer.refuse(seed_idx, f"{item.artifact_id}: {error}", bad=True)
+        except (Exception, CancelledError) as error:
+            done = layer.refuse(seed_idx, f"{item.artifact_id}: {type(error).__name__}: {error}", bad=False)
+        item.outcome.set_result(done)
+
+    async def unload_kernel(self, layer_name: str, seed_idx: int) -> bool:
+        """Put a seed to sleep and drop its kernel; False when it was dormant already.
+
+        Raises:
+            ValueError: unknown layer or bad seed index.
+            LifecycleError: the seed is fossilized or culled.
+        """
+        return await self.layer(layer_name).unload_kernel(seed_idx)
+
+    def cull(self, layer_name: str, seed_idx: int, *, cooldown_steps: int = 0) -> None:
+        """Remove a seed that does not help.
+
+        Args:
+            layer_name: The layer's dotted name.
+            seed_idx: Which of its seeds.
+            cooldown_steps: Training steps after which it is dormant again and may be woken; 0 leaves it culled.
+
+        Raises:
+            ValueError: unknown layer or bad seed index.
+            LifecycleError: the seed is not awake, or is fossilized.
+        """
+        layer = self.layer(layer_name)
+        layer.release(seed_idx, _State.CULLED)
+        if cooldown_steps > 0:
+            layer.state_layout.set_timer(seed_idx, cooldown_steps)
+        self._clock.due = 0
+
+    def fossilize(self, layer_name: str, seed_idx: int) -> None:
+        """Keep a seed for good.
+
+        Raises:
+            ValueError: unknown layer or bad seed index.
+            LifecycleError: the seed is not awake.
+        """
+        self.layer(layer_name).fossilize(seed_idx)
+        self._clock.due = 0
+
+    def set_seed_alpha(self, layer_name: str, seed_idx: int, alpha: float) -> None:
+        """Set a seed's blend factor at once, clamped to [0, 1].
+
+        Raises:
+            ValueError: unknown layer, bad seed index, or alpha is NaN.
+        """
+        if math.isnan(alpha):
+            raise ValueError(f"alpha is NaN (layer '{layer_name}', seed {seed_idx})")
+        self.layer(layer_name).set_seed_alpha(seed_idx, alpha)
+        self._clock.due = 0
+
+    def layer(self, layer_name: str) -> KasminaLayer:
+        """The layer of that name; a shared module answers to each of its names.
+
+        Raises:
+            ValueError: there is none.
+        """
+        found = self.kasmina_layers.get(layer_name)
+        if found is None:
+            modules = dict(self.wrapped_model.named_modules(remove_duplicate=False))
+            for layer in self.kasmina_layers.values():
+                if modules.get(layer_name) is layer.default_transform:
+                    return layer
+            known = ", ".join(self.kasmina_layers) or "no layer with seeds"
+            raise ValueError(f"Layer '{layer_name}' not found; this model has: {known}")
+        return found
+
+    def on_growth(self, callback: GrowthCallback) -> Callable[[], None]:
+        """Have ``callback(event, layer_name, seed_idx, parameters)`` called when a seed's parameters come ("bound") or go ("unbound").
+
+        It runs on the thread that commits, inside :meth:`step` or :meth:`load_kernel`. Returns a function that ends it.
+        """
+        key = id(callback)
+        self._growth_callbacks[key] = callback
+        return lambda: self._growth_callbacks.pop(key, None) and None
+
+    def _on_growth(self, event: GrowthEvent, layer_name: str, seed_idx: int, parameters: dict[str, nn.Parameter]) -> None:
+        self._clock.due = 0
+        for callback in tuple(self._growth_callbacks.values()):
+            callback(event, layer_name, seed_idx, parameters)
+
+    def graft_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of all awake seeds, by the names they have in :meth:`named_parameters`."""
+        return dict(self.esper.named_parameters(prefix=GRAFT_PREFIX))
+
+    def close(self) -> None:
+        """End background work for this model: requests under way are cancelled and their seeds go back to sleep."""
+        self._closed = True
+        self.monitor.close()
+        for layer in self.kasmina_layers.values():
+            for seed_idx in range(layer.num_seeds):
+                if layer.state_layout.state_of(seed_idx) is _State.LOADING:
+                    layer.refuse(seed_idx, "the model was closed while it was loading", bad=False)
+        while self._fetched:
+            self._fetched.popleft().outcome.cancel()
+
+    # -- statistics ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def morphogenetic_active(self) -> bool:
+        """Whether any seed is awake."""
+        return self.lattice.has_active_seeds()
+
+    @property
+    def total_forward_calls(self) -> int:
+        """Forwards of the model; inside a compiled graph, where none can be counted, the training steps."""
+        return self._count_forwards()
+
+    def _count_forwards(self) -> int:
+        return max(self._clock.calls, self._clock.steps)
+
+    def get_layer_names(self) -> list[str]:
+        """Names of all layers with seeds, in the order of the network."""
+        return list(self.kasmina_layers)
+
+    def get_layer_stats(self, layer_name: str | None = None) -> dict[str, Any]:
+        """Statistics of one layer, or of all of them by name; reads device memory, so not for the inner loop."""
+        if layer_name is not None:
+            return self.layer(layer_name).get_layer_stats()
+        return {name: layer.get_layer_stats() for name, layer in self.kasmina_layers.items()}
+
+    def get_model_stats(self) -> dict[str, Any]:
+        """Statistics of the model and, under "layer_stats", of every layer."""
+        layers = self.get_layer_stats()
+        return {
+            "total_forward_calls": self.total_forward_calls,
+            "morphogenetic_active": self.morphogenetic_active,
+            "total_kasmina_layers": len(self.kasmina_layers),
+            "total_seeds": sum(layer.num_seeds for layer in self.kasmina_layers.values()),
+            "active_seeds": self.lattice.get_active_count(),
+            "total_kernel_executions": sum(layer.total_kernel_executions for layer in self.kasmina_layers.values()),
+            "monitor": self.monitor.stats(),
+            "layer_stats": layers,
+        }
+
+    def enable_telemetry(self, enabled: bool = True) -> None:
+        """Switch monitoring on or off for all layers."""
+        for layer in self.kasmina_layers.values():
+            layer.telemetry_enabled = enabled
+            if not enabled:
+                layer.disarm_probe()
+        self._telemetry = enabled
+        self._clock.due = 0
+
+    def compare_with_original(self, x: Tensor) -> dict[str, Any]:
+        """How far the grown model's output for ``x`` is from the preserved original's; leaves both as they were.
+
+        Raises:
+            ValueError: the original was not preserved.
+        """
+        if self.original_model is None:
+            raise ValueError("No original model to compare with: wrap with preserve_original=True keeps one")
+        with torch.no_grad():
+            ours, theirs = self(x), self.original_model(x)
+        difference = (ours - theirs).double()
+        return {
+            "mse": float(difference.square().mean()),
+            "max_absolute_difference": float(difference.abs().max()) if difference.numel() else 0.0,
+            "cosine_similarity": float(
+                torch.nn.functional.cosine_similarity(ours.double().flatten(), theirs.double().flatten(), dim=0)
+            ),
+            "output_shape": tuple(ours.shape),
+            "morphogenetic_active": self.morphogenetic_active,
+        }
+
+    # -- being an nn.Module with the host's names ---------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            host = self.__dict__.get("_modules", {}).get(WRAPPED)
+            if host is None:
+                raise
+            return getattr(host, name)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The host's parameters under the host's names, then those of awake seeds under ``esper.``."""
+        yield from self.wrapped_model.named_parameters(prefix, recurse, remove_duplicate)
+        if recurse:
+            yield from self.esper.named_parameters(f"{prefix}.{GRAFT_PREFIX}" if prefix else GRAFT_PREFIX)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The host's buffers under the host's names."""
+        yield from self.wrapped_model.named_buffers(prefix, recurse, remove_duplicate)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The host's entries under the host's keys, then grafts and lattice under ``esper.``."""
+        state = self.wrapped_model.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        self.esper.state_dict(destination=state, prefix=f"{prefix}{GRAFT_PREFIX}.", keep_vars=keep_vars)
+        for name, tensor in self.lattice.state_dict().items():
+            state[f"{prefix}{GRAFT_PREFIX}.lattice.{name}"] = tensor
+        return state
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # torch recurses into children by attribute name, so the host's keys get its attribute's name back here. Working inside the
+        # recursion keeps DDP and other wrappers of this module loadable too. A bare host's entries are complete: what is missing
+        # of the grafts is then what is here.
+        marker = f"{prefix}{GRAFT_PREFIX}."
+        ours = {key[len(marker) :]: state_dict[key] for key in state_dict if key.startswith(marker)}
+        lattice = {key[len("lattice.") :]: value for key, value in ours.items() if key.startswith("lattice.")}
+        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(marker)]:
+            state_dict[f"{prefix}{WRAPPED}.{key[len(prefix) :]}"] = state_dict.pop(key)
+        here = self.esper.state_dict()
+        if not ours:
+            state_dict.update({marker + key: value for key, value in here.items()})
+            return
+        there = {key for key in ours if not key.startswith("lattice.")}
+        if there != set(here):
+            error_msgs.append(
+                "the state_dict is of a network with other awake seeds "
+                f"(only there: {sorted(there - set(here))[:4]}, only here: {sorted(set(here) - there)[:4]}). "
+                "esper.save and esper.load rebuild the grown structure by themselves."
+            )
+        for key in lattice:
+            del state_dict[f"{marker}lattice.{key}"]
+        try:
+            self.lattice.load_state_dict(lattice)
+        except (ValueError, KeyError) as error:
+            error_msgs.append(f"lattice: {error}")
+        self._clock.due = 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MorphableModel:
+        # The root's tables are shared with the host, so the default would convert its own tensors twice.
+        self.wrapped_model._apply(fn, recurse)
+        self.esper._apply(fn)
+        # The lattice follows the device and keeps its types.
+        self.lattice.to(fn(torch.empty(0, device=self.lattice.device)).device)
+        self._clock.due = 0
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what belongs to this process: locks, requests under way, callbacks."""
+        state = dict(self.__dict__)
+        for name in ("_host_call", "_lock", "_fetched", "_growth_callbacks", "_compiled_call_impl"):
+            state.pop(name, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MorphableModel:
+        # The original is a reference, in the copy too.
+        if self.original_model is not None:
+            memo[id(self.original_model)] = self.original_model
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
+        return twin
+
+
+def _host_names(module: nn.Module, incompatible: Any) -> None:
+    """Report missing and unexpected keys under the host's names."""
+    for keys in incompatible:
+        keys[:] = [key.replace(f"{WRAPPED}.", "", 1) for key in keys]
+
+
+def _common_lattice(layers: Mapping[str, KasminaLayer]) -> Lattice:
+    """One lattice for layers that were built apart, holding the states they had."""
+    counts = {layer.num_seeds for layer in layers.values()}
+    if len(counts) > 1:
+        raise ValueError(f"all layers of a model need the same number of seeds, got {sorted(counts)}")
+    lattice = Lattice(len(layers), counts.pop() if counts else 1)
+    for index, layer in enumerate(layers.values()):
+        rows = lattice.layer(index)
+        rows.copy_from(layer.state_layout)
+        layer.adopt_state(rows)
+    return lattice

@@ -1,0 +1,454 @@
+"""Kasmina: one host layer and the seeds beside it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from esper.contracts.errors import ArtifactError, ShapeMismatchError
+from esper.execution.grafts import GraftSet
+from esper.execution.host_binding import HostBinding
+from esper.execution.hosts import HostSpec, describe_host
+from esper.execution.kernel_cache import KernelCache
+from esper.execution.kernel_executor import LoadedKernel
+from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
+from esper.execution.state_layout import KasminaStateLayout
+
+__all__ = ["GrowthEvent", "KasminaLayer"]
+
+GrowthEvent = Literal["bound", "unbound"]
+GrowthCallback = Callable[[GrowthEvent, str, int, dict[str, nn.Parameter]], None]
+Observer = Callable[[Tensor], None]
+
+#: One graft execution in this many is timed.
+LATENCY_PERIOD = 64
+
+_tracing = torch.compiler.is_dynamo_compiling
+_State = SeedLifecycleState
+
+
+class _Counters:
+    """Execution counts. Slots: an attribute of an ``nn.Module`` costs twenty times as much to set."""
+
+    __slots__ = ("executions", "seed_executions")
+
+    def __init__(self) -> None:
+        self.executions = 0
+        self.seed_executions = 0
+
+
+class KasminaLayer(nn.Module):
+    """A host layer with ``num_seeds`` seeds.
+
+    While every seed is dormant the host runs alone and nothing of this class is on its path. An awake seed, or an armed probe,
+    shadows the host's ``forward`` until it is gone.
+
+    Built directly, the layer makes its own ``nn.Linear`` host and can stand in a network like any module; with :meth:`from_host` it takes
+    any supported layer. ``esper.wrap`` leaves hosts where they are and keeps the layers beside the model. Attributes this class
+    does not have (``weight``, ``in_features``, ...) are the host's.
+
+    Args:
+        input_size: Features of the host's input.
+        output_size: Features of the host's output.
+        num_seeds: Seeds of this layer, each watching its share of the output features.
+        cache_size_mb: Memory for fetched kernels, in MiB.
+        telemetry_enabled: Whether the monitor samples this layer.
+        layer_name: Name in statistics, messages and errors.
+    """
+
+    default_transform: nn.Module
+    grafts: GraftSet
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        num_seeds: int = 4,
+        cache_size_mb: int = 128,
+        telemetry_enabled: bool = True,
+        layer_name: str = "kasmina_layer",
+    ) -> None:
+        super().__init__()
+        self.default_transform = nn.Linear(input_size, output_size)
+        self._setup(num_seeds, layer_name, telemetry_enabled, KernelCache(cache_size_mb), None, ())
+
+    @classmethod
+    def from_host(
+        cls,
+        host: nn.Module,
+        *,
+        num_seeds: int = 4,
+        cache_size_mb: int = 128,
+        telemetry_enabled: bool = True,
+        layer_name: str = "kasmina_layer",
+        kernel_cache: KernelCache | None = None,
+        state_layout: KasminaStateLayout | None = None,
+        register_host: bool = True,
+        fast_path: tuple[nn.Module, ...] = (),
+    ) -> Self:
+        """Build a layer around an existing module.
+
+        Args:
+            host: Linear, Conv2d, ReLU, GELU, Tanh, Sigmoid, LayerNorm, BatchNorm1d/2d or MultiheadAttention.
+            num_seeds: Seeds of this layer.
+            cache_size_mb: Memory for fetched kernels, in MiB; not used when ``kernel_cache`` is given.
+            telemetry_enabled: Whether the monitor samples this layer.
+            layer_name: Name in statistics, messages and errors.
+            kernel_cache: A cache to share with other layers.
+            state_layout: Rows of a model's lattice; by default the layer has its own.
+            register_host: Whether the host is a submodule of the layer (its parameters are then the layer's too). ``wrap`` says no:
+                there the host keeps its place in the network.
+            fast_path: Modules whose fused inference path would pass the host by.
+
+        Raises:
+            NotImplementedError: the host's type is not supported; the message names it.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        if register_host:
+            layer.default_transform = host
+        else:
+            layer.__dict__["default_transform"] = host
+        cache = kernel_cache if kernel_cache is not None else KernelCache(cache_size_mb)
+        layer._setup(num_seeds, layer_name, telemetry_enabled, cache, state_layout, fast_path)
+        return layer
+
+    def _setup(
+        self,
+        num_seeds: int,
+        layer_name: str,
+        telemetry_enabled: bool,
+        kernel_cache: KernelCache,
+        state_layout: KasminaStateLayout | None,
+        fast_path: tuple[nn.Module, ...],
+    ) -> None:
+        if num_seeds < 1:
+            raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
+        host = self.default_transform
+        self.spec: HostSpec = describe_host(host)
+        self.num_seeds = num_seeds
+        self.layer_name = layer_name
+        self.telemetry_enabled = telemetry_enabled
+        self.kernel_cache = kernel_cache
+        if state_layout is None:
+            state_layout = KasminaStateLayout(num_seeds, device=_device_of(host))
+        self.state_layout = state_layout
+        self.grafts = GraftSet(self.spec, state_layout)
+        # nn.Module's attribute look-up for submodules is slow; the call path reads this one.
+        self.__dict__["_grafts"] = self.grafts
+        self._binding = HostBinding(host, fast_path)
+        self._counters = _Counters()
+        self._observer: Observer | None = None
+        self._cuda_timing: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._artifacts: dict[int, str] = {}
+        self._failures: dict[int, str] = {}
+        self._growth_callbacks: list[GrowthCallback] = []
+        self._forwards: Callable[[], int] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the host, with its grafts if any are awake; arguments and result are the host's."""
+        return self.default_transform(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            host = self.__dict__.get("default_transform") or self.__dict__.get("_modules", {}).get("default_transform")
+            if host is None:
+                raise
+            return getattr(host, name)
+
+    # -- the forwards that may shadow the host's ----------------------------------------------------------------------------------
+
+    def _awake_forward(self, input: Tensor) -> Tensor:
+        h = self._binding.base(input)
+        if _tracing():
+            return self._grafts(input, h)
+        return self._blend(input, h)
+
+    def _awake_attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        h, weights = self._binding.base(query, *args, **kwargs)
+        y = self._grafts(query, h) if _tracing() else self._blend(query, h)
+        return y, weights
+
+    def _probe_forward(self, *args: Any, **kwargs: Any) -> Any:
+        awake = self._awake_method()
+        forward = getattr(self, awake) if awake else self._binding.base
+        observer = self._observer
+        if _tracing():
+            # Disarming is a change of Python state that a compiled graph must not repeat; the model's step() disarms instead.
+            result = forward(*args, **kwargs)
+            if observer is not None:
+                observer(result[0] if isinstance(result, tuple) else result)
+            return result
+        self.disarm_probe()
+        result = forward(*args, **kwargs)
+        if observer is not None:
+            with torch.no_grad():
+                observer(result[0] if isinstance(result, tuple) else result)
+        return result
+
+    def _blend(self, x: Tensor, h: Tensor) -> Tensor:
+        counters = self._counters
+        counters.executions += 1
+        if counters.executions % LATENCY_PERIOD:
+            return self._grafts.forward(x, h)
+        return self._timed_blend(x, h)
+
+    def _timed_blend(self, x: Tensor, h: Tensor) -> Tensor:
+        if h.is_cuda:
+            if self._cuda_timing is not None or torch.cuda.is_current_stream_capturing():
+                return self._grafts.forward(x, h)
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            y = self._grafts.forward(x, h)
+            events[1].record()
+            self._cuda_timing = events
+            return y
+        start = time.perf_counter_ns()
+        y = self._grafts.forward(x, h)
+        self._record_latency((time.perf_counter_ns() - start) // 1000)
+        return y
+
+    def poll_latency(self) -> None:
+        """Store the time of the last timed execution on a GPU, if it is known by now; never waits."""
+        if self._cuda_timing is not None and self._cuda_timing[1].query():
+            start, end = self._cuda_timing
+            self._cuda_timing = None
+            self._record_latency(int(start.elapsed_time(end) * 1000))
+
+    def _record_latency(self, microseconds: int) -> None:
+        # All awake seeds of a layer run together, so they share one measurement.
+        for seed_idx in self.grafts.bound:
+            self.state_layout.update_telemetry(seed_idx, microseconds, math.nan)
+
+    # -- probes -------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def channel_dim(self) -> int:
+        """Dimension of the host's output that holds the features: -1, or 1 for NCHW hosts."""
+        return self.spec.channel_dim
+
+    @property
+    def probe_armed(self) -> bool:
+        """Whether the next forward will be observed."""
+        return self._observer is not None
+
+    def arm_probe(self, observer: Observer) -> None:
+        """Let ``observer`` see the output of the next forward, once."""
+        self._observer = observer
+        self._refresh()
+
+    def disarm_probe(self) -> None:
+        """Take the observer away."""
+        self._observer = None
+        self._refresh()
+
+    def _awake_method(self) -> str | None:
+        if not self.grafts.bound:
+            return None
+        return "_awake_attention" if isinstance(self.default_transform, nn.MultiheadAttention) else "_awake_forward"
+
+    def _refresh(self) -> None:
+        awake = self._awake_method()
+        if self._observer is not None:
+            self._binding.install(self, "_probe_forward", closes_fast_path=awake is not None)
+        elif awake is not None:
+            self._binding.install(self, awake, closes_fast_path=True)
+        else:
+            self._binding.remove()
+
+    # -- seeds --------------------------------------------------------------------------------------------------------------------
+
+    async def load_kernel(self, seed_idx: int, artifact_id: str, *, alpha: float = 0.3, ramp_steps: int = 0) -> bool:
+        """Fetch a kernel and wake the seed with it.
+
+        Call it between two forwards of the training thread. An awake seed keeps its old kernel until the new one is there.
+
+        Args:
+            seed_idx: Which seed.
+            artifact_id: What to load, from the layer's registry.
+            alpha: Blend factor to reach, clamped to [0, 1].
+            ramp_steps: Training steps over which alpha rises from 0; 0 sets it at once.
+
+        Returns:
+            True when the seed is awake with the new kernel. False when the artifact is not to be had (the seed is as before, dormant
+            if it was) or is bad (the seed is in ERROR_RECOVERY); :meth:`get_layer_stats` then holds the reason.
+
+        Raises:
+            ValueError: bad seed index, or alpha is NaN.
+            LifecycleError: the seed is fossilized, or already loading.
+        """
+        self.begin_load(seed_idx, alpha)
+        try:
+            kernel = await self.kernel_cache.load_kernel(artifact_id)
+        except ArtifactError as error:
+            return self.refuse(seed_idx, f"{artifact_id}: {error}", bad=True)
+        except BaseException as error:
+            self.refuse(seed_idx, f"{artifact_id}: {type(error).__name__}: {error}", bad=False)
+            raise
+        if kernel is None:
+            reason = self.kernel_cache.last_error(artifact_id) or "not to be had"
+            return self.refuse(seed_idx, f"{artifact_id}: {reason}", bad=False)
+        return self.commit(seed_idx, kernel, alpha=alpha, ramp_steps=ramp_steps)
+
+    async def unload_kernel(self, seed_idx: int) -> bool:
+        """Put a seed to sleep and drop its kernel; False when it was dormant already.
+
+        Raises:
+            ValueError: bad seed index.
+            LifecycleError: the seed is fossilized, or culled.
+        """
+        self.check_seed(seed_idx)
+        if self.state_layout.state_of(seed_idx) is _State.DORMANT:
+            return False
+        self.release(seed_idx, _State.DORMANT)
+        return True
+
+    def set_seed_alpha(self, seed_idx: int, alpha: float) -> None:
+        """Set a seed's blend factor at once.
+
+        Args:
+            seed_idx: Which seed.
+            alpha: New factor, clamped to [0, 1].
+
+        Raises:
+            ValueError: bad seed index, or alpha is NaN.
+        """
+        self.check_seed(seed_idx)
+        self.state_layout.set_alpha(seed_idx, alpha)
+
+    def check_seed(self, seed_idx: int) -> None:
+        """Raise ``ValueError`` unless ``seed_idx`` names a seed of this layer."""
+        if not isinstance(seed_idx, int) or isinstance(seed_idx, bool) or not 0 <= seed_idx < self.num_seeds:
+            last = self.num_seeds - 1
+            raise ValueError(f"Invalid seed index {seed_idx!r}: layer '{self.layer_name}' has seeds 0 to {last}")
+
+    def begin_load(self, seed_idx: int, alpha: float = 0.0) -> None:
+        """Check that a kernel may be loaded into the seed, and mark a sleeping one LOADING."""
+        self.check_seed(seed_idx)
+        if math.isnan(alpha):
+            raise ValueError(f"alpha is NaN (layer '{self.layer_name}', seed {seed_idx})")
+        state = self.state_layout.state_of(seed_idx)
+        if state in (_State.LOADING, _State.FOSSILIZED):
+            raise LifecycleError(
+                f"layer '{self.layer_name}', seed {seed_idx} is {state.name}: "
+                + ("wait for the load under way" if state is _State.LOADING else "a fossilized seed keeps its kernel")
+            )
+        if seed_idx not in self.grafts.bound:
+            self.state_layout.transition_seed_state(seed_idx, _State.LOADING)
+
+    def commit(self, seed_idx: int, kernel: LoadedKernel, *, alpha: float, ramp_steps: int = 0) -> bool:
+        """Wake a seed with a kernel that is here; False, and ERROR_RECOVERY, when it does not fit."""
+        self._drop_graft(seed_idx)
+        try:
+            self.grafts.bind(seed_idx, kernel)
+        except (ShapeMismatchError, ArtifactError) as error:
+            return self.refuse(seed_idx, f"{kernel.artifact_id}: {error}", bad=True)
+        layout = self.state_layout
+        if layout.state_of(seed_idx) not in (_State.LOADING, _State.DORMANT):
+            layout.reset_seed(seed_idx)
+        layout.transition_seed_state(seed_idx, _State.GRAFTING if ramp_steps > 0 else _State.ACTIVE, kernel_id=kernel.kernel_id)
+        if ramp_steps > 0:
+            layout.set_alpha(seed_idx, 0.0)
+        layout.set_alpha(seed_idx, alpha, ramp_steps=ramp_steps)
+        self._artifacts[seed_idx] = kernel.artifact_id
+        self._failures.pop(seed_idx, None)
+        self._refresh()
+        self._announce("bound", seed_idx, self.grafts.seed_parameters(seed_idx))
+        return True
+
+    def refuse(self, seed_idx: int, reason: str, *, bad: bool) -> bool:
+        """Put on record why a load came to nothing; always False."""
+        self._failures[seed_idx] = reason
+        layout = self.state_layout
+        if bad:
+            self._drop_graft(seed_idx)
+            if layout.state_of(seed_idx) is not _State.ERROR_RECOVERY:
+                layout.transition_seed_state(seed_idx, _State.ERROR_RECOVERY)
+        elif layout.state_of(seed_idx) is _State.LOADING:
+            layout.transition_seed_state(seed_idx, _State.DORMANT)
+        self._refresh()
+        return False
+
+    def release(self, seed_idx: int, state: SeedLifecycleState) -> None:
+        """Move a seed to a sleeping state and drop its kernel; an illegal move raises and changes nothing."""
+        self.check_seed(seed_idx)
+        self.state_layout.transition_seed_state(seed_idx, state)
+        self._drop_graft(seed_idx)
+        self._refresh()
+
+    def fossilize(self, seed_idx: int) -> None:
+        """Keep a seed for good: it stays awake at its alpha and is never unloaded."""
+        self.check_seed(seed_idx)
+        self.state_layout.transition_seed_state(seed_idx, _State.FOSSILIZED)
+
+    def on_fault_limit(self, seed_idx: int) -> None:
+        """The lattice moved a seed to ERROR_RECOVERY: take its kernel off the path."""
+        artifact = self._artifacts.get(seed_idx, "kernel")
+        self._failures[seed_idx] = f"{artifact}: non-finite output in three steps in a row"
+        self._drop_graft(seed_idx)
+        self._refresh()
+
+    def _drop_graft(self, seed_idx: int) -> None:
+        if seed_idx in self.grafts.bound:
+            parameters = self.grafts.seed_parameters(seed_idx)
+            self.grafts.unbind(seed_idx)
+            self._artifacts.pop(seed_idx, None)
+            self._announce("unbound", seed_idx, parameters)
+
+    def _announce(self, event: GrowthEvent, seed_idx: int, parameters: dict[str, nn.Parameter]) -> None:
+        for callback in tuple(self._growth_callbacks):
+            callback(event, self.layer_name, seed_idx, parameters)
+
+    # -- statistics ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def total_kernel_executions(self) -> int:
+        """Forwards that ran this layer's grafts (compiled ones are not counted: a counter in a graph would recompile it)."""
+        return self._counters.executions
+
+    @property
+    def total_forward_calls(self) -> int:
+        """Forwards of the layer: the model's count inside a wrapped model, else those that ran grafts."""
+        return self._forwards() if self._forwards is not None else self._counters.executions
+
+    def get_layer_stats(self) -> dict[str, Any]:
+        """Counters, states and the reason of every failure; reads device memory, so not for the inner loop."""
+        forwards = self.total_forward_calls
+        return {
+            "layer_name": self.layer_name,
+            "host_type": type(self.default_transform).__name__,
+            "total_forward_calls": forwards,
+            "total_kernel_executions": self.total_kernel_executions,
+            "kernel_execution_ratio": self.total_kernel_executions / max(forwards, 1),
+            "state_stats": self.state_layout.get_stats(),
+            "cache_stats": self.kernel_cache.get_cache_stats(),
+            "telemetry_enabled": self.telemetry_enabled,
+            "artifacts": dict(self._artifacts),
+            "errors": dict(self._failures),
+        }
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows beside the submodules."""
+        return f"{self.layer_name!r}, num_seeds={self.num_seeds}, awake={list(self.grafts.bound)}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what belongs to this process: observers, callbacks, events of a GPU."""
+        state = dict(self.__dict__)
+        state["_observer"] = None
+        state["_cuda_timing"] = None
+        state["_growth_callbacks"] = []
+        state["_forwards"] = None
+        return state
+
+
+def _device_of(host: nn.Module) -> torch.device:
+    for tensor in (*host.parameters(), *host.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,412 @@
+"""wrap, unwrap and MorphableModel: what is found, what is named, what is refused, and waking seeds through the public names."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import esper
+from esper.core.model_wrapper import MorphableModel, find_targets, unwrap, wrap
+from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
+
+State = SeedLifecycleState
+
+
+@pytest.fixture
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> str:
+    return (tmp_path / "registry").as_uri()
+
+
+@pytest.fixture
+def model(network: nn.Sequential, registry: str) -> MorphableModel:
+    return wrap(network, registry=registry)
+
+
+@pytest.fixture
+def kernel(registry: str) -> str:
+    """A low-rank kernel that fits layer "0"."""
+    return esper.compile("lowrank", d_in=10, d_out=20, registry=registry, rank=4)
+
+
+def finish(model: MorphableModel, future: object, steps: int = 2000) -> bool:
+    """Step until a request is done; the number of steps is bounded, their time is not measured."""
+    import time
+
+    for _ in range(steps):
+        model.step()
+        if future.done():  # type: ignore[attr-defined]
+            return future.result()  # type: ignore[attr-defined, no-any-return]
+        time.sleep(0.005)
+    raise AssertionError("the request did not finish")
+
+
+class TestWrapFunction:
+    def test_wrap_defaults_to_linear_and_conv(self) -> None:
+        net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2), nn.LayerNorm(2))
+        assert wrap(net).get_layer_names() == ["0", "3"]
+
+    def test_wrap_custom_target_layers(self, network: nn.Sequential) -> None:
+        model = wrap(network, target_layers=[nn.ReLU])
+        assert model.get_layer_names() == ["1"]
+        assert isinstance(model.kasmina_layers["1"], KasminaLayer)
+        assert isinstance(model.kasmina_layers["1"].default_transform, nn.ReLU)
+        x = torch.randn(4, 10)
+        assert torch.equal(model(x), network(x))
+
+    def test_wrap_names_and_types_together(self, network: nn.Sequential) -> None:
+        assert wrap(network, [nn.ReLU, "2"]).get_layer_names() == ["1", "2"]
+
+    def test_unknown_name(self, network: nn.Sequential) -> None:
+        with pytest.raises(ValueError, match=r"Layer 'head' not found; the model has: 0, 1, 2"):
+            wrap(network, ["head"])
+
+    def test_unsupported_type_is_named(self, network: nn.Sequential) -> None:
+        with pytest.raises(NotImplementedError, match="Dropout"):
+            wrap(network, [nn.Dropout])
+
+    def test_not_a_type(self, network: nn.Sequential) -> None:
+        with pytest.raises(TypeError, match="module types or layer names"):
+            wrap(network, [3])  # type: ignore[list-item]
+
+    def test_layer_that_is_never_called_is_skipped_or_refused(self) -> None:
+        net = nn.TransformerEncoderLayer(8, 2, 16)
+        assert "self_attn.out_proj" not in find_targets(net)
+        with pytest.raises(ValueError, match=r"never called.*'self_attn'"):
+            wrap(net, ["self_attn.out_proj"])
+
+    def test_root_layer(self) -> None:
+        model = wrap(nn.Linear(3, 2))
+        assert model.get_layer_names() == ["root"]
+        assert [name for name, _ in model.named_parameters()] == ["weight", "bias"]
+
+    def test_nothing_to_wrap_warns(self) -> None:
+        with pytest.warns(UserWarning, match="no layer to give seeds to"):
+            assert wrap(nn.Sequential(nn.Flatten())).get_layer_names() == []
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"seeds_per_layer": 0}, "seeds_per_layer must be at least 1, got 0"),
+            ({"monitor_budget": 2.0}, "monitor_budget is a share"),
+            ({"reserve_rank": 8}, "reserve_rank=8"),
+            ({"bus": object()}, "bus="),
+        ],
+    )
+    def test_bad_arguments(self, network: nn.Sequential, options: dict[str, object], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            wrap(network, **options)  # type: ignore[arg-type]
+
+    def test_wrapping_twice_is_refused(self, model: MorphableModel) -> None:
+        with pytest.raises(TypeError, match="wrapped already"):
+            wrap(model)
+
+    def test_shared_module_gets_one_layer_under_both_names(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 4))
+        net.append(net[0])
+        model = wrap(net)
+        assert model.get_layer_names() == ["0"]
+        assert model.layer("1") is model.layer("0")
+
+    def test_preserve_original_wraps_a_copy(self, network: nn.Sequential) -> None:
+        model = wrap(network)
+        assert model.wrapped_model is not network
+        assert unwrap(model) is network
+        with torch.no_grad():
+            model.wrapped_model[0].weight.zero_()
+        assert network[0].weight.abs().sum() > 0
+
+    def test_in_place_adds_no_copy_of_any_weight(self, network: nn.Sequential) -> None:
+        pointers = [parameter.data_ptr() for parameter in network.parameters()]
+        model = wrap(network, preserve_original=False)
+        assert model.wrapped_model is network is unwrap(model)
+        assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
+        assert all(a is b for a, b in zip(model.parameters(), network.parameters(), strict=True))
+
+
+class TestMorphableModel:
+    def test_built_from_layers_made_apart(self, network: nn.Sequential) -> None:
+        layer = KasminaLayer.from_host(network[0], num_seeds=3, register_host=False)
+        layer.state_layout.transition_seed_state(1, State.LOADING)
+        model = MorphableModel(network, {"0": layer})
+        assert model.lattice.get_active_count() == 0
+        assert layer.state_layout.state_of(1) is State.LOADING
+        assert unwrap(model) is network
+
+    def test_layers_with_different_seed_counts_are_refused(self, network: nn.Sequential) -> None:
+        layers = {name: KasminaLayer.from_host(network[int(name)], num_seeds=2 + int(name), register_host=False) for name in "02"}
+        with pytest.raises(ValueError, match=r"same number of seeds, got \[2, 4\]"):
+            MorphableModel(network, layers)
+
+    def test_host_attributes_read_through(self, model: MorphableModel) -> None:
+        layer = model.kasmina_layers["0"]
+        assert layer.weight is model.wrapped_model[0].weight
+        assert (layer.in_features, layer.out_features) == (10, 20)
+        with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+            _ = model.nonsense
+
+    def test_forward_calls_are_counted(self, model: MorphableModel) -> None:
+        for _ in range(3):
+            model(torch.randn(2, 10))
+        assert model.total_forward_calls == 3
+        assert model.kasmina_layers["0"].total_forward_calls == 3
+
+    async def _load(self, model: MorphableModel, kernel: str) -> bool:
+        return await model.load_kernel("0", 1, kernel, alpha=0.25)
+
+    def test_load_kernel_success(self, model: MorphableModel, kernel: str) -> None:
+        import asyncio
+
+        assert asyncio.run(self._load(model, kernel)) is True
+        layer = model.kasmina_layers["0"]
+        assert layer.state_layout.state_of(1) is State.ACTIVE
+        assert float(layer.state_layout.alpha_blend[1]) == 0.25
+        assert layer.state_layout.active_kernel_id[1] > 0
+        assert model.morphogenetic_active
+        assert model.get_model_stats()["active_seeds"] == 1
+        assert layer.get_layer_stats()["artifacts"] == {1: kernel}
+        model(torch.randn(2, 10))
+        assert layer.total_kernel_executions == 1
+
+    def test_load_kernel_failure(self, model: MorphableModel) -> None:
+        import asyncio
+
+        missing = "0123456789abcdef-generic-fast-01234567"
+        assert asyncio.run(self._load(model, missing)) is False
+        layer = model.kasmina_layers["0"]
+        assert layer.state_layout.state_of(1) is State.DORMANT
+        assert missing in layer.get_layer_stats()["errors"][1]
+        assert not model.morphogenetic_active
+        assert "forward" not in layer.default_transform.__dict__
+
+    def test_load_kernel_bad_arguments(self, model: MorphableModel, kernel: str) -> None:
+        import asyncio
+
+        with pytest.raises(ValueError, match="Layer 'nope' not found"):
+            asyncio.run(model.load_kernel("nope", 0, kernel))
+        with pytest.raises(ValueError, match="Invalid seed index 4"):
+            asyncio.run(model.load_kernel("0", 4, kernel))
+        with pytest.raises(ValueError, match="NaN"):
+            asyncio.run(model.load_kernel("0", 0, kernel, alpha=float("nan")))
+
+    def test_wrong_shape_goes_to_error_recovery_naming_both(self, model: MorphableModel, kernel: str) -> None:
+        import asyncio
+
+        assert asyncio.run(model.load_kernel("2", 0, kernel)) is False
+        layer = model.kasmina_layers["2"]
+        assert layer.state_layout.state_of(0) is State.ERROR_RECOVERY
+        reason = layer.get_layer_stats()["errors"][0]
+        assert all(size in reason for size in ("10", "20", "5")), reason
+
+    def test_request_and_step(self, model: MorphableModel, kernel: str) -> None:
+        future = model.request_kernel("0", 0, kernel, alpha=0.5, ramp_steps=4)
+        assert model.layer("0").state_layout.state_of(0) is State.LOADING
+        assert finish(model, future) is True
+        layout = model.layer("0").state_layout
+        assert layout.state_of(0) in (State.GRAFTING, State.ACTIVE)
+        for _ in range(5):
+            model.step()
+        assert layout.state_of(0) is State.ACTIVE
+        assert float(layout.alpha_blend[0]) == 0.5
+
+    def test_requesting_twice_is_refused(self, model: MorphableModel, kernel: str) -> None:
+        future = model.request_kernel("0", 0, kernel)
+        with pytest.raises(LifecycleError, match="LOADING"):
+            model.request_kernel("0", 0, kernel)
+        assert finish(model, future)
+
+    def test_unload_cull_fossilize(self, model: MorphableModel, kernel: str) -> None:
+        import asyncio
+
+        for seed in range(3):
+            assert asyncio.run(model.load_kernel("0", seed, kernel, alpha=1.0))
+        assert asyncio.run(model.unload_kernel("0", 0)) is True
+        assert asyncio.run(model.unload_kernel("0", 0)) is False
+        model.cull("0", 1, cooldown_steps=2)
+        model.fossilize("0", 2)
+        layout = model.layer("0").state_layout
+        assert [layout.state_of(seed) for seed in range(3)] == [State.DORMANT, State.CULLED, State.FOSSILIZED]
+        assert model.layer("0").grafts.bound == (2,)
+        for _ in range(3):
+            model.step()
+        assert layout.state_of(1) is State.DORMANT
+        for act in (lambda: model.cull("0", 2), lambda: asyncio.run(model.unload_kernel("0", 2))):
+            with pytest.raises(LifecycleError, match="FOSSILIZED"):
+                act()
+        assert model.layer("0").grafts.bound == (2,)
+
+    def test_waking_and_sleeping_leaves_no_trace(self, model: MorphableModel, network: nn.Sequential, kernel: str) -> None:
+        import asyncio
+
+        x = torch.randn(4, 10)
+        asyncio.run(model.load_kernel("0", 0, kernel, alpha=1.0))
+        with torch.no_grad():
+            for parameter in model.graft_parameters().values():
+                parameter.fill_(0.1)
+        assert not torch.equal(model(x), network(x))
+        asyncio.run(model.unload_kernel("0", 0))
+        assert torch.equal(model(x), network(x))
+        assert "forward" not in model.wrapped_model[0].__dict__
+        assert not model.graft_parameters()
+
+    def test_replacing_an_awake_kernel(self, model: MorphableModel, kernel: str, registry: str) -> None:
+        import asyncio
+
+        other = esper.compile("bottleneck", d_in=10, d_out=20, registry=registry, rank=2)
+        assert asyncio.run(model.load_kernel("0", 0, kernel))
+        assert asyncio.run(model.load_kernel("0", 0, other))
+        assert model.layer("0").get_layer_stats()["artifacts"] == {0: other}
+
+    def test_growth_callbacks(self, model: MorphableModel, kernel: str) -> None:
+        import asyncio
+
+        events: list[tuple[str, str, int, int]] = []
+        end = model.on_growth(lambda event, layer, seed, parameters: events.append((event, layer, seed, len(parameters))))
+        asyncio.run(model.load_kernel("0", 2, kernel))
+        model.cull("0", 2)
+        end()
+        asyncio.run(model.load_kernel("0", 3, kernel))
+        assert events == [("bound", "0", 2, 2), ("unbound", "0", 2, 2)]
+
+    def test_set_seed_alpha(self, model: MorphableModel) -> None:
+        model.set_seed_alpha("0", 0, 7.0)
+        assert float(model.layer("0").state_layout.alpha_blend[0]) == 1.0
+        with pytest.raises(ValueError, match="NaN"):
+            model.set_seed_alpha("0", 0, float("nan"))
+        with pytest.raises(ValueError, match="Invalid seed index"):
+            model.set_seed_alpha("0", -1, 0.5)
+
+    def test_statistics_keys(self, model: MorphableModel) -> None:
+        stats = model.get_model_stats()
+        assert {
+            "total_forward_calls",
+            "morphogenetic_active",
+            "total_kasmina_layers",
+            "total_seeds",
+            "active_seeds",
+            "total_kernel_executions",
+            "layer_stats",
+        } <= stats.keys()
+        assert (stats["total_kasmina_layers"], stats["total_seeds"]) == (2, 8)
+        layer = stats["layer_stats"]["0"]
+        assert {
+            "layer_name",
+            "total_forward_calls",
+            "total_kernel_executions",
+            "kernel_execution_ratio",
+            "state_stats",
+            "cache_stats",
+            "telemetry_enabled",
+        } <= layer.keys()
+        assert layer["state_stats"]["dormant_seeds"] == 4
+
+    def test_compare_with_original(self, model: MorphableModel, network: nn.Sequential) -> None:
+        assert model.compare_with_original(torch.randn(3, 10))["max_absolute_difference"] == 0.0
+        with pytest.raises(ValueError, match="No original model"):
+            wrap(network, preserve_original=False).compare_with_original(torch.randn(3, 10))
+
+    def test_enable_telemetry(self, model: MorphableModel) -> None:
+        model.enable_telemetry(False)
+        assert not model.kasmina_layers["0"].telemetry_enabled
+        x = torch.randn(2, 10)
+        samples = model.monitor.stats()["samples"]
+        for _ in range(20):
+            model(x)
+            model.step()
+        assert model.monitor.stats()["samples"] == samples
+        model.enable_telemetry()
+        assert model.kasmina_layers["0"].telemetry_enabled
+
+    def test_close_puts_loading_seeds_back_to_sleep(self, model: MorphableModel, kernel: str) -> None:
+        model.request_kernel("0", 0, kernel)
+        model.close()
+        assert model.layer("0").state_layout.state_of(0) is State.DORMANT
+        with pytest.raises(RuntimeError, match="closed"):
+            model.request_kernel("0", 1, kernel)
+
+
+class TestStateDict:
+    def test_host_keys_load_both_ways(self, network: nn.Sequential, model: MorphableModel) -> None:
+        assert model.load_state_dict(network.state_dict()).missing_keys == []
+        state = model.state_dict()
+        host = {key: value for key, value in state.items() if not key.startswith("esper.")}
+        assert list(host) == list(network.state_dict())
+        network.load_state_dict(host)
+        assert any(key.startswith("esper.lattice.") for key in state)
+
+    def test_no_tensor_twice(self, model: MorphableModel, kernel: str) -> None:
+        import asyncio
+
+        asyncio.run(model.load_kernel("0", 0, kernel))
+        names = [name for name, _ in model.named_parameters()]
+        assert len(names) == len(set(names)) == len({id(parameter) for parameter in model.parameters()}) == 6
+        assert set(names) <= set(model.state_dict())
+
+    def test_unknown_and_missing_keys_have_host_names(self, model: MorphableModel, network: nn.Sequential) -> None:
+        state = network.state_dict()
+        state["9.weight"] = state.pop("0.weight")
+        with pytest.raises(RuntimeError, match=r'"0\.weight"') as raised:
+            model.load_state_dict(state)
+        assert '"9.weight"' in str(raised.value) and "wrapped_model" not in str(raised.value)
+
+    def test_round_trip_with_awake_seeds(self, model: MorphableModel, kernel: str) -> None:
+        import asyncio
+
+        asyncio.run(model.load_kernel("0", 0, kernel, alpha=0.5))
+        with torch.no_grad():
+            for parameter in model.graft_parameters().values():
+                parameter.normal_()
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        twin.set_seed_alpha("0", 0, 0.1)
+        twin.load_state_dict(model.state_dict())
+        x = torch.randn(4, 10)
+        assert torch.equal(twin(x), model(x))
+        assert float(twin.layer("0").state_layout.alpha_blend[0]) == 0.5
+
+    def test_other_growth_is_refused(self, model: MorphableModel, network: nn.Sequential, kernel: str) -> None:
+        import asyncio
+
+        asyncio.run(model.load_kernel("0", 0, kernel))
+        with pytest.raises(RuntimeError, match=r"esper\.load"):
+            wrap(network).load_state_dict(model.state_dict())
+
+    def test_inside_another_module(self, network: nn.Sequential) -> None:
+        outer = nn.ModuleDict({"net": wrap(network)})
+        state = outer.state_dict()
+        assert "net.0.weight" in state
+        outer.load_state_dict(state)
+
+
+class TestKasminaLayer:
+    def test_alone_in_a_network(self, registry: str) -> None:
+        import asyncio
+
+        layer = KasminaLayer(10, 20, layer_name="alone")
+        layer.kernel_cache = esper.KernelCache(registry=registry)
+        kernel = esper.compile("lowrank", d_in=10, d_out=20, registry=registry, rank=2)
+        x = torch.randn(3, 10)
+        assert torch.equal(layer(x), layer.default_transform(x))
+        assert asyncio.run(layer.load_kernel(0, kernel, alpha=1.0))
+        assert len(list(layer.parameters())) == 4
+        with torch.no_grad():
+            for parameter in layer.grafts.parameters():
+                parameter.fill_(0.1)
+        host = layer.default_transform
+        assert not torch.equal(layer(x), nn.functional.linear(x, host.weight, host.bias))
+
+    def test_unsupported_host(self) -> None:
+        with pytest.raises(NotImplementedError, match="Embedding"):
+            KasminaLayer.from_host(nn.Embedding(3, 4))
