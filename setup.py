@@ -1,8 +1,8 @@
 """Builds ``esper._native`` with CMake and ninja, and maps ``kernels/`` to ``esper.kernels``.
 
 Environment:
-    ESPER_CUDA: unset or ``auto`` builds the CUDA kernels if it can and says why if it cannot, ``1`` insists on them, ``0``
-        leaves them out.
+    ESPER_CUDA: unset or ``auto`` builds the CUDA kernels if it can and says why if it cannot, ``1`` insists on them,
+        ``0`` leaves them out.
     ESPER_CUDA_ARCHS: compute capabilities, ``80;90;100`` if unset; PTX of the last one goes in as well.
     CUDACXX, CUDA_HOME, CUDA_PATH: where nvcc is, asked in this order before ``PATH`` and ``/usr/local/cuda``.
 """
@@ -82,7 +82,9 @@ def choose_cuda(environ: Mapping[str, str]) -> CudaChoice:
     if mode == "0":
         return CudaChoice(reason="ESPER_CUDA=0 at build time")
     required = mode == "1"
-    wanted = [arch.strip() for arch in re.split(r"[;,\s]+", environ.get("ESPER_CUDA_ARCHS", "") or DEFAULT_ARCHS) if arch]
+    wanted = [
+        arch.strip() for arch in re.split(r"[;,\s]+", environ.get("ESPER_CUDA_ARCHS", "") or DEFAULT_ARCHS) if arch
+    ]
     if bad := [arch for arch in wanted if not re.fullmatch(r"\d{2,3}[af]?", arch)]:
         raise OptionError(f"ESPER_CUDA_ARCHS: {bad[0]!r} is no compute capability; write them like {DEFAULT_ARCHS}")
 
@@ -122,7 +124,7 @@ class BuildNative(build_ext):
         cuda = choose_cuda(os.environ)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        # One tree for every way to build (editable, in place, wheel), so that a second build compiles only what changed.
+        # One tree for every way to build (editable, in place, wheel): a second build compiles only what changed.
         work = ROOT / "build" / "native"
         with exclusive(ROOT / "build" / "native.lock"):
             try:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 __all__ = ["cuda_reason", "load", "reason"]
-
-_module: ModuleType | None = None
-_reason = ""
 
 
 def _import() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("esper._native"), ""
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "esper._native":
+            return None, f"esper._native does not load: {error}"
+        others = sorted(path.name for path in Path(__file__).parent.parent.glob("_native*"))
+        if others:
+            return None, f"esper._native was built for another Python ({', '.join(others)}); reinstall it for this one"
         return None, "esper._native was not built (`pip install .` builds it; it needs a C++ compiler)"
     except ImportError as error:
         return None, f"esper._native does not load: {error}"
@@ -23,7 +26,7 @@ def _import() -> tuple[ModuleType | None, str]:
 
 _module, _reason = _import()
 if _module is None:
-    warnings.warn(f"{_reason}; Esper goes on with its Python backends.", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"{_reason}. Esper goes on with its other backends.", RuntimeWarning, stacklevel=2)
 
 
 def load() -> ModuleType | None:
@@ -41,7 +44,7 @@ def cuda_reason() -> str:
     if _module is None:
         return _reason
     if not _module.cuda_built:
-        return "esper._native was built without CUDA (nvcc not found, or ESPER_CUDA=0)"
+        return f"esper._native was built without CUDA: {_module.cuda_reason}"
     import torch
 
     return "" if torch.cuda.is_available() else "no CUDA device is visible"
