@@ -1,13 +1,13 @@
 """One form and one hash for all blueprints that mean the same.
 
-Names of nodes and of the blueprint, the order of nodes and of JSON keys, defaults left out or written down, the order of the
-inputs of ``add`` and ``mul``, and the spelling of sizes are not meaning. Operations, attributes, sharing (one node read twice
-is not two equal nodes), tap, mode, scope, and the parameters with their defaults are.
+Names of nodes and of the blueprint, the order of nodes and of JSON keys, defaults left out or written down, the order
+of the inputs of ``add`` and ``mul``, and the spelling of sizes are not meaning. Operations, attributes, sharing (one
+node read twice is not two equal nodes), tap, mode, scope, and the parameters with their defaults are.
 
-The graph is rooted at its output and the inputs of most nodes are ordered, so a depth-first walk from the output numbers it in
-one way only. What is left open is the order of the two inputs of a commutative node. A digest of what lies below each input
-settles nearly all of them; inputs with equal digests are mostly mirror images, which is seen from both orders giving the same
-form. Where they do not, both orders are followed and the smaller form is taken.
+The graph is rooted at its output and the inputs of most nodes are ordered, so a depth-first walk from the output
+numbers it in one way only. What is left open is the order of the two inputs of a commutative node. A digest of what
+lies below each input settles nearly all of them; inputs with equal digests are mostly mirror images, which is seen from
+both orders giving the same form. Where they do not, both orders are followed and the smaller form is taken.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def canonical_form(blueprint: Blueprint) -> dict[str, Any]:
 def canonical_order(blueprint: Blueprint) -> tuple[str, ...]:
     """The names of the nodes in the order of :func:`canonical_form`, which does not depend on the names.
 
-    Nodes that are mirror images of each other may change places when a blueprint is renamed or reordered; nothing else can.
+    Nodes that are mirror images of each other may change places when a blueprint is renamed or reordered; nothing else
+    can.
     """
     return _numbering(blueprint).order
 

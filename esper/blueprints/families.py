@@ -1,8 +1,8 @@
 """Recognise the shapes of sub-network that have fused kernels.
 
-=========== ==============================================================================================================
+=========== =========================================================================================================
 family      what ``k(v)`` is; ``[...]`` may be missing
-=========== ==============================================================================================================
+=========== =========================================================================================================
 lowrank     ``up down v``, no bias
 bottleneck  ``up act(down [norm] v [+ b])``, where norm, act or b may be missing, but not all of them
 gated       ``up (act(gate [norm] v [+ b]) * (value [norm] v [+ b]))``
@@ -10,7 +10,7 @@ dense       ``[act] (linear v [+ b])``
 elementwise ``[shift +] scale * [act] v``
 conv        ``pointwise [act] (depthwise v [+ b]) [+ b]``
 graph       everything else: runs node by node on PyTorch ops
-=========== ==============================================================================================================
+=========== =========================================================================================================
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class Family:
 
     Attributes:
         name: The family; compares equal to its name as a string.
-        roles: Node name by role: ``down``, ``up``, ``gate``, ``value``, ``linear``, ``scale``, ``shift``, ``depthwise``,
-            ``pointwise``. A role's tensors are ``<node>.weight`` and, if there is one, ``<node>.bias``. Empty for ``graph``.
+        roles: Node name by role: ``down``, ``up``, ``gate``, ``value``, ``linear``, ``scale``, ``shift``,
+            ``depthwise``, ``pointwise``. A role's tensors are ``<node>.weight`` and, if there is one, ``<node>.bias``.
+            Empty for ``graph``.
         biases: The roles whose linear, pointwise or depthwise node has a bias.
         activation: Its kind, or None.
         norm: Kind of the norm before the first linear nodes, or None.

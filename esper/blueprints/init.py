@@ -1,9 +1,9 @@
 """First weights of a sub-network: the same for the same seed everywhere.
 
-Every tensor has a generator of its own, seeded from SHA-256 of (seed, canonical number of the node, role). So weights do
-not depend on the global random state, on the number of threads, on the names of nodes, or on which tensors are drawn first. Only
-uniform numbers are drawn, in float64: they come from the generator's bits by one exact multiplication, whereas normal
-ones pass through vectorised logarithms that differ between processors.
+Every tensor has a generator of its own, seeded from SHA-256 of (seed, canonical number of the node, role). So weights
+do not depend on the global random state, on the number of threads, on the names of nodes, or on which tensors are drawn
+first. Only uniform numbers are drawn, in float64: they come from the generator's bits by one exact multiplication,
+whereas normal ones pass through vectorised logarithms that differ between processors.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def initialise(
 ) -> dict[str, torch.Tensor]:
     """Draw the first weights of ``blueprint``.
 
-    Weights are Kaiming-uniform, biases and shifts zero, scales one, except where :mod:`esper.blueprints.waking` makes the
-    sub-network zero (residual) or the identity (replace).
+    Weights are Kaiming-uniform, biases and shifts zero, scales one, except where :mod:`esper.blueprints.waking` makes
+    the sub-network zero (residual) or the identity (replace).
 
     Args:
         blueprint: Whose weights.
@@ -60,8 +60,8 @@ def initialise(
         **params: Values for the blueprint's parameters, in place of its defaults.
 
     Returns:
-        Tensors by name, on the CPU, in the order of the nodes: linear and pointwise ``weight`` [out, in] and ``bias`` [out],
-        depthwise ``weight`` [C, kh, kw] and ``bias`` [C], scale ``weight`` [C], shift ``bias`` [C].
+        Tensors by name, on the CPU, in the order of the nodes: linear and pointwise ``weight`` [out, in] and ``bias``
+        [out], depthwise ``weight`` [C, kh, kw] and ``bias`` [C], scale ``weight`` [C], shift ``bias`` [C].
 
     Raises:
         BlueprintError: for a blueprint that does not fit the sizes, a bad seed or another dtype.

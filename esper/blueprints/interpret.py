@@ -30,11 +30,12 @@ def run(
         tensors: Its weights by name, ``<node>.weight`` and ``<node>.bias``, of ``x``'s dtype and device, shaped as
             ``validate(...).tensors`` says. Names the blueprint does not know are ignored.
         x: The tap: any number of dimensions, ``d_in`` features along ``channel_dim``.
-        channel_dim: Where the features are: -1 for row-major tensors, 1 for [N, C, H, W] (-3 takes unbatched images too).
+        channel_dim: Where the features are: -1 for row-major tensors, 1 for [N, C, H, W] (-3 takes unbatched images
+            too).
 
     Returns:
-        ``k``, with ``d_out`` features along ``channel_dim`` and, unless a depthwise node has changed the image's size, the
-        other dimensions of ``x``.
+        ``k``, with ``d_out`` features along ``channel_dim`` and, unless a depthwise node has changed the image's size,
+        the other dimensions of ``x``.
 
     Raises:
         BlueprintError: where a tensor is missing; it names the node.
@@ -152,7 +153,7 @@ def _check_features(node: Node, x: torch.Tensor, features: int, dim: int) -> Non
 def _check_image(node: Node, x: torch.Tensor, dim: int) -> None:
     if dim > 1 or x.dim() - 1 - dim != 2:
         raise BlueprintShapeError(
-            f"{node.op} needs images, [N, C, H, W] or [C, H, W], but got {tuple(x.shape)} with features in dimension {dim}",
+            f"{node.op} needs [N, C, H, W] or [C, H, W], but got {tuple(x.shape)} with features in dimension {dim}",
             node=node.name,
             got=tuple(x.shape),
         )

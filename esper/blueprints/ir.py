@@ -1,7 +1,7 @@
 """The blueprint: a small sub-network as data.
 
-A :class:`Blueprint` that exists is well-formed: names, types, operations, attributes and the graph were checked when it was
-made. What depends on the sizes it is put to is checked by :func:`esper.blueprints.validate`.
+A :class:`Blueprint` that exists is well-formed: names, types, operations, attributes and the graph were checked when it
+was made. What depends on the sizes it is put to is checked by :func:`esper.blueprints.validate`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Node:
     """One step of a blueprint.
 
     Attributes:
-        name: Unique in the blueprint; an identifier of at most 64 characters. Its tensors are ``<name>.weight`` and ``<name>.bias``.
+        name: Unique in the blueprint; an identifier of at most 64 characters. Its tensors are ``<name>.weight`` and
+            ``<name>.bias``.
         op: One of :data:`esper.blueprints.nodes.OPS`.
         inputs: Names of the nodes it reads.
         attrs: The operation's attributes; defaults are filled in, pairs are made of single numbers.
@@ -108,7 +109,8 @@ class Blueprint:
         nodes: The steps, in any order; exactly one ``input`` and one ``output``; every node leads to the output.
         tap: What ``k`` reads: the layer's ``input`` or its ``output``.
         mode: ``residual`` adds ``alpha * k``; ``replace`` blends the layer's output into ``k``.
-        scope: ``layer`` changes all features of the layer, ``chunk`` only the seed's own. ``k`` reads the whole tap in both.
+        scope: ``layer`` changes all features of the layer, ``chunk`` only the seed's own. ``k`` reads the whole tap in
+            both.
         parameters: Names and default values that sizes may use.
         order: The nodes, each after its inputs; the input first, the output last (derived).
 
@@ -193,8 +195,8 @@ def from_json(source: str | bytes | Mapping[str, Any]) -> Blueprint:
         The blueprint; sizes are checked later, by :func:`esper.blueprints.validate`.
 
     Raises:
-        BlueprintError: for anything else than a blueprint of a known schema version: bad JSON, NaN or infinity, a key that
-            stands twice, an unknown or a missing key, a wrong type, a graph that is none.
+        BlueprintError: for anything else than a blueprint of a known schema version: bad JSON, NaN or infinity, a key
+            that stands twice, an unknown or a missing key, a wrong type, a graph that is none.
     """
     data = _parse(source) if isinstance(source, (str, bytes)) else source
     top = _object(data, "a blueprint")

@@ -1,8 +1,8 @@
 """Ready-made blueprints.
 
-``get("bottleneck", rank=16)`` builds one; ``names()`` lists them; ``describe(name)`` tells formula, source and cost. Every entry
-takes ``tap``, ``mode`` and ``scope`` besides its own parameters. Here ``v`` is the tap, with ``d_in`` features, ``k`` has
-``d_out`` features, and ``r`` is the rank.
+``get("bottleneck", rank=16)`` builds one; ``names()`` lists them; ``describe(name)`` tells formula, source and cost.
+Every entry takes ``tap``, ``mode`` and ``scope`` besides its own parameters. Here ``v`` is the tap, with ``d_in``
+features, ``k`` has ``d_out`` features, and ``r`` is the rank.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ def get(name: str, **params: Any) -> Blueprint:
 
     Args:
         name: One of :func:`names`.
-        **params: ``tap`` ("input" or "output"), ``mode`` ("residual" or "replace"), ``scope`` ("layer" or "chunk"), and the
-            entry's own: ``rank`` (int), ``activation`` (a kind, or None where the entry allows it), ``bias`` (bool), ``norm``
-            (a kind), ``eps`` (float), ``kernel_size``, ``stride``, ``padding``, ``dilation`` (int or two ints).
+        **params: ``tap`` ("input" or "output"), ``mode`` ("residual" or "replace"), ``scope`` ("layer" or "chunk"),
+            and the entry's own: ``rank`` (int), ``activation`` (a kind, or None for none), ``bias``, ``shift`` (bool),
+            ``norm`` (a kind, or None), ``eps`` (float), ``kernel_size``, ``stride``, ``padding``, ``dilation`` (int or
+            two ints; no padding given means the one that keeps the image's size).
 
     Returns:
         A blueprint with the values as its parameters' defaults; ``rank`` can still be set when it is put to sizes.
@@ -254,7 +255,7 @@ _ENTRIES: Final[dict[str, Entry]] = {
             formula="k = W v + b",
             source=_NET2NET,
             weights="d_out (d_in + 1)",
-            preserving="residual: always; replace: with tap=output and scope=layer",
+            preserving="residual: always; replace: with tap=output",
             activation=None,
             bias=True,
         ),
@@ -307,7 +308,7 @@ _ENTRIES: Final[dict[str, Entry]] = {
             formula="k = P (D conv v) + b",
             source=_MOBILENET,
             weights="d_in kh kw + d_out (d_in + 1)",
-            preserving="residual: always; replace: with tap=output, scope=layer, no activation and the image's size kept",
+            preserving="residual: always; replace: with tap=output, no activation and the image's size kept",
             activation=None,
             bias=True,
             kernel_size=3,

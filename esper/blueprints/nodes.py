@@ -1,20 +1,20 @@
 """The operations a node may name: how many inputs each takes, and which attributes.
 
-========== ====== ============================================ =================================================================
-op         inputs attributes                                   meaning, with ``c`` the features of the input
-========== ====== ============================================ =================================================================
-input      0                                                   the tap
-output     1                                                   the result, ``d_out`` features
-linear     1      out (size), bias (False)                     ``W v + b``, ``W [out, c]``, ``b [out]``; a 1x1 convolution on images
-pointwise  1      out (size), bias (False)                     ``linear``, images only
-depthwise  1      kernel_size, stride (1), padding (0),        each channel with its own kernel, ``W [c, kh, kw]``, ``b [c]``;
-                  dilation (1), bias (False)                   images only; zero padding
-activation 1      kind                                         relu, gelu (erf), gelu_tanh, tanh, sigmoid, silu
-norm       1      kind, eps (1e-5)                             layernorm, rmsnorm over the features, without affine parameters
-scale      1                                                   ``w * v``, ``w [c]``
-shift      1                                                   ``v + b``, ``b [c]`` (stored as ``<node>.bias``)
-add, mul   2                                                   elementwise
-========== ====== ============================================ =================================================================
+==========  ======  =====================================  ===========================================================
+op          inputs  attributes                             meaning, with ``c`` the features of the input
+==========  ======  =====================================  ===========================================================
+input       0                                              the tap
+output      1                                              the result, ``d_out`` features
+linear      1       out (size), bias (False)               ``W v + b``, ``W [out, c]``, ``b [out]``; on images 1x1
+pointwise   1       out (size), bias (False)               ``linear``, on images only
+depthwise   1       kernel_size, stride (1), padding (0),  each channel with its own kernel, ``W [c, kh, kw]``,
+                    dilation (1), bias (False)             ``b [c]``; on images only; pads with zeros
+activation  1       kind                                   relu, gelu (erf), gelu_tanh, tanh, sigmoid, silu
+norm        1       kind, eps (1e-5)                       layernorm, rmsnorm over the features, nothing learned
+scale       1                                              ``w * v``, ``w [c]``
+shift       1                                              ``v + b``, ``b [c]`` (stored as ``<node>.bias``)
+add, mul    2                                              elementwise
+==========  ======  =====================================  ===========================================================
 
 A norm has no weight of its own because the linear node after it absorbs one.
 """
@@ -29,7 +29,7 @@ from typing import Any, Final
 from esper.blueprints.sizes import Size, check_size, shown
 from esper.contracts.errors import BlueprintError
 
-__all__ = ["ACTIVATIONS", "NORMS", "OPS", "AttrSpec", "Attributes", "AttrValue", "OpSpec"]
+__all__ = ["ACTIVATIONS", "NORMS", "OPS", "AttrSpec", "AttrValue", "Attributes", "OpSpec"]
 
 AttrValue = int | float | bool | str | tuple[int, int]
 
@@ -40,7 +40,7 @@ _REQUIRED: Final = object()
 
 
 class Attributes(Mapping[str, Any]):
-    """An immutable, hashable mapping that keeps its order; equal whatever the order; pickles and copies like any value."""
+    """An immutable, hashable mapping; keeps its order but is equal whatever the order; pickles and copies."""
 
     __slots__ = ("_items",)
 
@@ -68,7 +68,7 @@ class Attributes(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class AttrSpec:
-    """One attribute: ``check`` returns the value in its normal form or raises; no ``default`` means it must be given."""
+    """One attribute: ``check`` returns the value's normal form or raises; without a ``default`` it must be given."""
 
     check: Callable[[object, str], AttrValue]
     default: object = _REQUIRED

@@ -1,8 +1,8 @@
 """Symbolic sizes: ``8``, ``"d_in"``, ``"4*rank"``, ``"max(1, d_in // 16)"``.
 
-The language has integers, names, ``+ - * / //``, ``min``, ``max`` and parentheses, and nothing else. ``/`` must divide exactly,
-``//`` rounds down. Text is parsed by hand, never evaluated by Python, and every value on the way is bounded, so that a
-hostile blueprint can cost neither time nor memory.
+The language has integers, names, ``+ - * / //``, ``min``, ``max`` and parentheses, and nothing else. ``/`` must divide
+exactly, ``//`` rounds down. Text is parsed by hand, never evaluated by Python, and every value on the way is bounded,
+so that a hostile blueprint can cost neither time nor memory.
 
     sum     = product { ("+" | "-") product }
     product = atom { ("*" | "/" | "//") atom }
@@ -84,7 +84,7 @@ def evaluate(size: Size, values: Mapping[str, int]) -> int:
 
 
 def normal_form(size: Size) -> str:
-    """One spelling for all sizes that differ in spaces, in redundant parentheses or in the order of sums and products only."""
+    """One spelling for all sizes that differ only in spaces, in needless parentheses or in the order of operands."""
     return _spell(_parse(str(size)))
 
 
@@ -215,7 +215,7 @@ def _bindings(size: str, values: Mapping[str, int]) -> str:
 
 
 def shown(value: object) -> str:
-    """A short text for any value; ``repr`` of a huge integer or of a deep list would raise, of a long one flood the message."""
+    """A short text for any value, the huge integers and deep lists included whose ``repr`` would raise."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):

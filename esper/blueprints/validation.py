@@ -21,8 +21,9 @@ MAX_PARAMETER_COUNT: Final = 1 << 28
 class SpatialMap:
     """How an image's height (or width) changes: ``size -> floor((size + offset) / stride)``.
 
-    A convolution is the map with ``offset = 2 padding - dilation (kernel - 1) - 1 + stride``, and such maps are closed under
-    composition (floors of floors of integers nest), so that any two paths can be compared for all image sizes at once.
+    A convolution is the map with ``offset = 2 padding - dilation (kernel - 1) - 1 + stride``, and such maps are closed
+    under composition (floors of floors of integers nest), so that any two paths can be compared for all image sizes at
+    once.
     """
 
     offset: int = 0

@@ -1,14 +1,14 @@
 """Which weights a sub-network must start with so that waking it leaves the network's function as it was.
 
-*Residual*: ``k = 0``. The weights nearest to the output are set to zero, as LoRA does with its up-projection, wherever zero
-can be had without killing the gradient: a linear or scale node gives it at once; ``gelu``, ``tanh`` and ``silu`` pass it on
-(and have a slope there); ``relu`` has none at 0 and ``sigmoid(0)`` is 1/2, so nothing is zeroed behind them; nor behind a norm,
-whose slope at 0 is ``1 / sqrt(eps)``; of two factors one is zeroed, of two terms both.
+*Residual*: ``k = 0``. The weights nearest to the output are set to zero, as LoRA does with its up-projection, wherever
+zero can be had without killing the gradient: a linear or scale node gives it at once; ``gelu``, ``tanh`` and ``silu``
+pass it on (and have a slope there); ``relu`` has none at 0 and ``sigmoid(0)`` is 1/2, so nothing is zeroed behind them;
+nor behind a norm, whose slope at 0 is ``1 / sqrt(eps)``; of two factors one is zeroed, of two terms both.
 
-*Replace*: ``k(v) = v``. Square linear nodes become the identity matrix, scales one, shifts zero, depthwise kernels the kernel
-that picks their own pixel; of a sum one term is the identity and the other zero. A last ``relu`` is let through, since it
-changes nothing behind a ReLU (Chen et al. 2015, "Net2Net"). With the tap on the layer's output this keeps the function; with
-the tap on the input it starts as if the layer were not there.
+*Replace*: ``k(v) = v``. Square linear nodes become the identity matrix, scales one, shifts zero, depthwise kernels the
+kernel that picks their own pixel; of a sum one term is the identity and the other zero. A last ``relu`` is let through,
+since it changes nothing behind a ReLU (Chen et al. 2015, "Net2Net"). With the tap on the layer's output this keeps the
+function; with the tap on the input it starts as if the layer were not there.
 
 Where neither can be had, the weights are drawn at random and the ramp of alpha covers the rest.
 """
@@ -59,8 +59,8 @@ def preserves_function(blueprint: Blueprint, d_in: int, d_out: int, **params: in
 
     Returns:
         True if at any alpha the layer gives what it gave before (in exact arithmetic for ``replace``, bit for bit for
-        ``residual``). A chunk in ``replace`` mode never does: it cannot pick its own features out of the whole tap, unless
-        the layer has one chunk only.
+        ``residual``). A chunk in ``replace`` mode never does: it cannot pick its own features out of the whole tap,
+        unless the layer has one chunk only.
 
     Raises:
         BlueprintError: as :func:`esper.blueprints.validate`.
@@ -87,7 +87,7 @@ _Starts = dict[str, Start]
 
 
 class _Planner:
-    """Search for starts that make a node zero or the identity; each method returns None where the algebra does not allow it."""
+    """Search for starts that make a node zero or the identity; None where the algebra does not allow it."""
 
     def __init__(self, blueprint: Blueprint, resolved: Resolved) -> None:
         self.nodes = {node.name: node for node in blueprint.order}
@@ -146,7 +146,7 @@ class _Planner:
 
 
 def own_pixel(depthwise: Node) -> tuple[int, int] | None:
-    """Where a depthwise kernel has the weight of the output's own pixel; None if sizes change or no weight falls on it."""
+    """Where a depthwise kernel holds the weight of the output's own pixel; None if it has none or sizes change."""
     where: list[int] = []
     keys = ("kernel_size", "stride", "padding", "dilation")
     for kernel, stride, padding, dilation in zip(*(depthwise.attrs[key] for key in keys), strict=True):

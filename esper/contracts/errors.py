@@ -1,14 +1,23 @@
 """The errors that Esper raises on purpose.
 
-All derive from :class:`EsperError`, so that one ``except`` clause catches them, and from the built-in class that fits best, so
-that code which knows nothing of Esper catches them too. Messages say what was wrong with the value and what to do about it.
+All derive from :class:`EsperError`, so that one ``except`` clause catches them, and from the built-in class that fits
+best, so that code which knows nothing of Esper catches them too. Messages say what was wrong with the value and what to
+do about it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["ArtifactError", "BlueprintError", "BlueprintShapeError", "EsperError", "ShapeMismatchError"]
+__all__ = [
+    "ArtifactError",
+    "BlueprintError",
+    "BlueprintShapeError",
+    "EsperError",
+    "KernelNotFoundError",
+    "RegistryUnavailableError",
+    "ShapeMismatchError",
+]
 
 
 class EsperError(Exception):
@@ -16,7 +25,7 @@ class EsperError(Exception):
 
 
 class ArtifactError(EsperError, ValueError):
-    """An artifact was had and is bad: truncated, altered, of an unknown version, or holding what its blueprint forbids."""
+    """An artifact was had and is bad: truncated, altered, of an unknown version, or at odds with its blueprint."""
 
 
 class ShapeMismatchError(EsperError, ValueError):
@@ -61,3 +70,11 @@ class BlueprintShapeError(BlueprintError, ShapeMismatchError):
         BlueprintError.__init__(self, message, node=node)
         self.expected = None if expected is None else tuple(expected)
         self.got = None if got is None else tuple(got)
+
+
+class KernelNotFoundError(EsperError, LookupError):
+    """The registry answered: it has no such artifact."""
+
+
+class RegistryUnavailableError(EsperError, ConnectionError):
+    """The registry did not answer: its folder is gone, it cannot be reached, or access was denied. May pass."""
