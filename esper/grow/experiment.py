@@ -1,0 +1,230 @@
+"""The comparison: a growing network, the same host without growth, and a static network of the grown size.
+
+All three of one seed see the same split and the same batches in the same order for the same number of epochs; the
+growing network and the host start from the same weights. The test part is looked at once per network, after training.
+Growth decisions see the validation part only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from esper.core.checkpoint import load as load_checkpoint
+from esper.core.checkpoint import save as save_checkpoint
+from esper.core.model_wrapper import MorphableModel, wrap
+from esper.grow import events
+from esper.grow.catalogue import build_catalogue
+from esper.grow.data import Split, Task, prepare
+from esper.grow.errors import GrowError
+from esper.grow.grower import Grower, SeedTrace
+from esper.grow.model import build, count_parameters, host_width, width_for
+from esper.grow.trainer import EpochRecord, Interrupted, Trainer, evaluate
+from esper.optim import attach
+
+__all__ = ["NETWORKS", "Experiment", "NetworkName", "NetworkResult", "Progress"]
+
+NetworkName = Literal["host", "grown", "static"]
+
+#: In the order they are trained: the static network's size is known once the grown one is done.
+NETWORKS: tuple[NetworkName, ...] = ("host", "grown", "static")
+
+SEEDS_PER_LAYER = 4
+
+
+class Progress(Protocol):
+    """Shows how far the job is."""
+
+    def network(self, name: NetworkName, seed: int) -> None:
+        """Training of a network begins."""
+
+    def epoch(self, record: EpochRecord) -> None:
+        """An epoch has ended."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line happened."""
+
+
+@dataclass
+class NetworkResult:
+    """One trained network; accuracies are shares, losses mean cross-entropies in nats, over the test part."""
+
+    network: NetworkName
+    seed: int
+    parameters: int
+    history: list[EpochRecord]
+    test_loss: float
+    test_accuracy: float
+    seconds: float
+    traces: list[SeedTrace] = field(default_factory=list)
+    seeds_kept: int = 0
+    seeds_culled: int = 0
+    checkpoint: str | None = None
+
+
+@dataclass
+class Experiment:
+    """The whole job.
+
+    Attributes:
+        task: The data.
+        seeds: One triple of networks is trained for each.
+        epochs: Passes over the training part, for every network.
+        device: Where to train.
+        registry: URL of the registry that kernels come from.
+        out: Folder for checkpoints.
+        emit: Takes events.
+        progress: Is told how far it is.
+        stop: Asked before every training step; True ends the job with :class:`esper.grow.trainer.Interrupted`.
+        results: Filled as networks finish, interrupted or not.
+        layer_rows: Labels of the lattice's rows, ``"<layer>#<seed index>"``.
+    """
+
+    task: Task
+    seeds: list[int]
+    epochs: int
+    device: torch.device
+    registry: str
+    out: Path
+    emit: Callable[[events.Event], None]
+    progress: Progress
+    stop: Callable[[], bool] = lambda: False
+    results: list[NetworkResult] = field(default_factory=list)
+    layer_rows: list[str] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Train everything.
+
+        Raises:
+            Interrupted: ``stop`` said so. What is finished, and the network that was being trained, is in ``results``.
+        """
+        for seed in self.seeds:
+            split = prepare(self.task, seed=seed, device=self.device)
+            if seed == self.seeds[0]:
+                self._started(split)
+            self._train_plain("host", self._host(seed), split, seed)
+            grown = self._train_grown(split, seed)
+            width = width_for(split.features, self.task.classes, grown.parameters)
+            static = build(split.features, self.task.classes, width=width, seed=seed).to(self.device)
+            self._train_plain("static", static, split, seed)
+
+    def _started(self, split: Split) -> None:
+        self.emit(
+            events.RunStarted(
+                data=self.task.name,
+                samples=split.sizes(),
+                features=split.features,
+                classes=self.task.classes,
+                seeds=self.seeds,
+                epochs=self.epochs,
+                device=str(self.device),
+            )
+        )
+
+    def _host(self, seed: int) -> nn.Sequential:
+        classes = self.task.classes
+        return build(self.task.features.shape[1], classes, width=host_width(classes), seed=seed).to(self.device)
+
+    def _train_plain(self, network: NetworkName, model: nn.Module, split: Split, seed: int) -> NetworkResult:
+        return self._train(network, model, Trainer(model, split, seed=seed), split, seed, None)
+
+    def _train_grown(self, split: Split, seed: int) -> NetworkResult:
+        host = self._host(seed)
+        catalogue = build_catalogue(host, self.registry, seeds_per_layer=SEEDS_PER_LAYER, seed=seed)
+        model = wrap(host, seeds_per_layer=SEEDS_PER_LAYER, preserve_original=False, registry=self.registry)
+        try:
+            self.layer_rows = [
+                f"{name}#{i}" for name, layer in model.kasmina_layers.items() for i in range(layer.num_seeds)
+            ]
+            trainer = Trainer(model, split, seed=seed)
+            attach(trainer.optimizer, model)
+            grower = Grower(
+                model,
+                catalogue,
+                steps_per_epoch=trainer.steps_per_epoch,
+                last_epoch=self.epochs,
+                emit=self._relay,
+                seed=seed,
+            )
+            return self._train("grown", model, trainer, split, seed, grower)
+        finally:
+            model.close()
+
+    def _train(
+        self,
+        network: NetworkName,
+        model: nn.Module,
+        trainer: Trainer,
+        split: Split,
+        seed: int,
+        grower: Grower | None,
+    ) -> NetworkResult:
+        self.progress.network(network, seed)
+        self.emit(events.NetworkStarted(network, seed, count_parameters(model)))
+        after_step = model.step if isinstance(model, MorphableModel) else None
+        history: list[EpochRecord] = []
+        interrupted = False
+        start = time.monotonic()
+        try:
+            for _ in range(self.epochs):
+                record = trainer.epoch(after_step, self.stop)
+                history.append(record)
+                self.emit(
+                    events.EpochEnded(
+                        network,
+                        seed,
+                        record.epoch,
+                        record.train_loss,
+                        record.validation_loss,
+                        record.validation_accuracy,
+                    )
+                )
+                if grower is not None:
+                    grower.end_epoch(record)
+                self.progress.epoch(record)
+        except Interrupted:
+            interrupted = True
+        if grower is not None:
+            grower.finish()
+        seconds = time.monotonic() - start
+        loss, accuracy = evaluate(model, split.test_x, split.test_y)
+        result = NetworkResult(network, seed, count_parameters(model), history, loss, accuracy, seconds)
+        if grower is not None and isinstance(model, MorphableModel):
+            result.traces, result.seeds_kept, result.seeds_culled = grower.traces, grower.kept, grower.culled
+            result.checkpoint = self._save(model, split, seed, accuracy)
+        self.emit(events.NetworkFinished(network, seed, result.parameters, loss, accuracy, seconds))
+        self.results.append(result)
+        if interrupted:
+            raise Interrupted
+        return result
+
+    def _save(self, model: MorphableModel, split: Split, seed: int, accuracy: float) -> str:
+        """Write the grown network, and make sure that the file gives the same network back."""
+        path = self.out / f"grown-seed{seed}.safetensors"
+        save_checkpoint(model, path)
+        restored = load_checkpoint(path, self._host(seed))
+        try:
+            _, again = evaluate(restored, split.test_x, split.test_y)
+        finally:
+            restored.close()
+        if again != accuracy:
+            raise GrowError(f"{path}: the saved network scores {again:.4f} on the test part, not {accuracy:.4f}")
+        self.emit(events.CheckpointSaved(seed, path.name, path.stat().st_size))
+        return path.name
+
+    def _relay(self, event: events.Event) -> None:
+        self.emit(event)
+        if isinstance(event, events.SeedRequested):
+            place = f"{event.layer}#{event.seed_idx}"
+            self.progress.note(f"epoch {event.epoch}: levelled off, waking {place} with {event.blueprint}")
+        elif isinstance(event, events.SeedJudged):
+            change = f"validation loss {event.loss_before:.3f} -> {event.loss_after:.3f}"
+            self.progress.note(f"epoch {event.epoch}: {event.verdict} {event.layer}#{event.seed_idx} ({change})")
+        elif isinstance(event, events.SeedRefused):
+            self.progress.note(f"epoch {event.epoch}: {event.layer}#{event.seed_idx} refused: {event.reason}")

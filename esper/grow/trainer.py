@@ -1,0 +1,101 @@
+"""One network, one optimizer, one pass over the data at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from esper.grow.data import Split
+
+__all__ = ["EpochRecord", "Interrupted", "Trainer", "evaluate"]
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the user asked to stop
+    """The user asked to stop, between two steps."""
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What one epoch came to; losses are mean cross-entropies in nats, accuracy is a share in [0, 1]."""
+
+    epoch: int
+    train_loss: float
+    validation_loss: float
+    validation_accuracy: float
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+    """Mean cross-entropy (nats) and accuracy of ``model`` on ``x`` ``[n, features]``, ``y`` ``[n]``, in eval mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        logits = model(x)
+    finally:
+        model.train(was_training)
+    loss = functional.cross_entropy(logits, y)
+    accuracy = (logits.argmax(dim=1) == y).float().mean()
+    values: list[float] = torch.stack((loss, accuracy)).tolist()
+    return values[0], values[1]
+
+
+class Trainer:
+    """Mini-batch AdamW on a split; batch order depends on ``seed`` alone, so that networks compare fairly."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        split: Split,
+        *,
+        seed: int,
+        batch_size: int = 64,
+        lr: float = 5e-3,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        """Bind ``model`` to ``split``; ``lr`` and ``weight_decay`` are AdamW's."""
+        self.model = model
+        self.split = split
+        self.batch_size = batch_size
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+        self.epochs_done = 0
+        self._order = torch.Generator().manual_seed(seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass."""
+        return -(-len(self.split.train_y) // self.batch_size)
+
+    def epoch(
+        self, after_step: Callable[[], object] | None = None, stop: Callable[[], bool] = lambda: False
+    ) -> EpochRecord:
+        """Train for one pass and evaluate.
+
+        Args:
+            after_step: Called after each optimizer step (a growing model's ``step``).
+            stop: Asked before each step.
+
+        Raises:
+            Interrupted: when ``stop()`` says so; the network is left as the last whole step made it.
+        """
+        split, model, optimizer = self.split, self.model, self.optimizer
+        model.train()
+        order = torch.randperm(len(split.train_y), generator=self._order).to(split.train_y.device)
+        # Summed on the device and read once at the end: reading each step's loss would wait for the device every step.
+        total = torch.zeros((), device=split.train_x.device)
+        for batch in torch.split(order, self.batch_size):
+            if stop():
+                raise Interrupted
+            loss = functional.cross_entropy(model(split.train_x[batch]), split.train_y[batch])
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            total += loss.detach() * len(batch)
+            if after_step is not None:
+                after_step()
+        self.epochs_done += 1
+        validation_loss, validation_accuracy = evaluate(model, split.validation_x, split.validation_y)
+        return EpochRecord(self.epochs_done, float(total) / len(split.train_y), validation_loss, validation_accuracy)
