@@ -1,11 +1,11 @@
 """Esper lets a PyTorch network grow while it trains.
 
-    import esper
+import esper
 
-    model = esper.wrap(network)                    # dormant seeds: same function, no cost
-    kernel = esper.compile("lowrank", d_in=64, d_out=64, registry="runs/registry")
-    model.request_kernel("0", 0, kernel)           # fetched in the background
-    model.step()                                   # once per training step
+model = esper.wrap(network)                    # dormant seeds: same function, no cost
+kernel = esper.compile("lowrank", d_in=64, d_out=64, registry="runs/registry")
+model.request_kernel("0", 0, kernel)           # fetched in the background
+model.step()                                   # once per training step
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esper import blueprints, contracts, core, execution, grow, nn, ops, optim, services
-    from esper.contracts.artifact import Artifact
+    from esper.artifacts.artifact import Artifact
     from esper.contracts.errors import (
         ArtifactError,
         BlueprintError,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # Loaded when first used: `import esper` stays fast, and tools that only read artifacts do not load all of torch.
 _HOMES = {
-    "Artifact": "esper.contracts.artifact",
+    "Artifact": "esper.artifacts.artifact",
     "ArtifactError": "esper.contracts.errors",
     "BlueprintError": "esper.contracts.errors",
     "EsperError": "esper.contracts.errors",

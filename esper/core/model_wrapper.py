@@ -10,8 +10,8 @@ from torch import nn
 
 from esper.contracts.registry import RegistryClient
 from esper.core.morphable import MorphableModel
-from esper.execution.hosts import SUPPORTED_HOSTS
 from esper.execution.host_binding import fast_path_ancestors
+from esper.execution.hosts import SUPPORTED_HOSTS
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.state_layout import Lattice
@@ -47,8 +47,9 @@ def wrap(
         seeds_per_layer: Seeds of each layer.
         cache_size_mb: Memory for fetched kernels, in MiB, for the whole model.
         telemetry_enabled: Whether the activations are monitored.
-        preserve_original: True wraps a copy and keeps a reference to ``model``; False wraps ``model`` itself and copies no weight.
-        registry: Where kernels come from: a client, a ``file://`` URL or a path. None means ``ESPER_REGISTRY``, else the user's own
+        preserve_original: True wraps a copy and keeps a reference to ``model``; False wraps ``model`` itself and
+        copies no weight. registry: Where kernels come from: a client, a ``file://`` URL or a path. None means
+        ``ESPER_REGISTRY``, else the user's own
             registry folder.
         bus: Reserved for the message bus; only None is accepted in this version.
         reserve_rank: Reserved for grafts of fixed shape; only 0 is accepted in this version.
@@ -94,7 +95,9 @@ def unwrap(model: MorphableModel) -> nn.Module:
     return model.original_model if model.original_model is not None else model.wrapped_model
 
 
-def find_targets(model: nn.Module, target_layers: Iterable[type[nn.Module] | str] | None = None) -> dict[str, nn.Module]:
+def find_targets(
+    model: nn.Module, target_layers: Iterable[type[nn.Module] | str] | None = None
+) -> dict[str, nn.Module]:
     """The layers that :func:`wrap` would give seeds to, by name, each module once.
 
     Raises:
@@ -148,7 +151,9 @@ def _check_arguments(model: nn.Module, seeds_per_layer: int, bus: object, reserv
     if bus is not None:
         raise ValueError("bus= is not available in this version: pass None")
     if reserve_rank:
-        raise ValueError(f"reserve_rank={reserve_rank} is not available in this version: pass 0 (banks grow as seeds wake)")
+        raise ValueError(
+            f"reserve_rank={reserve_rank} is not available in this version: pass 0 (banks grow as seeds wake)"
+        )
 
 
 def _describe(entry: type[nn.Module] | str) -> str:

@@ -6,17 +6,16 @@ import copy
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from esper.contracts.errors import ArtifactError
-from esper.core.naming import GRAFT_PREFIX, WRAPPED, GraftTree
+from esper.core.naming import GRAFT_PREFIX, GraftTree, HostNames
 from esper.execution import background
 from esper.execution.kasmina_layer import GrowthCallback, GrowthEvent, KasminaLayer
 from esper.execution.kernel_executor import LoadedKernel
@@ -60,12 +59,12 @@ class _Fetched:
     outcome: Future[bool]
 
 
-class MorphableModel(nn.Module):
+class MorphableModel(HostNames):
     """A network whose layers have seeds. Built by ``esper.wrap``.
 
-    It is called, trained, moved, saved and inspected as the network it wraps: parameters and ``state_dict`` entries have the
-    host's names, attributes it does not have itself are the host's. Parameters of awake seeds and the lattice stand
-    beside them under names that start with ``esper.``.
+    It is called, trained, moved, saved and inspected as the network it wraps: parameters and ``state_dict`` entries
+    have the host's names, attributes it does not have itself are the host's. Parameters of awake seeds and the
+    lattice stand beside them under names that start with ``esper.``.
 
     Call :meth:`step` once per training step, after the optimizer's.
 
@@ -77,9 +76,6 @@ class MorphableModel(nn.Module):
         monitor_budget: Share of the host's time that monitoring may take.
     """
 
-    wrapped_model: nn.Module
-    esper: GraftTree
-
     def __init__(
         self,
         wrapped_model: nn.Module,
@@ -89,13 +85,7 @@ class MorphableModel(nn.Module):
         lattice: Lattice | None = None,
         monitor_budget: float = 0.005,
     ) -> None:
-        super().__init__()
-        self.wrapped_model = wrapped_model
-        # The root's own parameters are this module's too, so that a name without a dot resolves as it does on the host.
-        self.__dict__["_parameters"] = wrapped_model._parameters
-        self.__dict__["_buffers"] = wrapped_model._buffers
-        self.__dict__["_non_persistent_buffers_set"] = wrapped_model._non_persistent_buffers_set
-        self.training = wrapped_model.training
+        super().__init__(wrapped_model)
         self.__dict__["original_model"] = original_model
         self.kasmina_layers: dict[str, KasminaLayer] = dict(kasmina_layers)
         self.lattice = lattice if lattice is not None else _common_lattice(self.kasmina_layers)
@@ -108,7 +98,6 @@ class MorphableModel(nn.Module):
         )
         self._telemetry = any(layer.telemetry_enabled for layer in self.kasmina_layers.values())
         self._clock = _Clock()
-        self.register_load_state_dict_post_hook(_host_names)
         self._start()
 
     def _start(self) -> None:
@@ -124,12 +113,12 @@ class MorphableModel(nn.Module):
             layer._growth_callbacks.append(self._on_growth)
         clock.due = 0
 
-    # -- calls --------------------------------------------------------------------------------------------------------------------
+    # -- calls -------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the host; arguments and result are its own. Hooks of the host and of this module run."""
-        # One frame in place of the one of nn.Module.__call__ that the host's own __call__ would cost: counting is all that is
-        # added. A counter that changes would recompile a traced graph.
+        # One frame in place of the one of nn.Module.__call__ that the host's own __call__ would cost: counting is all
+        # that is added. A counter that changes would recompile a traced graph.
         if not _tracing():
             self._clock.calls += 1
         return self._host_call(*args, **kwargs)
@@ -143,33 +132,20 @@ class MorphableModel(nn.Module):
         self.wrapped_model.compile(*args, **kwargs)
         self._host_call = self.wrapped_model.__call__
 
-    # Hooks belong to the host: its __call__ is the one that runs.
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As on the host, which is the ``module`` that the hook is given."""
-        return self.wrapped_model.register_forward_hook(*args, **kwargs)
-
-    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As on the host, which is the ``module`` that the hook is given."""
-        return self.wrapped_model.register_forward_pre_hook(*args, **kwargs)
-
-    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As on the host, which is the ``module`` that the hook is given."""
-        return self.wrapped_model.register_full_backward_hook(*args, **kwargs)
-
-    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As on the host, which is the ``module`` that the hook is given."""
-        return self.wrapped_model.register_full_backward_pre_hook(*args, **kwargs)
-
     def step(self) -> None:
         """Do what is due between two training steps: ramps, faults, finished loads, samples. Never waits.
 
-        Costs about 0.1 us when nothing is due. An error here would break a run, so what goes wrong with a seed is put on record in
-        :meth:`get_layer_stats` instead.
+        Costs about 0.1 us when nothing is due. An error here would break a run, so what goes wrong with a seed is put
+        on record in :meth:`get_layer_stats` instead.
         """
         clock = self._clock
         clock.steps += 1
         if clock.steps >= clock.due:
             self._on_due(clock)
+
+    def _touch(self) -> None:
+        # Something changed by command: the next step has work.
+        self._clock.due = 0
 
     def _on_due(self, clock: _Clock) -> None:
         clock.due = _NEVER
@@ -201,7 +177,7 @@ class MorphableModel(nn.Module):
         clock.seen_calls = clock.calls
         return self.monitor.on_due(clock.steps, eager=eager or clock.steps == 1)
 
-    # -- seeds --------------------------------------------------------------------------------------------------------------------
+    # -- seeds -------------------------------------------------------------------------------------
 
     async def load_kernel(
         self, layer_name: str, seed_idx: int, artifact_id: str, *, alpha: float = 0.3, ramp_steps: int = 0
@@ -216,7 +192,8 @@ class MorphableModel(nn.Module):
             ramp_steps: Training steps over which alpha rises from 0; 0 sets it at once.
 
         Returns:
-            Whether the seed is awake with the new kernel; if not, :meth:`get_layer_stats` holds the reason under "errors".
+            Whether the seed is awake with the new kernel; if not, :meth:`get_layer_stats` holds the reason under
+            "errors".
 
         Raises:
             ValueError: unknown layer, bad seed index, or alpha is NaN.
@@ -234,8 +211,8 @@ class MorphableModel(nn.Module):
         """Start the work of :meth:`load_kernel` in the background; :meth:`step` commits it when it is ready.
 
         Returns:
-            A future with the result of :meth:`load_kernel`; it is done after the :meth:`step` that committed. Do not wait for it
-            in the thread that trains.
+            A future with the result of :meth:`load_kernel`; it is done after the :meth:`step` that committed. Do not
+            wait for it in the thread that trains.
 
         Raises:
             As :meth:`load_kernel`, at once.
@@ -338,7 +315,9 @@ class MorphableModel(nn.Module):
         return found
 
     def on_growth(self, callback: GrowthCallback) -> Callable[[], None]:
-        """Have ``callback(event, layer_name, seed_idx, parameters)`` called when a seed's parameters come ("bound") or go ("unbound").
+        """Be told when the parameters of a seed come or go.
+
+        ``callback(event, layer_name, seed_idx, parameters)`` gets the event "bound" or "unbound".
 
         It runs on the thread that commits, inside :meth:`step` or :meth:`load_kernel`. Returns a function that ends it.
         """
@@ -346,7 +325,9 @@ class MorphableModel(nn.Module):
         self._growth_callbacks[key] = callback
         return lambda: self._growth_callbacks.pop(key, None) and None
 
-    def _on_growth(self, event: GrowthEvent, layer_name: str, seed_idx: int, parameters: dict[str, nn.Parameter]) -> None:
+    def _on_growth(
+        self, event: GrowthEvent, layer_name: str, seed_idx: int, parameters: dict[str, nn.Parameter]
+    ) -> None:
         self._clock.due = 0
         for callback in tuple(self._growth_callbacks.values()):
             callback(event, layer_name, seed_idx, parameters)
@@ -366,7 +347,7 @@ class MorphableModel(nn.Module):
         while self._fetched:
             self._fetched.popleft().outcome.cancel()
 
-    # -- statistics ---------------------------------------------------------------------------------------------------------------
+    # -- statistics --------------------------------------------------------------------------------
 
     @property
     def morphogenetic_active(self) -> bool:
@@ -435,84 +416,7 @@ class MorphableModel(nn.Module):
             "morphogenetic_active": self.morphogenetic_active,
         }
 
-    # -- being an nn.Module with the host's names ---------------------------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            host = self.__dict__.get("_modules", {}).get(WRAPPED)
-            if host is None:
-                raise
-            return getattr(host, name)
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The host's parameters under the host's names, then those of awake seeds under ``esper.``."""
-        yield from self.wrapped_model.named_parameters(prefix, recurse, remove_duplicate)
-        if recurse:
-            yield from self.esper.named_parameters(f"{prefix}.{GRAFT_PREFIX}" if prefix else GRAFT_PREFIX)
-
-    def named_buffers(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The host's buffers under the host's names."""
-        yield from self.wrapped_model.named_buffers(prefix, recurse, remove_duplicate)
-
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The host's entries under the host's keys, then grafts and lattice under ``esper.``."""
-        state = self.wrapped_model.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        self.esper.state_dict(destination=state, prefix=f"{prefix}{GRAFT_PREFIX}.", keep_vars=keep_vars)
-        for name, tensor in self.lattice.state_dict().items():
-            state[f"{prefix}{GRAFT_PREFIX}.lattice.{name}"] = tensor
-        return state
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # torch recurses into children by attribute name, so the host's keys get its attribute's name back here. Working inside the
-        # recursion keeps DDP and other wrappers of this module loadable too. A bare host's entries are complete: what is missing
-        # of the grafts is then what is here.
-        marker = f"{prefix}{GRAFT_PREFIX}."
-        ours = {key[len(marker) :]: state_dict[key] for key in state_dict if key.startswith(marker)}
-        lattice = {key[len("lattice.") :]: value for key, value in ours.items() if key.startswith("lattice.")}
-        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(marker)]:
-            state_dict[f"{prefix}{WRAPPED}.{key[len(prefix) :]}"] = state_dict.pop(key)
-        here = self.esper.state_dict()
-        if not ours:
-            state_dict.update({marker + key: value for key, value in here.items()})
-            return
-        there = {key for key in ours if not key.startswith("lattice.")}
-        if there != set(here):
-            error_msgs.append(
-                "the state_dict is of a network with other awake seeds "
-                f"(only there: {sorted(there - set(here))[:4]}, only here: {sorted(set(here) - there)[:4]}). "
-                "esper.save and esper.load rebuild the grown structure by themselves."
-            )
-        for key in lattice:
-            del state_dict[f"{marker}lattice.{key}"]
-        try:
-            self.lattice.load_state_dict(lattice)
-        except (ValueError, KeyError) as error:
-            error_msgs.append(f"lattice: {error}")
-        self._clock.due = 0
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MorphableModel:
-        # The root's tables are shared with the host, so the default would convert its own tensors twice.
-        self.wrapped_model._apply(fn, recurse)
-        self.esper._apply(fn)
-        # The lattice follows the device and keeps its types.
-        self.lattice.to(fn(torch.empty(0, device=self.lattice.device)).device)
-        self._clock.due = 0
-        return self
+    # -- copying and pickling --
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what belongs to this process: locks, requests under way, callbacks."""
@@ -533,12 +437,6 @@ class MorphableModel(nn.Module):
         memo[id(self)] = twin
         twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
         return twin
-
-
-def _host_names(module: nn.Module, incompatible: Any) -> None:
-    """Report missing and unexpected keys under the host's names."""
-    for keys in incompatible:
-        keys[:] = [key.replace(f"{WRAPPED}.", "", 1) for key in keys]
 
 
 def _common_lattice(layers: Mapping[str, KasminaLayer]) -> Lattice:

@@ -1,14 +1,18 @@
-"""Names of what Esper adds to a model: all of it under one prefix, beside the host's own."""
+"""Names: a wrapped model answers to its host's, and what Esper adds stands under one prefix beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.state_layout import Lattice
 
-__all__ = ["GRAFT_PREFIX", "WRAPPED", "GraftTree", "graft_key"]
+__all__ = ["GRAFT_PREFIX", "WRAPPED", "GraftTree", "HostNames", "graft_key"]
 
 #: Attribute of a MorphableModel that holds the host.
 WRAPPED = "wrapped_model"
@@ -29,3 +33,125 @@ class GraftTree(nn.Module):
         super().__init__()
         for name, layer in layers.items():
             self.add_module(graft_key(name), layer.grafts)
+
+
+class HostNames(nn.Module):
+    """The part of a wrapped model that is an ``nn.Module`` with its host's names, hooks and attributes."""
+
+    wrapped_model: nn.Module
+    esper: GraftTree
+    lattice: Lattice
+
+    def __init__(self, wrapped_model: nn.Module) -> None:
+        super().__init__()
+        self.wrapped_model = wrapped_model
+        # The root's own parameters are this module's too, so that a name without a dot resolves as it does on the host.
+        self.__dict__["_parameters"] = wrapped_model._parameters
+        self.__dict__["_buffers"] = wrapped_model._buffers
+        self.__dict__["_non_persistent_buffers_set"] = wrapped_model._non_persistent_buffers_set
+        self.training = wrapped_model.training
+        self.register_load_state_dict_post_hook(_host_names)
+
+    def _touch(self) -> None:
+        """Called when the lattice or the grafts changed."""
+        raise NotImplementedError("a wrapped model says what a change means to its clock")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            host = self.__dict__.get("_modules", {}).get(WRAPPED)
+            if host is None:
+                raise
+            return getattr(host, name)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The host's parameters under the host's names, then those of awake seeds under ``esper.``."""
+        yield from self.wrapped_model.named_parameters(prefix, recurse, remove_duplicate)
+        if recurse:
+            yield from self.esper.named_parameters(f"{prefix}.{GRAFT_PREFIX}" if prefix else GRAFT_PREFIX)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The host's buffers under the host's names."""
+        yield from self.wrapped_model.named_buffers(prefix, recurse, remove_duplicate)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The host's entries under the host's keys, then grafts and lattice under ``esper.``."""
+        state = self.wrapped_model.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        self.esper.state_dict(destination=state, prefix=f"{prefix}{GRAFT_PREFIX}.", keep_vars=keep_vars)
+        for name, tensor in self.lattice.state_dict().items():
+            state[f"{prefix}{GRAFT_PREFIX}.lattice.{name}"] = tensor
+        return state
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # torch recurses into children by attribute name, so the host's keys get its attribute's name back here.
+        # Working inside the recursion keeps DDP and other wrappers of this module loadable too. A bare host's entries
+        # are complete: what is missing of the grafts is then what is here.
+        marker = f"{prefix}{GRAFT_PREFIX}."
+        ours = {key[len(marker) :]: state_dict[key] for key in state_dict if key.startswith(marker)}
+        lattice = {key[len("lattice.") :]: value for key, value in ours.items() if key.startswith("lattice.")}
+        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(marker)]:
+            state_dict[f"{prefix}{WRAPPED}.{key[len(prefix) :]}"] = state_dict.pop(key)
+        here = self.esper.state_dict()
+        if not ours:
+            state_dict.update({marker + key: value for key, value in here.items()})
+            return
+        there = {key for key in ours if not key.startswith("lattice.")}
+        if there != set(here):
+            error_msgs.append(
+                "the state_dict is of a network with other awake seeds "
+                f"(only there: {sorted(there - set(here))[:4]}, only here: {sorted(set(here) - there)[:4]}). "
+                "esper.save and esper.load rebuild the grown structure by themselves."
+            )
+        for key in lattice:
+            del state_dict[f"{marker}lattice.{key}"]
+        try:
+            self.lattice.load_state_dict(lattice)
+        except (ValueError, KeyError) as error:
+            error_msgs.append(f"lattice: {error}")
+        self._touch()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The root's tables are shared with the host, so the default would convert its own tensors twice.
+        self.wrapped_model._apply(fn, recurse)
+        self.esper._apply(fn)
+        # The lattice follows the device and keeps its types.
+        self.lattice.to(fn(torch.empty(0, device=self.lattice.device)).device)
+        self._touch()
+        return self
+
+    # Hooks belong to the host: its __call__ is the one that runs.
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As on the host, which is the ``module`` that the hook is given."""
+        return self.wrapped_model.register_forward_hook(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As on the host, which is the ``module`` that the hook is given."""
+        return self.wrapped_model.register_forward_pre_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As on the host, which is the ``module`` that the hook is given."""
+        return self.wrapped_model.register_full_backward_hook(*args, **kwargs)
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As on the host, which is the ``module`` that the hook is given."""
+        return self.wrapped_model.register_full_backward_pre_hook(*args, **kwargs)
+
+
+def _host_names(module: nn.Module, incompatible: Any) -> None:
+    """Report missing and unexpected keys under the host's names."""
+    for keys in incompatible:
+        keys[:] = [key.replace(f"{WRAPPED}.", "", 1) for key in keys]

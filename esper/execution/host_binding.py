@@ -1,7 +1,8 @@
 """Putting a forward in front of a module's own, and taking it away again without a trace.
 
-A host stays in its place in the network. What has to run instead of its forward, while a seed is awake or a probe is armed, shadows
-the method by an instance attribute; :meth:`HostBinding.remove` deletes it and the class's own forward is back, bit for bit.
+A host stays in its place in the network. What has to run instead of its forward, while a seed is awake or a probe is
+armed, shadows the method by an instance attribute; :meth:`HostBinding.remove` deletes it and the class's own forward
+is back, bit for bit.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class HostBinding:
     def install(self, owner: nn.Module, method: str, *, closes_fast_path: bool) -> None:
         """Let ``owner.method`` run in place of the host's forward.
 
-        ``closes_fast_path`` is for forwards that change the result: fused paths around the host would not call it. A probe leaves
-        them open, because closing one changes the rounding of the host's own result.
+        ``closes_fast_path`` is for forwards that change the result: fused paths around the host would not call it. A
+        probe leaves them open, because closing one changes the rounding of the host's own result.
         """
         self.host.__dict__["forward"] = getattr(owner, method)
         self._installed = method
@@ -98,8 +99,8 @@ def _leave_unchanged(module: nn.Module, args: Any, output: Any) -> None:
     """A forward hook that does nothing: its presence is the message."""
 
 
-# nn.TransformerEncoder turns padded batches into nested tensors for the fused path before it asks its layers; with that path closed
-# they would meet an ordinary forward. Several hosts may sit in one encoder, hence the count.
+# nn.TransformerEncoder turns padded batches into nested tensors for the fused path before it asks its layers; with
+# that path closed they would meet an ordinary forward. Several hosts may sit in one encoder, hence the count.
 def _close_nested(module: nn.Module) -> None:
     if isinstance(module, nn.TransformerEncoder):
         closed, original = module.__dict__.get("_esper_closed", (0, getattr(module, "use_nested_tensor", False)))

@@ -45,12 +45,12 @@ class _Counters:
 class KasminaLayer(nn.Module):
     """A host layer with ``num_seeds`` seeds.
 
-    While every seed is dormant the host runs alone and nothing of this class is on its path. An awake seed, or an armed probe,
-    shadows the host's ``forward`` until it is gone.
+    While every seed is dormant the host runs alone and nothing of this class is on its path. An awake seed, or an
+    armed probe, shadows the host's ``forward`` until it is gone.
 
-    Built directly, the layer makes its own ``nn.Linear`` host and can stand in a network like any module; with :meth:`from_host` it takes
-    any supported layer. ``esper.wrap`` leaves hosts where they are and keeps the layers beside the model. Attributes this class
-    does not have (``weight``, ``in_features``, ...) are the host's.
+    Built directly, the layer makes its own ``nn.Linear`` host and can stand in a network like any module; with
+    :meth:`from_host` it takes any supported layer. ``esper.wrap`` leaves hosts where they are and keeps the layers
+    beside the model. Attributes this class does not have (``weight``, ``in_features``, ...) are the host's.
 
     Args:
         input_size: Features of the host's input.
@@ -101,7 +101,8 @@ class KasminaLayer(nn.Module):
             layer_name: Name in statistics, messages and errors.
             kernel_cache: A cache to share with other layers.
             state_layout: Rows of a model's lattice; by default the layer has its own.
-            register_host: Whether the host is a submodule of the layer (its parameters are then the layer's too). ``wrap`` says no:
+            register_host: Whether the host is a submodule of the layer (its parameters are then the layer's too).
+            ``wrap`` says no:
                 there the host keeps its place in the network.
             fast_path: Modules whose fused inference path would pass the host by.
 
@@ -163,7 +164,7 @@ class KasminaLayer(nn.Module):
                 raise
             return getattr(host, name)
 
-    # -- the forwards that may shadow the host's ----------------------------------------------------------------------------------
+    # -- the forwards that may shadow the host's ---------------------------------------------------
 
     def _awake_forward(self, input: Tensor) -> Tensor:
         h = self._binding.base(input)
@@ -181,7 +182,8 @@ class KasminaLayer(nn.Module):
         forward = getattr(self, awake) if awake else self._binding.base
         observer = self._observer
         if _tracing():
-            # Disarming is a change of Python state that a compiled graph must not repeat; the model's step() disarms instead.
+            # Disarming is a change of Python state that a compiled graph must not repeat; the model's step() disarms
+            # instead.
             result = forward(*args, **kwargs)
             if observer is not None:
                 observer(result[0] if isinstance(result, tuple) else result)
@@ -227,7 +229,7 @@ class KasminaLayer(nn.Module):
         for seed_idx in self.grafts.bound:
             self.state_layout.update_telemetry(seed_idx, microseconds, math.nan)
 
-    # -- probes -------------------------------------------------------------------------------------------------------------------
+    # -- probes ------------------------------------------------------------------------------------
 
     @property
     def channel_dim(self) -> int:
@@ -263,12 +265,13 @@ class KasminaLayer(nn.Module):
         else:
             self._binding.remove()
 
-    # -- seeds --------------------------------------------------------------------------------------------------------------------
+    # -- seeds -------------------------------------------------------------------------------------
 
     async def load_kernel(self, seed_idx: int, artifact_id: str, *, alpha: float = 0.3, ramp_steps: int = 0) -> bool:
         """Fetch a kernel and wake the seed with it.
 
-        Call it between two forwards of the training thread. An awake seed keeps its old kernel until the new one is there.
+        Call it between two forwards of the training thread. An awake seed keeps its old kernel until the new one is
+        there.
 
         Args:
             seed_idx: Which seed.
@@ -277,8 +280,9 @@ class KasminaLayer(nn.Module):
             ramp_steps: Training steps over which alpha rises from 0; 0 sets it at once.
 
         Returns:
-            True when the seed is awake with the new kernel. False when the artifact is not to be had (the seed is as before, dormant
-            if it was) or is bad (the seed is in ERROR_RECOVERY); :meth:`get_layer_stats` then holds the reason.
+            True when the seed is awake with the new kernel. False when the artifact is not to be had (the seed is as
+            before, dormant if it was) or is bad (the seed is in ERROR_RECOVERY); :meth:`get_layer_stats` then holds
+            the reason.
 
         Raises:
             ValueError: bad seed index, or alpha is NaN.
@@ -353,7 +357,9 @@ class KasminaLayer(nn.Module):
         layout = self.state_layout
         if layout.state_of(seed_idx) not in (_State.LOADING, _State.DORMANT):
             layout.reset_seed(seed_idx)
-        layout.transition_seed_state(seed_idx, _State.GRAFTING if ramp_steps > 0 else _State.ACTIVE, kernel_id=kernel.kernel_id)
+        layout.transition_seed_state(
+            seed_idx, _State.GRAFTING if ramp_steps > 0 else _State.ACTIVE, kernel_id=kernel.kernel_id
+        )
         if ramp_steps > 0:
             layout.set_alpha(seed_idx, 0.0)
         layout.set_alpha(seed_idx, alpha, ramp_steps=ramp_steps)
@@ -406,11 +412,11 @@ class KasminaLayer(nn.Module):
         for callback in tuple(self._growth_callbacks):
             callback(event, self.layer_name, seed_idx, parameters)
 
-    # -- statistics ---------------------------------------------------------------------------------------------------------------
+    # -- statistics --------------------------------------------------------------------------------
 
     @property
     def total_kernel_executions(self) -> int:
-        """Forwards that ran this layer's grafts (compiled ones are not counted: a counter in a graph would recompile it)."""
+        """Forwards that ran this layer's grafts; compiled ones are not counted, a counter would recompile the graph."""
         return self._counters.executions
 
     @property

@@ -71,7 +71,9 @@ class Nested(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)}) for _ in range(2)])
+        self.blocks = nn.ModuleList(
+            [nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)}) for _ in range(2)]
+        )
         self.scale = nn.Parameter(torch.ones(8))
 
     def forward(self, x: Tensor, *, shift: float = 0.0) -> dict[str, Tensor]:
@@ -87,7 +89,12 @@ def _conv(**options: Any) -> Callable[[], nn.Module]:
 CASES: tuple[Case, ...] = (
     Case("linear", lambda: nn.Linear(10, 7), (nn.Linear,), ((5, 10),)),
     Case("linear-no-bias", lambda: nn.Sequential(nn.Linear(10, 7, bias=False)), (nn.Linear,), ((5, 10),)),
-    Case("mlp", lambda: nn.Sequential(nn.Linear(10, 16), nn.GELU(), nn.Linear(16, 3)), (nn.Linear, nn.GELU), ((2, 5, 10),)),
+    Case(
+        "mlp",
+        lambda: nn.Sequential(nn.Linear(10, 16), nn.GELU(), nn.Linear(16, 3)),
+        (nn.Linear, nn.GELU),
+        ((2, 5, 10),),
+    ),
     *(
         Case(f"conv-{name}", _conv(**options), (nn.Conv2d, nn.ReLU), ((2, 4, 9, 11),))
         for name, options in {
@@ -104,7 +111,12 @@ CASES: tuple[Case, ...] = (
         }.items()
     ),
     *(
-        Case(f"activation-{name}", lambda module=module: nn.Sequential(nn.Linear(9, 9), module()), (nn.Linear, kind), ((6, 9),))
+        Case(
+            f"activation-{name}",
+            lambda module=module: nn.Sequential(nn.Linear(9, 9), module()),
+            (nn.Linear, kind),
+            ((6, 9),),
+        )
         for name, module, kind in (
             ("relu", nn.ReLU, nn.ReLU),
             ("gelu", nn.GELU, nn.GELU),
@@ -118,7 +130,12 @@ CASES: tuple[Case, ...] = (
     Case("layernorm-two-dims", lambda: nn.Sequential(nn.LayerNorm((4, 8))), (nn.LayerNorm,), ((3, 4, 8),)),
     Case("batchnorm1d", lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)), (nn.BatchNorm1d,), ((8, 6),)),
     Case("batchnorm1d-length", lambda: nn.Sequential(nn.BatchNorm1d(6)), (nn.BatchNorm1d,), ((4, 6, 5),)),
-    Case("batchnorm2d", lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)), (nn.Conv2d, nn.BatchNorm2d), ((4, 3, 7, 7),)),
+    Case(
+        "batchnorm2d",
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)),
+        (nn.Conv2d, nn.BatchNorm2d),
+        ((4, 3, 7, 7),),
+    ),
     Case("attention-batch-first", lambda: Attention(True, False), (nn.MultiheadAttention,), ((2, 5, 16),)),
     Case("attention-sequence-first", lambda: Attention(False, True), (nn.MultiheadAttention,), ((5, 2, 16),)),
     Case(

@@ -31,7 +31,9 @@ def leaves(result: Any) -> list[Tensor]:
     return [leaf for value in values if value is not None for leaf in leaves(value)]
 
 
-def run(model: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def run(
+    model: Any, inputs: tuple[Tensor, ...], kwargs: dict[str, Any], parameters: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """One forward and backward: every output, every gradient, every buffer."""
     torch.manual_seed(7)
     inputs = tuple(tensor.detach().clone().requires_grad_() for tensor in inputs)
@@ -78,7 +80,9 @@ def test_outputs_and_gradients_are_the_hosts(case: Case, dtype: torch.dtype, tra
         model.step()
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv-plain", "batchnorm2d", "attention-masked", "nested", "encoder", "shared"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "conv-plain", "batchnorm2d", "attention-masked", "nested", "encoder", "shared"]
+)
 def test_under_torch_compile_fullgraph(name: str) -> None:
     case = BY_NAME[name]
     host, model = wrapped(case)
@@ -185,7 +189,9 @@ def test_pickle_to_another_process(tmp_path: Any) -> None:
     assert torch.equal(torch.load(tmp_path / "y.pt", weights_only=True), host(x))
 
 
-@pytest.mark.parametrize("convert", [lambda m: m.half(), lambda m: m.double(), lambda m: m.to(torch.bfloat16), lambda m: m.to("cpu")])
+@pytest.mark.parametrize(
+    "convert", [lambda m: m.half(), lambda m: m.double(), lambda m: m.to(torch.bfloat16), lambda m: m.to("cpu")]
+)
 def test_conversion_after_wrapping(convert: Any) -> None:
     case = BY_NAME["batchnorm2d"]
     host, model = wrapped(case)
@@ -212,7 +218,7 @@ def test_inference_fast_path_of_the_encoder(padded: bool) -> None:
 
 def test_hooks_of_host_and_wrapper_run_once() -> None:
     case = BY_NAME["mlp"]
-    host, model = wrapped(case)
+    _, model = wrapped(case)
     seen: list[str] = []
     model.wrapped_model.register_forward_hook(lambda *_: seen.append("root"))
     model.wrapped_model[0].register_forward_hook(lambda *_: seen.append("layer"))

@@ -1,4 +1,5 @@
-"""wrap, unwrap and MorphableModel: what is found, what is named, what is refused, and waking seeds through the public names."""
+"""wrap, unwrap and MorphableModel: what is found, what is named, what is refused, and waking seeds through the public
+names."""
 
 from __future__ import annotations
 
@@ -7,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
 from torch import nn
 
 import esper
 from esper.core.model_wrapper import MorphableModel, find_targets, unwrap, wrap
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
 
 State = SeedLifecycleState
 
@@ -144,7 +145,10 @@ class TestMorphableModel:
         assert unwrap(model) is network
 
     def test_layers_with_different_seed_counts_are_refused(self, network: nn.Sequential) -> None:
-        layers = {name: KasminaLayer.from_host(network[int(name)], num_seeds=2 + int(name), register_host=False) for name in "02"}
+        layers = {
+            name: KasminaLayer.from_host(network[int(name)], num_seeds=2 + int(name), register_host=False)
+            for name in "02"
+        }
         with pytest.raises(ValueError, match=r"same number of seeds, got \[2, 4\]"):
             MorphableModel(network, layers)
 
@@ -245,7 +249,9 @@ class TestMorphableModel:
                 act()
         assert model.layer("0").grafts.bound == (2,)
 
-    def test_waking_and_sleeping_leaves_no_trace(self, model: MorphableModel, network: nn.Sequential, kernel: str) -> None:
+    def test_waking_and_sleeping_leaves_no_trace(
+        self, model: MorphableModel, network: nn.Sequential, kernel: str
+    ) -> None:
         import asyncio
 
         x = torch.randn(4, 10)
@@ -271,7 +277,9 @@ class TestMorphableModel:
         import asyncio
 
         events: list[tuple[str, str, int, int]] = []
-        end = model.on_growth(lambda event, layer, seed, parameters: events.append((event, layer, seed, len(parameters))))
+        end = model.on_growth(
+            lambda event, layer, seed, parameters: events.append((event, layer, seed, len(parameters)))
+        )
         asyncio.run(model.load_kernel("0", 2, kernel))
         model.cull("0", 2)
         end()

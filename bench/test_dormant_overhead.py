@@ -1,0 +1,86 @@
+"""What a dormant model costs: wrapped over bare, monitoring on.
+
+Each workload is timed for the bare network, the network wrapped by Esper (``step()`` after every forward), a bare
+forward hook on every Linear, and PEFT with its adapters disabled. All candidates alternate within every round, over
+the same weights; the result is the median of the per-round ratios to the bare network with a bootstrap confidence
+interval (see paired.py). "again" is the bare network a second time: its distance from 1 is what the machine cannot
+tell apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import esper
+from bench.models import WORKLOADS, Workload, same_weights
+from bench.paired import compare
+from bench.results import record
+
+#: Promise 1: wrapped / bare.
+LIMIT = 1.005
+
+
+def candidates(workload: Workload, mode: str) -> dict[str, Callable[[], Any]]:
+    bare, x = workload.make()
+    found = {"bare": bare, "again": same_weights(bare), "hook": _hooked(same_weights(bare))}
+    model = esper.wrap(same_weights(bare), preserve_original=False)
+    wrapped: Any = model
+    if mode == "compiled":
+        torch._dynamo.reset()
+        found = {name: torch.compile(network, fullgraph=True) for name, network in found.items()}
+        wrapped = torch.compile(model, fullgraph=True)
+    elif (peft := _disabled_adapters(same_weights(bare))) is not None:
+        found["peft disabled"] = peft
+
+    def step() -> None:
+        wrapped(x)
+        model.step()
+
+    calls: dict[str, Callable[[], Any]] = {
+        name: (lambda network=network: network(x)) for name, network in found.items()
+    }
+    # The hook's and PEFT's lambdas cost the same call as this function does.
+    return calls | {"wrapped": step}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_dormant_overhead(workload: Workload, mode: str, threads: int, benchmark: Any) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        calls = candidates(workload, mode)
+        ratios = compare(calls, baseline="bare")
+        benchmark.pedantic(calls["wrapped"], rounds=5, iterations=20)
+    finally:
+        torch.set_num_threads(before)
+    record(benchmark, f"dormant/{workload}/{mode}/threads-{threads}", ratios, limits={"wrapped": LIMIT})
+
+
+def _hooked(network: nn.Module) -> nn.Module:
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.register_forward_hook(lambda module, args, output: None)
+    return network
+
+
+def _disabled_adapters(network: nn.Module) -> nn.Module | None:
+    try:
+        import peft
+    except ImportError:
+        return None
+    # out_proj is read, not called, by the attention around it; PEFT cannot adapt it there.
+    targets = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.endswith("out_proj")
+    ]
+    model = peft.get_peft_model(network, peft.LoraConfig(r=8, target_modules=targets))
+    model.base_model.disable_adapter_layers()
+    return model
