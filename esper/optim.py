@@ -150,10 +150,8 @@ class Attachment:
         if schedulers is not None:
             self._schedulers = [weakref.ref(scheduler) for scheduler in schedulers]
         self._load_hook = optimizer.register_load_state_dict_pre_hook(_match_groups_by_seed)
-        # The model holds the callback strongly; were the callback to hold the optimizer, it could not be freed before
-        # it.
-        self._stop_following = model.on_growth(_weak_callback(self))
-        weakref.finalize(optimizer, self._stop_following).atexit = False
+        self._follower = weakref.ref(_Follower(self, model))
+        weakref.finalize(optimizer, _stop, self._follower).atexit = False
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -167,7 +165,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Stop following the model. Groups that have joined stay; calling it again does nothing."""
-        self._stop_following()
+        _stop(self._follower)
         self._load_hook.remove()
         optimizer, model = self.optimizer, self.model
         if optimizer is not None and self in _BY_OPTIMIZER.get(optimizer, []):
@@ -277,15 +275,26 @@ class Attachment:
         return list(_find_schedulers(optimizer))
 
 
-def _weak_callback(attachment: Attachment) -> GrowthCallback:
-    ref = weakref.ref(attachment)
+class _Follower:
+    """The callback. The model holds it, it holds the way out; towards the optimizer there are weak references only.
 
-    def callback(event: GrowthEvent, layer: str, seed_idx: int, parameters: dict[str, nn.Parameter]) -> None:
-        alive = ref()
-        if alive is not None:
-            alive._on_growth(event, layer, seed_idx, parameters)
+    So a model keeps no optimizer alive and an optimizer no model.
+    """
 
-    return callback
+    def __init__(self, attachment: Attachment, model: GrowingModel) -> None:
+        self._attachment = weakref.ref(attachment)
+        self.stop = model.on_growth(self)
+
+    def __call__(self, event: GrowthEvent, layer: str, seed_idx: int, parameters: dict[str, nn.Parameter]) -> None:
+        attachment = self._attachment()
+        if attachment is not None:
+            attachment._on_growth(event, layer, seed_idx, parameters)
+
+
+def _stop(follower_ref: weakref.ref[_Follower]) -> None:
+    follower = follower_ref()
+    if follower is not None:
+        follower.stop()
 
 
 def _attachments_of(model: GrowingModel | None) -> list[Attachment]:
