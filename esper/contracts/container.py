@@ -1,9 +1,9 @@
 """The outer form of an artifact: one safetensors file, parsed strictly and written in one way only.
 
 Layout (https://github.com/huggingface/safetensors, "Format"): 8 bytes little-endian header length N, N bytes of JSON
-``{"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [begin, end]}}``, then the tensors' bytes. Nothing here
-trusts the file: every count, length and offset is checked against the file's real size before it is used, and no tensor byte
-is read. What this module accepts, the safetensors library accepts too; the reverse does not hold.
+``{"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [begin, end]}}``, then the tensors' bytes.
+Nothing here trusts the file: every count, length and offset is checked against the file's real size before it is used,
+and no tensor byte is read. What this module accepts, the safetensors library accepts too; the reverse does not hold.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, Final
 from esper.contracts import strict_json
 from esper.contracts.errors import ArtifactError
 
-__all__ = ["DTYPES", "MAX_HEADER_BYTES", "Container", "TensorSpan", "build", "header_size", "parse"]
+__all__ = ["DTYPES", "ITEMSIZES", "MAX_HEADER_BYTES", "Container", "TensorSpan", "build", "header_size", "parse"]
 
-#: Bytes per element of every dtype code of the format that an artifact may contain, by its name in torch.
+#: The format's dtype codes that an artifact may contain: name in torch, bytes per element.
 DTYPES: Final[Mapping[str, tuple[str, int]]] = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
@@ -26,6 +26,8 @@ DTYPES: Final[Mapping[str, tuple[str, int]]] = {
     "BF16": ("bfloat16", 2),
 }
 _CODES: Final = {name: code for code, (name, _) in DTYPES.items()}
+#: Bytes per element by torch's name.
+ITEMSIZES: Final[Mapping[str, int]] = dict(DTYPES.values())
 
 MAX_HEADER_BYTES: Final = 1 << 20
 MAX_TENSORS: Final = 512
@@ -69,7 +71,9 @@ def header_size(prefix: bytes, total: int) -> int:
     if length > MAX_HEADER_BYTES:
         raise ArtifactError(f"the header claims {length} bytes, more than the limit of {MAX_HEADER_BYTES}")
     if length > total - _PREFIX:
-        raise ArtifactError(f"the header claims {length} bytes, but only {total - _PREFIX} follow: the file is truncated")
+        raise ArtifactError(
+            f"the header claims {length} bytes, but only {total - _PREFIX} follow: the file is truncated"
+        )
     if length < 2:
         raise ArtifactError(f"the header claims {length} bytes; the shortest possible header has 2")
     return length
@@ -115,9 +119,9 @@ def build(metadata: Mapping[str, str], tensors: Mapping[str, tuple[str, tuple[in
     """
     for name, (dtype, _, _) in tensors.items():
         if dtype not in _CODES:
-            raise ArtifactError(f"tensor {name!r}: dtype {dtype} cannot be stored; possible: {', '.join(_CODES)}")
+            raise ArtifactError(f"tensor {name!a}: dtype {dtype} cannot be stored; possible: {', '.join(_CODES)}")
     # Wide elements first: every tensor then starts at a multiple of its element size without padding between them.
-    order = sorted(tensors, key=lambda name: (-DTYPES[_CODES[tensors[name][0]]][1], name))
+    order = sorted(tensors, key=lambda name: (-ITEMSIZES[tensors[name][0]], name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name in order:
@@ -163,7 +167,9 @@ def _tensor(name: str, entry: Any, data_begin: int, total: int) -> TensorSpan:
     if end - begin != need:
         raise ArtifactError(f"{where}: shape {shape} of {dtype} needs {need} bytes, data_offsets span {end - begin}")
     if (data_begin + begin) % itemsize:
-        raise ArtifactError(f"{where}: starts at byte {data_begin + begin}, not a multiple of its {itemsize}-byte elements")
+        raise ArtifactError(
+            f"{where}: starts at byte {data_begin + begin}, not a multiple of its {itemsize}-byte elements"
+        )
     return TensorSpan(dtype, tuple(shape), data_begin + begin, data_begin + end)
 
 

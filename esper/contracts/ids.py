@@ -1,7 +1,8 @@
 """Names of artifacts: the readable id, and the integer that stands for it in the lattice.
 
-``<blueprint hash, 16 hex>-<target>-<pipeline>-<version hash, 8 hex>``. The version hash is the beginning of the SHA-256 of the
-artifact's bytes, so weights, sizes, seed and tool versions all count, and whoever holds the bytes can check the id.
+``<blueprint hash, 16 hex>-<target>-<pipeline>-<version hash, 8 hex>``. The version hash is the beginning of the
+SHA-256 of the artifact's bytes, so weights, sizes, seed and tool versions all count, and whoever holds the bytes can
+check the id.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The manifest: what an artifact says about itself, as JSON in the file's metadata.
 
-Everything in it is a claim until :mod:`esper.artifacts` has checked it against the bytes and the blueprint. Reading is strict:
-exactly the keys below, each of its type. Keys that a later version defines are treated as :data:`RESERVED` says.
+Everything in it is a claim until :mod:`esper.artifacts` has checked it against the bytes and the blueprint. Reading is
+strict: exactly the keys below, each of its type. Keys that a later version defines are treated as :data:`RESERVED`
+says.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Manifest:
     """What an artifact says about itself.
 
     Attributes:
-        blueprint: The blueprint as JSON values; its parameters (rank, ...) stand in it with the values it was compiled for.
+        blueprint: The blueprint as JSON values; its parameters (rank, ...) stand in it with the values it was compiled
+            for.
         blueprint_hash: SHA-256 of the canonical blueprint, 64 hex digits.
         d_in: Features the sub-network reads.
         d_out: Features it changes.

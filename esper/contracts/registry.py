@@ -1,8 +1,8 @@
 """What a registry of artifacts is to the rest of the package, and how it fails.
 
 Three failures are kept apart, because the layer answers each differently: the artifact does not exist
-(:class:`KernelNotFoundError`), the registry cannot be reached at present (:class:`RegistryUnavailableError`, worth trying
-again), and the artifact was had and is bad (:class:`~esper.contracts.errors.ArtifactError`).
+(:class:`KernelNotFoundError`), the registry cannot be reached at present (:class:`RegistryUnavailableError`, worth
+trying again), and the artifact was had and is bad (:class:`~esper.contracts.errors.ArtifactError`).
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit, urlunsplit
 
-from esper.contracts.errors import EsperError
+from esper.contracts.errors import EsperError, KernelNotFoundError, RegistryUnavailableError
 
-__all__ = ["ArtifactSummary", "KernelNotFoundError", "RegistryClient", "RegistryUnavailableError", "mask_credentials"]
+__all__ = [
+    "ArtifactSummary",
+    "KernelNotFoundError",
+    "RegistryClient",
+    "RegistryURLError",
+    "RegistryUnavailableError",
+    "mask_credentials",
+]
 
 
-class KernelNotFoundError(EsperError, LookupError):
-    """The registry answered: it has no such artifact."""
-
-
-class RegistryUnavailableError(EsperError, ConnectionError):
-    """The registry did not answer: its folder is gone, it cannot be reached, or access was denied. May pass."""
+class RegistryURLError(EsperError, ValueError):
+    """What was given as a registry's URL is none that this version can open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,8 @@ class ArtifactSummary:
         artifact_id: The artifact's id.
         sha256: SHA-256 of its bytes, 64 hex digits.
         size: Its length in bytes.
-        info: Facts copied from its manifest: ``name``, ``family``, ``d_in``, ``d_out``, ``dtype``, ``parameters`` (count), ``seed``.
+        info: Facts copied from its manifest: ``name``, ``family``, ``d_in``, ``d_out``, ``dtype``, ``parameters``
+            (count), ``seed``.
     """
 
     artifact_id: str
@@ -50,7 +54,7 @@ class RegistryClient(Protocol):
     def url(self) -> str:
         """Where the registry is, for messages; without credentials."""
 
-    async def fetch(self, artifact_id: str, *, max_bytes: int) -> bytes:
+    async def fetch(self, artifact_id: str, *, max_bytes: int) -> bytes | bytearray:
         """The artifact's bytes; their size is checked against ``max_bytes`` before they are read.
 
         Raises:
@@ -75,7 +79,7 @@ class RegistryClient(Protocol):
 
 
 def mask_credentials(url: str) -> str:
-    """``url`` with the user, the password and the query (where tokens travel) replaced by ``***``, for messages and logs."""
+    """``url`` for messages and logs: user, password and query (where tokens travel) replaced by ``***``."""
     try:
         parts = urlsplit(url)
     except ValueError:

@@ -1,7 +1,8 @@
 """JSON from strangers: bounded before it is parsed, and without the freedoms Python's parser takes.
 
-Refused: duplicate keys (the last would silently win), NaN and infinities (also as ``1e999``), invalid UTF-8, lone surrogates,
-deep nesting. The number of structural characters is bounded first, because it bounds the memory the parsed value can take.
+Refused: duplicate keys (the last would silently win), NaN and infinities (also as ``1e999``), invalid UTF-8, lone
+surrogates, deep nesting. The number of structural characters is bounded first, because it bounds the memory the parsed
+value can take.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""services."""
+"""Programs beside the training process: Tezzeret compiles blueprints into artifacts."""

@@ -1,0 +1,1 @@
+"""Tezzeret: compiles blueprints into artifacts."""
