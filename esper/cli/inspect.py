@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,21 +83,21 @@ def _locate(given: str, registry: str | None) -> Path:
     client = open_registry(registry)
     if not isinstance(client, FileRegistry):
         raise ValueError(f"{client.url}: only file:// registries can be looked into")
-    asyncio.run(client.describe(given))
     return client.blob_path(given)
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
-    width = max(map(len, facts))
-    return [f"{key.replace('_', ' '):<{width}}  {_shown(value)}" for key, value in facts.items() if value not in ({}, [])]
+    shown = {key.replace("_", " "): value for key, value in facts.items() if value not in ({}, [])}
+    width = max(map(len, shown))
+    return [f"{key:<{width}}  {_shown(value)}" for key, value in shown.items()]
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
+        return _printable(", ".join(f"{key} {item}" for key, item in value.items()))
     if isinstance(value, list):
-        return "; ".join(map(str, value))
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else _printable(value)
+        return _printable("; ".join(map(str, value)))
+    return ("no", "yes")[value] if isinstance(value, bool) else _printable(value)
 
 
 def _printable(value: Any) -> str:
