@@ -23,8 +23,9 @@ def add_parser(subparsers: Subparsers) -> None:
     """Declare the command's arguments."""
     parser = subparsers.add_parser("inspect", help="show what is in an artifact")
     parser.add_argument("artifact", metavar="FILE|ID", help="an artifact's file, or its id in a registry")
-    parser.add_argument("--registry", metavar="URL", help="where to look an id up (default ESPER_REGISTRY, else the
-    user's)") parser.add_argument("--verify", action="store_true", help="also check every hash, the blueprint and the
+    parser.add_argument(
+        "--registry", metavar="URL", help="where to look an id up (default ESPER_REGISTRY, else the user's)"
+    )
     weights") parser.add_argument("--json", action="store_true", help="print JSON")
 
 
