@@ -26,7 +26,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--registry", metavar="URL", help="where to look an id up (default ESPER_REGISTRY, else the user's)"
     )
-    weights") parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--verify", action="store_true", help="also check every hash, the blueprint and the weights")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
