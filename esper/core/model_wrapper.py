@@ -48,9 +48,9 @@ def wrap(
         cache_size_mb: Memory for fetched kernels, in MiB, for the whole model.
         telemetry_enabled: Whether the activations are monitored.
         preserve_original: True wraps a copy and keeps a reference to ``model``; False wraps ``model`` itself and
-        copies no weight. registry: Where kernels come from: a client, a ``file://`` URL or a path. None means
-        ``ESPER_REGISTRY``, else the user's own
-            registry folder.
+            copies no weight.
+        registry: Where kernels come from: a client, a ``file://`` URL or a path. None means ``ESPER_REGISTRY``, else
+            the user's own registry folder.
         bus: Reserved for the message bus; only None is accepted in this version.
         reserve_rank: Reserved for grafts of fixed shape; only 0 is accepted in this version.
         monitor_budget: Share of the host's time that monitoring may take (0.005 = 0.5 %).

@@ -101,9 +101,8 @@ class KasminaLayer(nn.Module):
             layer_name: Name in statistics, messages and errors.
             kernel_cache: A cache to share with other layers.
             state_layout: Rows of a model's lattice; by default the layer has its own.
-            register_host: Whether the host is a submodule of the layer (its parameters are then the layer's too).
-            ``wrap`` says no:
-                there the host keeps its place in the network.
+            register_host: Whether the host is a submodule of the layer (its parameters are then the layer's too). ``wrap``
+                says no: there the host keeps its place in the network.
             fast_path: Modules whose fused inference path would pass the host by.
 
         Raises:
