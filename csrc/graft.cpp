@@ -1,3 +1,126 @@
-#include "bindings.h"
+// Bindings of the graft kernels: a Bank object per layer, scans, and the blend of stacked contributions.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-void bind_graft(pybind11::module_&) {}
+#include <stdexcept>
+
+#include "bindings.h"
+#include "common.h"
+#include "graft_bank.h"
+#include "graft_core.h"
+
+namespace py = pybind11;
+using esper::as;
+using esper::graft::Act;
+using esper::graft::Bank;
+using esper::graft::BankSeed;
+using esper::graft::Span;
+using Address = std::uintptr_t;
+
+namespace {
+
+using SeedTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool, int>;
+
+// A bank together with where its weights lie. The Python side owns the memory and drops this object when it moves.
+template <typename T>
+class BoundBank {
+public:
+    BoundBank(const std::vector<SeedTuple>& seeds, std::int64_t d_in, std::int64_t d_out, std::int64_t rows, Address down,
+              Address up, Address bias)
+        : bank_(unpack(seeds), d_in, d_out, rows), down_(as<T>(down)), up_(as<T>(up)), bias_(as<T>(bias)) {}
+
+    // The coefficients as bytes, or None when some result is not finite.
+    py::object forward(Address x, Address h, Address y, std::int64_t n, Address alpha) const {
+        py::bytes table = coefficients(alpha);
+        if (!bank_.forward(as<const T>(x), as<const T>(h), as<T>(y), down_, up_, bias_, view(table), n)) return py::none();
+        return std::move(table);
+    }
+
+    py::bytes coefficients(Address alpha) const {
+        PyObject* raw = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(bank_.table_size() * sizeof(T)));
+        if (raw == nullptr) throw py::error_already_set();
+        bank_.coefficients(as<const float>(alpha), reinterpret_cast<T*>(PyBytes_AS_STRING(raw)));
+        return py::reinterpret_steal<py::bytes>(raw);
+    }
+
+    void backward(const py::bytes& table, Address x, Address gy, std::int64_t n, Address gx, Address gh, Address gdown,
+                  Address gup, Address gbias) const {
+        bank_.backward(as<const T>(x), as<const T>(gy), down_, up_, bias_, view(table), n, as<T>(gx), as<T>(gh),
+                       as<T>(gdown), as<T>(gup), as<T>(gbias));
+    }
+
+    void activate(const py::bytes& table, Address pre, Address scaled, std::int64_t n) const {
+        bank_.activate(as<const T>(pre), as<T>(scaled), bias_, view(table), n);
+    }
+
+    void activate_backward(const py::bytes& table, Address gz, Address pre, std::int64_t n) const {
+        bank_.activate_backward(as<T>(gz), as<const T>(pre), bias_, view(table), n);
+    }
+
+    // (runs of neighbouring rows whose seeds count, host factor), for the products that the caller does.
+    std::pair<std::vector<std::pair<std::int64_t, std::int64_t>>, double> plan(const py::bytes& table) const {
+        std::vector<std::pair<std::int64_t, std::int64_t>> runs;
+        const auto& seeds = bank_.seeds();
+        for (std::size_t s = 0; s < seeds.size(); ++s) {
+            if (!bank_.counts(view(table), s)) continue;
+            if (!runs.empty() && runs.back().second == seeds[s].row0)
+                runs.back().second = seeds[s].row1;
+            else
+                runs.emplace_back(seeds[s].row0, seeds[s].row1);
+        }
+        return {runs, static_cast<double>(view(table)[seeds.size()])};
+    }
+
+    std::size_t groups() const { return bank_.groups().size(); }
+
+    std::vector<std::pair<std::int64_t, std::int64_t>> spans() const {
+        std::vector<std::pair<std::int64_t, std::int64_t>> result;
+        for (const Span& span : bank_.groups()) result.emplace_back(span.begin, span.end);
+        return result;
+    }
+
+    std::vector<std::int64_t> owners() const {
+        std::vector<std::int64_t> result;
+        for (std::size_t s = 0; s < bank_.seeds().size(); ++s)
+            result.insert(result.end(), static_cast<std::size_t>(bank_.seeds()[s].row1 - bank_.seeds()[s].row0),
+                          static_cast<std::int64_t>(s));
+        return result;
+    }
+
+private:
+    static std::vector<BankSeed> unpack(const std::vector<SeedTuple>& tuples) {
+        std::vector<BankSeed> seeds;
+        for (const auto& [index, row0, row1, col0, col1, replace, act] : tuples)
+            seeds.push_back({index, row0, row1, col0, col1, replace, static_cast<Act>(act)});
+        return seeds;
+    }
+    static const T* view(const py::bytes& table) { return reinterpret_cast<const T*>(PyBytes_AS_STRING(table.ptr())); }
+
+    Bank bank_;
+    T *down_, *up_, *bias_;
+};
+
+template <typename T>
+void bind_bank(py::module_& m, const char* name) {
+    using B = BoundBank<T>;
+    py::class_<B>(m, name, "The low-rank seeds of one layer at fixed addresses; see esper.execution.grafts.bank.")
+        .def(py::init<const std::vector<SeedTuple>&, std::int64_t, std::int64_t, std::int64_t, Address, Address, Address>())
+        .def("forward", &B::forward)
+        .def("coefficients", &B::coefficients)
+        .def("backward", &B::backward)
+        .def("activate", &B::activate)
+        .def("activate_backward", &B::activate_backward)
+        .def("plan", &B::plan)
+        .def_property_readonly("groups", &B::groups)
+        .def_property_readonly("spans", &B::spans)
+        .def_property_readonly("owners", &B::owners);
+}
+
+}  // namespace
+
+void bind_graft(py::module_& m) {
+    bind_bank<float>(m, "GraftBankF32");
+    bind_bank<double>(m, "GraftBankF64");
+    m.def("graft_all_finite_f32", [](Address p, std::int64_t n) { return esper::graft::all_finite(as<const float>(p), n); });
+    m.def("graft_all_finite_f64", [](Address p, std::int64_t n) { return esper::graft::all_finite(as<const double>(p), n); });
+}

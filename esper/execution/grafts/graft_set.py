@@ -1,0 +1,345 @@
+"""All awake seeds of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from esper.contracts.errors import ShapeMismatchError
+from esper.execution.grafts import blend
+from esper.execution.grafts.bank import Bank, bank_eligible
+from esper.execution.grafts.families import contributions, sample_tap
+from esper.execution.grafts.layout import BlendLayout
+from esper.execution.grafts.seed import BoundSeed, SeedWeights, bind_seed
+from esper.execution.hosts import HostSpec
+
+if TYPE_CHECKING:
+    from esper.execution.kernel_executor import LoadedKernel
+
+__all__ = ["GraftSet", "SeedState"]
+
+_compiling: Callable[[], bool] = torch.compiler.is_compiling
+_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
+
+
+class SeedState(Protocol):
+    """The part of a layer's ``KasminaStateLayout`` that grafts read and write."""
+
+    num_seeds: int
+    alpha_blend: Tensor
+    fault_flags: Tensor
+
+
+class GraftSet(nn.Module):
+    """The bound seeds of one layer, run together.
+
+        residual mode:  y = h + sum_s alpha_s * k_s
+        replace  mode:  y = (1 - A) * h + sum_s (alpha_s / max(1, A')) * k_s,   A' = sum of the replace seeds' alphas, A = min(1, A')
+
+    Both may stand side by side. A chunk-scoped seed changes its own features only, so it counts in A' only there. Alphas are read from
+    ``state_layout.alpha_blend`` on its own device. At alpha 0 the result is h bit for bit, at alpha 1 a replace seed stands alone, and the
+    gradients are true in between; what a seed with coefficient 0 holds, or h behind a factor of 0, is never read, be it NaN.
+
+    A result that is not finite because of a seed is contained: see :mod:`esper.execution.grafts.blend`.
+
+    Low-rank seeds on the CPU take one native call (:mod:`esper.execution.grafts.bank`); everything else, compiled graphs, other devices,
+    and tensors swapped in by ``functional_call`` run on PyTorch operations with the same results to rounding.
+
+    Args:
+        spec: The host, from :func:`esper.execution.hosts.describe_host`.
+        state_layout: The layer's rows of the lattice.
+    """
+
+    def __init__(self, spec: HostSpec, state_layout: SeedState) -> None:
+        super().__init__()
+        self.spec = spec
+        self.state_layout = state_layout
+        self.misfits: dict[int, str] = {}
+        self._kernels: dict[int, LoadedKernel] = {}
+        self._seeds: dict[int, BoundSeed] = {}
+        self._layout: BlendLayout | None = None
+        self._bank: Bank | None = None
+        self._bank_tried = False
+
+    # -- growing ------------------------------------------------------------------------------------------------------
+
+    @property
+    def bound(self) -> tuple[int, ...]:
+        """Indices of the bound seeds, ascending."""
+        return tuple(sorted(self._kernels))
+
+    def bind(
+        self, seed_idx: int, kernel: LoadedKernel, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> None:
+        """Give a seed its kernel; a kernel it had is replaced.
+
+        Args:
+            seed_idx: Which seed.
+            kernel: What to run.
+            dtype: Of the new parameters; by default that of the kernel's tensors.
+            device: Of the new parameters; by default that of ``alpha_blend``.
+
+        Raises:
+            ValueError: bad seed index.
+            ShapeMismatchError: the kernel does not fit the layer; the message names both shapes. Nothing has changed then. On an
+                activation that has seen no input yet any kernel is taken; one that turns out not to fit is put in
+                :attr:`misfits` with the reason at the first forward, and its fault flag is raised.
+        """
+        if not isinstance(seed_idx, int) or not 0 <= seed_idx < self.state_layout.num_seeds:
+            raise ValueError(f"Invalid seed index {seed_idx!r}: this layer has {self.state_layout.num_seeds} seeds")
+        seed = bind_seed(seed_idx, kernel, self.spec, self.state_layout.num_seeds) if self.spec.is_resolved else None
+        tensors = kernel.tensors
+        if dtype is None:
+            dtype = next((t.dtype for t in tensors.values()), torch.get_default_dtype())
+        weights = SeedWeights(tensors, dtype, self.state_layout.alpha_blend.device if device is None else device)
+        weights.train(self.training)
+        setattr(self, f"seed{seed_idx}", weights)
+        self._kernels[seed_idx] = kernel
+        self.misfits.pop(seed_idx, None)
+        if seed is not None:
+            self._seeds[seed_idx] = seed
+        self._changed()
+
+    def unbind(self, seed_idx: int) -> None:
+        """Drop a seed's kernel and parameters; one that is not bound is left as it is."""
+        if seed_idx in self._kernels:
+            delattr(self, f"seed{seed_idx}")
+            del self._kernels[seed_idx]
+            self._seeds.pop(seed_idx, None)
+            self.misfits.pop(seed_idx, None)
+            self._changed()
+
+    def kernel(self, seed_idx: int) -> LoadedKernel:
+        """What the seed was bound with; its tensors are those of the artifact, not the trained ones."""
+        return self._kernels[seed_idx]
+
+    def seed_parameters(self, seed_idx: int) -> dict[str, nn.Parameter]:
+        """The seed's parameters by the blueprint's names, such as ``down.weight``; empty for a seed that is not bound.
+
+        They are leaves, and stay the same objects while other seeds come and go.
+        """
+        if seed_idx not in self._kernels:
+            return {}
+        return dict(self._weights(seed_idx).named_parameters())
+
+    def _weights(self, seed_idx: int) -> SeedWeights:
+        weights = self._modules[f"seed{seed_idx}"]
+        assert isinstance(weights, SeedWeights)
+        return weights
+
+    def _changed(self) -> None:
+        self._layout = None
+        self._forget_bank()
+
+    def _forget_bank(self) -> None:
+        self._bank = None
+        self._bank_tried = False
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """Blend the seeds into a host's output.
+
+        Args:
+            x: What the host read.
+            h: What it gave: the features lie along ``spec.channel_dim``.
+
+        Returns:
+            y, of h's shape, dtype and device.
+        """
+        bank = self._bank
+        if bank is not None and not _compiling():
+            tap = x if bank.reads_input else h
+            if bank.usable(tap, h):
+                if bank.whole():
+                    y = bank.run(tap, h, self.state_layout.alpha_blend)
+                    if y is not None:
+                        return y
+                elif not bank.swapped():
+                    self._forget_bank()  # moved by `.data =` or the like; packed again at the next call
+        return self._general(x, h)
+
+    def _general(self, x: Tensor, h: Tensor) -> Tensor:
+        if self._layout is None:
+            self._prepare(h)
+        if not self._seeds:
+            return h
+        if _compiling() or h.device.type != "cpu" or _transformed(x, h):
+            return self._traced(x, h)
+        if not self._bank_tried:
+            self._bank_tried = True
+            self._bank = self._pack(h.dtype)
+            if self._bank is not None:
+                return self.forward(x, h)
+        return self._eager(x, h)
+
+    def _prepare(self, h: Tensor) -> None:
+        """Settle what depends on the layer's shape: which seeds fit, and where their contributions go."""
+        if not self.spec.is_resolved:
+            self.spec = self.spec.resolve(tuple(h.shape))
+            for seed_idx, kernel in self._kernels.items():
+                try:
+                    self._seeds[seed_idx] = bind_seed(seed_idx, kernel, self.spec, self.state_layout.num_seeds)
+                except ShapeMismatchError as error:
+                    self.misfits[seed_idx] = str(error)
+                    self.state_layout.fault_flags[seed_idx] = 1
+        assert self.spec.d_out is not None
+        self._seeds = dict(sorted(self._seeds.items()))
+        self._layout = BlendLayout([seed.place for seed in self._seeds.values()], self.spec.d_out)
+
+    def _pack(self, dtype: torch.dtype) -> Bank | None:
+        seeds = list(self._seeds.values())
+        weights = [self._weights(seed_idx) for seed_idx in self._seeds]
+        parameters = [p for w in weights for p in w.parameters()]
+        same = all(p.dtype is dtype and p.device.type == "cpu" and type(p) is nn.Parameter for p in parameters)
+        named = sum(len(list(w.parameters())) for w in weights) == sum(len(w.tensors()) for w in weights)
+        if self.spec.channel_dim != -1 or not same or not named or not bank_eligible(seeds, dtype, torch.device("cpu")):
+            return None
+        d_tap = self.spec.d_in if seeds[0].reads_input else self.spec.d_out
+        assert d_tap is not None and self.spec.d_out is not None
+        return Bank(seeds, weights, d_tap, self.spec.d_out, dtype)
+
+    def _run_seeds(self, x: Tensor, h: Tensor, which: list[int], tensors: list[dict[str, Tensor]]) -> list[Tensor]:
+        seeds = [self._seeds[i] for i in which]
+        sampled: dict[tuple[bool, tuple[int, int]], Tensor] = {}
+        taps = []
+        for seed in seeds:
+            key = seed.reads_input, seed.strided
+            if key not in sampled:
+                sampled[key] = sample_tap(seed, x, h)
+            taps.append(sampled[key])
+        return contributions(seeds, tensors, taps, self._dim(h))
+
+    def _trusted(self, x: Tensor, h: Tensor, which: list[int]) -> list[Tensor]:
+        """Per seed where its tap is finite, shaped to broadcast against its contribution."""
+        dim = self._dim(h)
+        result = []
+        for i in which:
+            seed = self._seeds[i]
+            tap = sample_tap(seed, x, h)
+            # A depthwise node looks around, so there the whole image counts.
+            dims = (dim,) if seed.pointwise else tuple(range(1, tap.dim()))
+            result.append(torch.isfinite(tap).all(dims[0], keepdim=True) if len(dims) == 1 else _all(tap, dims))
+        return result
+
+    def _eager(self, x: Tensor, h: Tensor) -> Tensor:
+        assert self._layout is not None
+        alpha = self.state_layout.alpha_blend
+        numbers: list[float] = alpha.tolist()
+        order = list(self._seeds)
+        live = [i for i in order if numbers[i] != 0.0]
+        tensors = {i: self._weights(i).tensors() for i in order}
+        tap_x, tap_h = x, h
+        ks = dict(zip(live, self._run_seeds(tap_x, tap_h, live, [tensors[i] for i in live]), strict=True))
+        ks = {i: _fitted(k, h, self._seeds[i], self._dim(h)) for i, k in ks.items()}
+        parts = [ks.get(i) for i in order]
+        y = blend.blend_eager(self._layout, h, parts, numbers, self._dim(h))
+        if live and not torch.isfinite(y).all():
+            with torch.no_grad():
+                trusted = dict(zip(live, self._trusted(x, h, live), strict=True))
+                none = torch.zeros((), dtype=torch.bool)
+                masks = [trusted.get(i, none) for i in order]
+                blamed = blend.faults(self._layout, h, y, parts, masks, alpha, self._dim(h))
+                guilty = [i for i, at_fault in zip(order, blamed.tolist(), strict=True) if at_fault]
+            if guilty:
+                self.state_layout.fault_flags[guilty] = 1
+                y, live = h, []
+        if _grad_enabled():
+            # Seeds that had no part still get gradients, of zero: a run that trains nothing else must be able to start from alpha 0.
+            idle = [t for i in order if i not in live for t in tensors[i].values() if t.requires_grad]
+            if idle:
+                y = _Tether.apply(y, *idle)
+        return y
+
+    def _traced(self, x: Tensor, h: Tensor) -> Tensor:
+        assert self._layout is not None
+        alpha, flags = self.state_layout.alpha_blend, self.state_layout.fault_flags
+        order = list(self._seeds)
+        dim = self._dim(h)
+        named = [self._weights(i).tensors() for i in order]
+        flat = [t for tensors in named for t in tensors.values()]
+        gated, signal = blend.gate([x, h, *flat])
+        gated_x, gated_h, rest = gated[0], gated[1], iter(gated[2:])
+        tensors = [{name: next(rest) for name in group} for group in named]
+        parts = self._run_seeds(gated_x, gated_h, order, tensors)
+        parts = [_fitted(k, h, self._seeds[i], dim) for i, k in zip(order, parts, strict=True)]
+        y = blend.blend_traced(self._layout, h, parts, alpha, dim)
+        with torch.no_grad():
+            blamed = blend.faults(
+                self._layout, h.detach(), y.detach(), [p.detach() for p in parts], self._trusted(x, h, order), alpha, dim
+            )
+            where = torch.tensor(order, device=flags.device)
+            flags.index_copy_(0, where, torch.maximum(flags[where], blamed.to(flags.dtype)))
+            any_fault = blamed.any()
+        y = torch.where(any_fault, h, blend.report(y, signal, any_fault))
+        return y
+
+    def _dim(self, h: Tensor) -> int:
+        return self.spec.channel_dim % h.dim()
+
+    # -- whatever takes the parameters out of the bank ----------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GraftSet:
+        self._forget_bank()
+        super()._apply(fn, recurse)
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As :meth:`torch.nn.Module.load_state_dict`; the seeds must be bound."""
+        self._forget_bank()
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget_bank()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
+        return {**state, "_bank": None, "_bank_tried": False}
+
+
+class _Tether(torch.autograd.Function):
+    """Identity on y that gives the other tensors gradients of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(*others)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(t) for t in ctx.saved_tensors)
+
+
+def _all(t: Tensor, dims: tuple[int, ...]) -> Tensor:
+    sound = torch.isfinite(t)
+    for dim in dims:
+        sound = sound.all(dim, keepdim=True)
+    return sound
+
+
+def _fitted(k: Tensor, h: Tensor, seed: BoundSeed, dim: int) -> Tensor:
+    """k itself, after its shape was compared with what the blend needs: broadcasting would hide a mistake."""
+    width = seed.place.end - seed.place.begin
+    expected = (*h.shape[:dim], width, *h.shape[dim + 1 :])
+    if k.shape != expected:
+        raise ShapeMismatchError(
+            f"seed {seed.place.index} ({seed.artifact_id}) gives {tuple(k.shape)}, but the layer needs {tuple(expected)}",
+            expected=expected,
+            got=tuple(k.shape),
+        )
+    return k
+
+
+def _transformed(x: Tensor, h: Tensor) -> bool:
+    """Whether the tensors belong to a transformation that must not see values (vmap, a tracer, a fake mode)."""
+    return (
+        torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0  # type: ignore[attr-defined]
+        or x.device.type == "meta"
+    )
