@@ -67,5 +67,5 @@ def find_checkout(start: Path) -> Path:
         if (folder / "bench" / "results.py").is_file() and (folder / "esper" / "cli").is_dir():
             return folder
     raise ValueError(
-        f"benchmarks are run from a checkout of Esper, and neither {start} nor this package is in one; change to it first"
+        f"benchmarks are run from a checkout of Esper; neither {start} nor this package is in one: change to it first"
     )

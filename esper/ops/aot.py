@@ -1,0 +1,243 @@
+"""Compiles every Triton kernel ahead of time, for GPUs that need not be present: ``python -m esper.ops.aot``.
+
+The kernels say themselves how (``AOT`` in each module of ``esper.kernels``, see docs/architecture.md). The result is a
+table of registers, spills and shared memory, one row for each kernel, variant and architecture. A kernel that does not
+compile, that has no entry, or that spills without a reason on record (``AOT_SPILLS``) is a problem, and the exit status
+is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import pkgutil
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+__all__ = ["ARCHITECTURES", "Case", "Resources", "cases", "check", "compile_case", "main", "missing"]
+
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compile one kernel.
+
+    Attributes:
+        kernel: The ``@triton.jit`` function.
+        signature: Run-time argument -> Triton type, such as ``"*fp32"`` or ``"i64"``.
+        constexprs: Compile-time argument -> value.
+        options: Launch options: ``num_warps``, ``num_stages``, ``enable_fp_fusion``.
+        spills: Why spilling is acceptable, or "".
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    options: Mapping[str, Any]
+    spills: str
+
+    @property
+    def name(self) -> str:
+        """``module.kernel``, without the package."""
+        return f"{self.kernel.__module__.rpartition('.')[2]}.{self.kernel.__name__}"
+
+    @property
+    def variant(self) -> str:
+        """What tells this case from the kernel's others: types of the pointers, and the constants."""
+        pointers = list(dict.fromkeys(kind[1:] for kind in self.signature.values() if kind.startswith("*")))
+        constants = [f"{name}={value}" for name, value in self.constexprs.items()]
+        return " ".join([",".join(pointers), *constants])
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes of the machine.
+
+    Attributes:
+        kernel: Its name.
+        variant: Types and constants.
+        arch: Compute capability times ten.
+        registers: Per thread.
+        spill_stores: Bytes per thread written to local memory because registers ran out.
+        spill_loads: Bytes per thread read back.
+        shared: Bytes of shared memory per block.
+        warps: Warps per block.
+        cubin_bytes: Size of the machine code.
+    """
+
+    kernel: str
+    variant: str
+    arch: int
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    warps: int
+    cubin_bytes: int
+
+
+def modules() -> Iterator[ModuleType]:
+    """Every module under ``esper.kernels``, imported."""
+    package = importlib.import_module("esper.kernels")
+    for info in pkgutil.walk_packages(package.__path__, "esper.kernels."):
+        yield importlib.import_module(info.name)
+
+
+def cases(module: ModuleType) -> list[Case]:
+    """What the module's ``AOT`` lists.
+
+    Raises:
+        ValueError: if an entry does not fit its kernel; the message names the module, the kernel and the argument.
+    """
+    allowed: Mapping[str, str] = getattr(module, "AOT_SPILLS", {})
+    found = []
+    for kernel, signature, constexprs, *rest in getattr(module, "AOT", []):
+        function = _unwrapped(kernel)
+        case = Case(function, signature, constexprs, rest[0] if rest else {}, allowed.get(function.__name__, ""))
+        wanted = set(function.arg_names)
+        given = [*signature, *constexprs]
+        odd = [name for name in given if name not in wanted or given.count(name) > 1]
+        lacking = sorted(wanted - set(given))
+        if odd or lacking:
+            raise ValueError(
+                f"AOT of {module.__name__}: {function.__name__} takes {', '.join(function.arg_names)}; "
+                f"the entry lacks {lacking or 'nothing'}, and names {odd or 'nothing'} wrongly or twice"
+            )
+        found.append(case)
+    return found
+
+
+def missing(module: ModuleType) -> list[str]:
+    """Names of kernels that the module launches (``*_kernel``) and its ``AOT`` does not list."""
+    from triton.runtime.jit import JITFunction
+
+    listed = {case.kernel.__name__ for case in cases(module)}
+    launched = [
+        name
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and isinstance(_unwrapped(value), JITFunction)
+    ]
+    return [name for name in launched if name not in listed]
+
+
+def compile_case(case: Case, arch: int) -> Resources:
+    """Compile one case for one architecture, without a GPU.
+
+    Raises:
+        Exception: whatever Triton raises when the kernel does not compile.
+    """
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in case.constexprs else case.signature[name] for name in names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if signature[name].startswith("*")
+    }
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constexprs), attrs=aligned)
+    log = io.StringIO()
+    # ptxas itself says what it spilled; a kernel taken from Triton's cache would not ask it.
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
+    return Resources(
+        kernel=case.name,
+        variant=case.variant,
+        arch=arch,
+        registers=_number(r"Used (\d+) registers", log.getvalue()),
+        spill_stores=_number(r"(\d+) bytes spill stores", log.getvalue()),
+        spill_loads=_number(r"(\d+) bytes spill loads", log.getvalue()),
+        shared=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        cubin_bytes=len(compiled.asm["cubin"]),
+    )
+
+
+def check(architectures: Sequence[int] = ARCHITECTURES) -> tuple[list[Resources], list[str]]:
+    """Compile everything.
+
+    Returns:
+        The table, and the problems in words (empty when all is well).
+    """
+    table: list[Resources] = []
+    problems: list[str] = []
+    for module in modules():
+        problems += [f"{module.__name__}.{name} is launched, but AOT does not list it" for name in missing(module)]
+        for case in cases(module):
+            for arch in architectures:
+                try:
+                    row = compile_case(case, arch)
+                except Exception as error:
+                    # The compiler raises many things; all of them mean that this kernel does not compile.
+                    problems.append(f"{case.name} ({case.variant}) does not compile for sm_{arch}: {error!r}")
+                    continue
+                table.append(row)
+                if row.spill_stores + row.spill_loads and not case.spills:
+                    problems.append(
+                        f"{case.name} ({case.variant}) spills {row.spill_stores} bytes on sm_{arch}; "
+                        f"use fewer registers, or give the reason in AOT_SPILLS of {module.__name__}"
+                    )
+    return table, problems
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; 1 if there are problems."""
+    parser = argparse.ArgumentParser(prog="python -m esper.ops.aot", description="Compile the Triton kernels for GPUs.")
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, metavar="SM", help="such as 80 90 100")
+    parser.add_argument("--json", action="store_true", help="print the table and the problems as JSON")
+    args = parser.parse_args(argv)
+    from esper.ops.registry import triton_interprets
+
+    if triton_interprets():
+        parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
+    table, problems = check(args.arch)
+    if args.json:
+        print(json.dumps({"table": [dataclasses.asdict(row) for row in table], "problems": problems}, indent=1))
+    else:
+        print(_text(table))
+        print("\n".join(problems), file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _unwrapped(kernel: Any) -> Any:
+    """The jitted function inside ``@triton.autotune`` and ``@triton.heuristics``."""
+    from triton.runtime import Autotuner, Heuristics
+
+    while isinstance(kernel, (Autotuner, Heuristics)):
+        kernel = kernel.fn
+    return kernel
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"ptxas did not report {pattern!r}:\n{text}")
+    return int(found[1])
+
+
+def _text(table: Sequence[Resources]) -> str:
+    head = ("kernel", "sm", "registers", "spilled", "shared", "warps", "code", "variant")
+    rows = [
+        (row.kernel, row.arch, row.registers, row.spill_stores, row.shared, row.warps, row.cubin_bytes, row.variant)
+        for row in table
+    ]
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

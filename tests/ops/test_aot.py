@@ -1,0 +1,147 @@
+"""Every Triton kernel compiles for every GPU we promise without spilling, and the check that says so finds faults.
+
+The compiler does not run where ``TRITON_INTERPRET`` is set, so each test starts a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from esper.ops.aot import ARCHITECTURES
+
+pytestmark = pytest.mark.aot
+
+
+def compiling_environment(**extra: str) -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return environment | extra
+
+
+def test_every_kernel_compiles_for_every_architecture() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "esper.ops.aot", "--json"], env=compiling_environment(), capture_output=True, text=True
+    )
+    assert result.stdout, result.stderr
+    report = json.loads(result.stdout)
+    assert report["problems"] == []
+    assert result.returncode == 0
+    table = report["table"]
+    assert {row["arch"] for row in table} == set(ARCHITECTURES)
+    for row in table:
+        # The file formats' own bounds: 255 registers a thread; 48 KiB is what a launch gets without asking for more.
+        assert 0 < row["registers"] <= 255
+        assert 0 <= row["shared"] <= 48 * 1024
+        assert row["cubin_bytes"] > 0
+
+
+def test_interpreter_is_refused() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "esper.ops.aot"],
+        env=compiling_environment(TRITON_INTERPRET="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET is set" in result.stderr
+
+
+KERNELS = """
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def good_kernel(x, n, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(x + i, tl.load(x + i, mask=i < n).to(tl.float32) * 2, mask=i < n)
+
+    @triton.jit
+    def forgotten_kernel(x):
+        pass
+
+    @triton.jit
+    def broken_kernel(x):
+        tl.store(x, undefined_name)
+
+    @triton.jit
+    def hungry_kernel(x, y, N: tl.constexpr):
+        # A swap: both tiles, 32 values a thread each, are held before the first store, which might alias the loads.
+        i = tl.arange(0, N)
+        a = tl.load(x + i)
+        b = tl.load(y + i)
+        tl.store(x + i, b)
+        tl.store(y + i, a)
+
+    def helper(x):
+        return x
+"""
+
+LISTS = {
+    "good": ("good", "AOT = [(good_kernel, {'x': '*bf16', 'n': 'i64'}, {'BLOCK': 256}, {'num_warps': 2})]", None),
+    "forgotten": ("forgotten", "AOT = []", "forgotten_kernel is launched, but AOT does not list it"),
+    "broken": (
+        "broken",
+        "AOT = [(broken_kernel, {'x': '*fp32'}, {})]",
+        "broken_kernel (fp32) does not compile for sm_80",
+    ),
+    "hungry": (
+        "hungry",
+        "AOT = [(hungry_kernel, {'x': '*fp32', 'y': '*fp32'}, {'N': 1024}, {'num_warps': 1, 'maxnreg': 24})]",
+        "hungry_kernel (fp32 N=1024) spills",
+    ),
+    "hungry with a reason": (
+        "hungry",
+        "AOT = [(hungry_kernel, {'x': '*fp32', 'y': '*fp32'}, {'N': 1024}, {'num_warps': 1, 'maxnreg': 24})]\n"
+        "AOT_SPILLS = {'hungry_kernel': 'it is a test'}",
+        None,
+    ),
+    "argument missing": (
+        "good",
+        "AOT = [(good_kernel, {'x': '*fp32'}, {'BLOCK': 256})]",
+        "good_kernel takes x, n, BLOCK; the entry lacks ['n']",
+    ),
+    "argument twice": (
+        "good",
+        "AOT = [(good_kernel, {'x': '*fp32', 'n': 'i64', 'BLOCK': 'i32'}, {'BLOCK': 256})]",
+        "names ['BLOCK', 'BLOCK'] wrongly or twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_checker_finds(name: str, tmp_path: Path) -> None:
+    about, listing, expected = LISTS[name]
+    (tmp_path / "demo.py").write_text(textwrap.dedent(KERNELS) + listing)
+    others = {f"{kind}_kernel" for kind in ("good", "forgotten", "broken", "hungry")} - {f"{about}_kernel"}
+    script = f"""
+        import json, demo
+        from esper.ops import aot
+        # Only the kernel that this case is about counts as launched.
+        for other in {sorted(others)!r}:
+            delattr(demo, other)
+        aot.modules = lambda: [demo]
+        try:
+            table, problems = aot.check([80])
+        except ValueError as error:
+            table, problems = [], [str(error)]
+        print(json.dumps([len(table), problems]))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=compiling_environment(PYTHONPATH=str(tmp_path)),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    rows, problems = json.loads(result.stdout)
+    if expected is None:
+        assert (rows, problems) == (1, [])
+    else:
+        assert len(problems) == 1
+        assert expected in problems[0]
