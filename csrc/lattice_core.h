@@ -157,11 +157,10 @@ ESPER_HD Row step_row(const Row in) {
     out.stride = from_bits(bits(in.stride) & ~dead);
 
     const int32_t timed = in_set<kTimed>(state);
-    const int32_t left = (in.timer + mask(in.timer > 0)) & mask(in.timer > 0);
-    out.timer = pick(timed, left, in.timer) & ~dead;
+    out.timer = (in.timer + (timed & mask(in.timer > 0))) & ~dead;  // a mask is -1
 
     const int32_t arrived = mask(state == kGrafting) & mask(out.alpha == out.target);
-    const int32_t expired = timed & mask(left == 0);
+    const int32_t expired = timed & mask(in.timer == 1);  // 0 means no timer, not an expired one
     int32_t next = state;
     next = pick(arrived, pick(mask(in.timer > 0), kTraining, kActive), next);
     next = pick(expired, pick(mask(state == kTraining), kActive, kDormant), next);
