@@ -16,8 +16,8 @@ from esper.contracts.errors import ArtifactError
 __all__ = ["canonical", "loads"]
 
 MAX_DEPTH = 24
-#: Commas, colons and opening brackets: at about 100 bytes a value, no more than 10 MB once parsed.
-MAX_TOKENS = 100_000
+#: Commas, colons and opening brackets: at about 100 bytes a value, no more than 2 MB once parsed.
+MAX_TOKENS = 20_000
 
 
 def canonical(value: Any) -> str:
