@@ -11,7 +11,11 @@ from esper.blueprints.nodes import OPS
 WIDTHS = ("d_in", "d_out", "rank", "2*rank", "d_out + rank", "max(1, d_in // 2)", "3")
 
 #: Depthwise kernels that keep every image's size, so that their results can be added to anything.
-SAME_SIZE = ({"kernel_size": 1}, {"kernel_size": 3, "padding": 1}, {"kernel_size": [3, 1], "padding": [2, 0], "dilation": 2})
+SAME_SIZE = (
+    {"kernel_size": 1},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": [3, 1], "padding": [2, 0], "dilation": 2},
+)
 
 
 @st.composite
@@ -38,7 +42,9 @@ def blueprints(draw: st.DrawFn, *, images: bool = False, max_nodes: int = 8) -> 
         elif op == "activation":
             grow(op, (source,), width[source], kind=draw(st.sampled_from(ACTIVATIONS)))
         elif op == "norm":
-            grow(op, (source,), width[source], kind=draw(st.sampled_from(NORMS)), eps=draw(st.sampled_from([1e-5, 1e-3])))
+            grow(
+                op, (source,), width[source], kind=draw(st.sampled_from(NORMS)), eps=draw(st.sampled_from([1e-5, 1e-3]))
+            )
         elif op == "depthwise":
             grow(op, (source,), width[source], **draw(st.sampled_from(SAME_SIZE)), bias=draw(st.booleans()))
         else:

@@ -93,7 +93,7 @@ def test_order_of_operations_is_meaning() -> None:
 
 
 def _lopsided(units: int) -> Blueprint:
-    """Sums whose terms look alike from above but differ below: l1 + l2 beside l3 + l3. Each doubles the orders to try."""
+    """Sums whose terms look alike from above but differ below: p + q beside r + r. Each doubles the orders to try."""
     nodes: list[Node] = []
     tops: list[str] = []
     for u in range(units):

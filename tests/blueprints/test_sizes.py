@@ -120,7 +120,16 @@ def test_any_text_is_a_size_or_refused(text: str) -> None:
 
 
 def test_normal_form_keeps_meaning_apart() -> None:
-    different = ["rank", "2*rank", "rank*rank", "d_in - rank", "rank - d_in", "d_in / rank", "d_in // rank", "min(d_in, rank)"]
+    different = [
+        "rank",
+        "2*rank",
+        "rank*rank",
+        "d_in - rank",
+        "rank - d_in",
+        "d_in / rank",
+        "d_in // rank",
+        "min(d_in, rank)",
+    ]
     assert len({normal_form(text) for text in different}) == len(different)
     assert normal_form(8) == normal_form("8") == normal_form("(8)")
     assert normal_form("2*(rank*3)") == normal_form("(3*2)*rank")

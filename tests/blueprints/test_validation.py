@@ -51,7 +51,9 @@ def test_shapes_of_a_convolution() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(0, 3), st.integers(1, 2)), min_size=1, max_size=3),
+    st.lists(
+        st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(0, 3), st.integers(1, 2)), min_size=1, max_size=3
+    ),
     st.integers(20, 60),
 )
 def test_image_sizes_are_those_of_torch(steps: list[tuple[int, int, int, int]], size: int) -> None:
@@ -84,7 +86,9 @@ def test_paths_of_equal_size_may_join() -> None:
 
 def test_paths_of_unequal_image_size_are_refused() -> None:
     small = Node("small", "depthwise", ("x",), {"kernel_size": 3})
-    with pytest.raises(BlueprintShapeError, match=r"'x' gives floor\(\(H\+0\)/1\).* 'small' gives floor\(\(H-2\)/1\)") as caught:
+    with pytest.raises(
+        BlueprintShapeError, match=r"'x' gives floor\(\(H\+0\)/1\).* 'small' gives floor\(\(H-2\)/1\)"
+    ) as caught:
         validate(graph(small, Node("s", "add", ("x", "small")), end="s"), 4, 4)
     assert caught.value.node == "s"
 
@@ -141,6 +145,8 @@ def test_too_many_weights_are_refused() -> None:
 
 
 def test_absurd_strides_are_refused() -> None:
-    nodes = [Node(f"d{i}", "depthwise", (f"d{i - 1}" if i else "x",), {"kernel_size": 1, "stride": 64}) for i in range(4)]
+    nodes = [
+        Node(f"d{i}", "depthwise", (f"d{i - 1}" if i else "x",), {"kernel_size": 1, "stride": 64}) for i in range(4)
+    ]
     with pytest.raises(BlueprintError, match="strides multiply"):
         validate(graph(*nodes, end="d3"), 4, 4)
