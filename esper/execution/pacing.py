@@ -1,0 +1,141 @@
+"""How many steps lie between two probes, so that watching stays within its share of the host's time."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+__all__ = ["NEVER", "ProbePacer"]
+
+#: A step that does not come.
+NEVER = 1 << 62
+
+#: Of what the budget leaves after the fixed cost, this much is spent; the rest is for what cannot be measured from
+#: inside (caches that a probe disturbs, a noisy clock).
+HEADROOM = 0.6
+#: Steps without a probe at the start, to learn what a step takes.
+_WARM_UP_STEPS = 16
+#: Assumed cost of a probe before one was measured: a first call pays for imports, allocations and cold caches.
+_FIRST_PROBE_NS = 50_000.0
+#: Cost of a probe outside what is measured: calling into the slow path, swapping the forward, one more frame.
+_UNSEEN_NS = 3_000.0
+#: The controller looks again after so many steps at most, however long the period.
+_LONGEST_PERIOD = 1 << 16
+#: The time of a step is the least mean over so many intervals: a pause of the user's is not the host's speed.
+_INTERVALS = 8
+
+
+class ProbePacer:
+    """Decides when to probe; knows nothing of layers or tensors, and reads no clock.
+
+    Two rules, both of which must allow a probe. The sum: everything spent so far, and the probe, stay within the share of
+    all the host's time so far. The rate: at the present speed of the host and cost of a probe, probes this far apart
+    stay within it; so a long pause saves up no burst.
+
+    Args:
+        budget: Share of the host's own time, in [0, 1].
+        fixed_ns_per_step: Spent on every step whether or not something is due.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
+
+    def __init__(self, budget: float, fixed_ns_per_step: float = 0.0) -> None:
+        if not 0.0 <= budget <= 1.0:
+            raise ValueError(f"budget is {budget}; it is a share of the host's time, between 0 and 1")
+        if not 0.0 <= fixed_ns_per_step < math.inf:
+            raise ValueError(f"fixed_ns_per_step is {fixed_ns_per_step}; need a time in nanoseconds, 0 or more")
+        self.budget = budget
+        self.fixed_ns_per_step = fixed_ns_per_step
+        self.due = 0
+        self.period = 0
+        self.host_ns = 0.0
+        self.probes_ns = 0.0
+        self.steps = 0
+        self._cost = _FIRST_PROBE_NS
+        self._overhead = 0.0
+        self._step_times: deque[float] = deque(maxlen=_INTERVALS)
+        self._observed = 0.0
+        self._mark_step: int | None = None
+        self._mark_ns = 0
+        self._entered_ns = 0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to spend."""
+        return self.budget > 0.0
+
+    @property
+    def spent_ns(self) -> float:
+        """Probes and the fixed cost of the steps so far."""
+        return self.probes_ns + self.fixed_ns_per_step * self.steps
+
+    @property
+    def share(self) -> float:
+        """Spent over the host's own time, 0 before the first measurement."""
+        return self.spent_ns / self.host_ns if self.host_ns > 0 else 0.0
+
+    def probed(self, observed_ns: float) -> None:
+        """The last probe fired and took this long, arming not included."""
+        self._observed = observed_ns
+        cost = observed_ns + self._overhead + _UNSEEN_NS
+        # Up at once, down slowly: an underestimate overspends.
+        self._cost = cost if cost > self._cost else self._cost + (cost - self._cost) / 4
+        self.probes_ns += observed_ns + _UNSEEN_NS
+
+    def excuse(self, observed_ns: float) -> None:
+        """Probes that somebody asked for took this long: not the host's time, and not charged."""
+        self._observed = observed_ns
+
+    def ready(self, n: int, now_ns: int) -> bool:
+        """Whether to probe at step ``n``; sets ``due`` and ``period`` either way."""
+        self._entered_ns = now_ns
+        if self._mark_step is None:
+            self.due = n + _WARM_UP_STEPS
+            return False
+        steps = n - self._mark_step
+        interval = max(0.0, now_ns - self._mark_ns - self._observed - self.fixed_ns_per_step * steps)
+        self._observed = 0.0
+        if steps <= 0:
+            self.due = n + 1
+            return False
+        self.steps += steps
+        self.host_ns += interval
+        self._step_times.append(interval / steps)
+        rate = HEADROOM * (self.budget * min(self._step_times) - self.fixed_ns_per_step)
+        if rate <= 0.0:
+            # Knowing what is due costs more than the budget already: look again much later.
+            self.period = _LONGEST_PERIOD
+            self.due = n + self.period
+            return False
+        self.period = min(_LONGEST_PERIOD, math.ceil(self._cost / rate) + 1)
+        fixed = self.fixed_ns_per_step * self.steps
+        lacking = self.probes_ns + self._cost - HEADROOM * (self.budget * self.host_ns - fixed)
+        if lacking > 0.0:
+            # This look costs as well, so the next one has it to earn too.
+            wait = math.ceil((lacking + self._overhead) / rate) + 1
+            self.due = n + min(_LONGEST_PERIOD, wait)
+            return False
+        self.due = n + self.period
+        return True
+
+    def finish(self, n: int, now_ns: int) -> None:
+        """The slow path ends: what it took is spent, and the host's time runs again."""
+        took = float(now_ns - self._entered_ns)
+        if self._mark_step is not None:
+            self.probes_ns += took
+        self._overhead = took if took > self._overhead else self._overhead + (took - self._overhead) / 4
+        self._mark_step, self._mark_ns = n, now_ns
+
+    def restart(self, due: int) -> None:
+        """Forget when the last look was, and look again at step ``due``: the host runs where it cannot be watched."""
+        self._mark_step = None
+        self._observed = 0.0
+        self.due = due
+
+    def __getstate__(self) -> dict[str, object]:
+        """Times since the last look belong to this process."""
+        state = self.__dict__.copy()
+        state["_mark_step"] = None
+        state["_observed"] = 0.0
+        return state

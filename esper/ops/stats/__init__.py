@@ -1,0 +1,38 @@
+"""Statistics of activations: per feature, per seed's chunk, and the health that follows from them."""
+
+from esper.ops.stats.schema import (
+    ACTIVATIONS,
+    CHUNK_FIELDS,
+    FEATURE_FIELDS,
+    HEALTH_FIELDS,
+    ChunkField,
+    Field,
+    HealthField,
+    act_stats,
+    channel_stats,
+    chunk_bounds,
+    observe,
+    seed_health,
+    stats_merge,
+)
+from esper.ops.stats import reference, cpu, cuda, triton  # noqa: I001  # after schema: each adds its functions to it
+
+__all__ = [
+    "ACTIVATIONS",
+    "CHUNK_FIELDS",
+    "FEATURE_FIELDS",
+    "HEALTH_FIELDS",
+    "ChunkField",
+    "Field",
+    "HealthField",
+    "act_stats",
+    "channel_stats",
+    "chunk_bounds",
+    "cpu",
+    "cuda",
+    "observe",
+    "reference",
+    "seed_health",
+    "stats_merge",
+    "triton",
+]
