@@ -1,8 +1,8 @@
 """Triton kernels of the lattice: one launch for all seeds of a model.
 
 The state machine's numbers arrive as compile-time constants, so that this module holds no second copy of the table.
-The layout of the storage (fields in order, each padded to 64 bytes) is computed here from the number of rows, as it is in
-the C++ header; the tests compare both with ``esper.ops.lattice.layout``.
+The layout of the storage (fields in order, each padded to 64 bytes) is computed here from the number of rows, as it is
+in the C++ header; the tests compare both with ``esper.ops.lattice.layout``.
 """
 
 from __future__ import annotations

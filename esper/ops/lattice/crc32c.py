@@ -2,8 +2,8 @@
 
 Conventions of CRC-32C as in RFC 3720, appendix B.4: initial value and final inversion 0xFFFFFFFF, least significant bit
 first. A 32-bit number stands for a polynomial whose coefficient of x^0 is bit 31. The raw remainder of a message of n
-little-endian words w_0 .. w_(n-1) is ``xor_i w_i * x^(32 (n - i)) mod P``: a sum that any number of threads may compute in
-any order.
+little-endian words w_0 .. w_(n-1) is ``xor_i w_i * x^(32 (n - i)) mod P``: a sum that any number of threads may compute
+in any order.
 """
 
 from __future__ import annotations

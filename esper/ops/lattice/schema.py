@@ -1,7 +1,7 @@
 """The lattice operations: what they take, what they give. One launch each for all seeds of a model.
 
-``storage`` is the uint8 buffer of :mod:`esper.ops.lattice.layout`, contiguous, its address a multiple of 16. None of these
-is called inside a model's forward, so none has a shape function.
+``storage`` is the uint8 buffer of :mod:`esper.ops.lattice.layout`, contiguous, its address a multiple of 16. None of
+these is called inside a model's forward, so none has a shape function.
 """
 
 from __future__ import annotations
