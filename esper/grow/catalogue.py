@@ -6,7 +6,7 @@ from torch import nn
 
 from esper import blueprints
 from esper.grow.grower import Catalogue
-from esper.services.tezzeret import compile as compile_blueprint
+from esper.services.tezzeret.forge import compile_blueprint
 
 __all__ = ["BLUEPRINTS", "build_catalogue"]
 

@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "grow",
         help="grow a network that is too small, and compare",
         description="Train a network that is too small, let it grow by seeds as it levels off, and compare it with "
-        f"the same host without growth and with a static network of the grown size, over {REPEATS} seeds of the generator.",
+        f"the same host without growth and a static network of the grown size, over {REPEATS} seeds of the generator.",
     )
     parser.add_argument("--data", metavar="FILE.npz", help="arrays X [samples, ...] and y [samples]; default: digits")
     parser.add_argument("--seed", type=int, default=0, help=f"first of {REPEATS} consecutive seeds (default 0)")

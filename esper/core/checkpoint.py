@@ -1,0 +1,315 @@
+"""``esper.save`` and ``esper.load``: a grown network in one file that rebuilds itself.
+
+The file is safetensors: the entries of the model's ``state_dict`` (host, grafts, lattice) under their own names, and a
+manifest in the metadata that tells what stands where: layers, woken seeds with their blueprints and artifact ids, a
+SHA-256 of every tensor and the lattice's CRC. Nothing in it is ever unpickled. A file that does not fit, wholly and
+exactly, is refused with the reason before the host is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from esper.blueprints.families import match
+from esper.blueprints.ir import from_json
+from esper.blueprints.validation import validate
+from esper.contracts.errors import EsperError
+from esper.contracts.manifest import Manifest
+from esper.contracts.registry import RegistryClient
+from esper.core.checkpoint_format import (
+    FORMAT_VERSION,
+    CheckpointError,
+    LayerRecord,
+    Record,
+    SeedRecord,
+    read_record,
+    write_record,
+)
+from esper.core.model_wrapper import MorphableModel, find_targets, wrap
+from esper.core.naming import GRAFT_PREFIX, graft_key
+from esper.execution.kernel_executor import LoadedKernel
+from esper.execution.lattice import Lattice
+from esper.execution.lifecycle import AWAKE, SeedLifecycleState
+
+__all__ = ["FORMAT_VERSION", "CheckpointError", "load", "save"]
+
+_MARKER = f"{GRAFT_PREFIX}."
+
+
+def save(model: MorphableModel, path: str | os.PathLike[str]) -> None:
+    """Write a grown network to ``path``, at once and whole or not at all.
+
+    Call it between two training steps. The optimizer's state is the optimizer's: save its ``state_dict`` beside it.
+
+    Args:
+        model: The wrapped model, on any device.
+        path: The file; one that is there is replaced.
+
+    Raises:
+        CheckpointError: the host's state holds something that is no tensor (its modules' ``get_extra_state``).
+        OSError: the file cannot be written; what was there before still is.
+    """
+    state = model.state_dict()
+    foreign = [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise CheckpointError(
+            f"the model's state holds what is no tensor and would need pickling: {', '.join(foreign)}"
+        )
+    tensors, aliases = _unshared(state)
+    record = Record(
+        version=FORMAT_VERSION,
+        seeds_per_layer=model.lattice.seeds_per_layer,
+        monitor_budget=model.monitor_budget,
+        telemetry=any(layer.telemetry_enabled for layer in model.kasmina_layers.values()),
+        layers=tuple(
+            LayerRecord(name, type(layer.default_transform).__name__) for name, layer in model.kasmina_layers.items()
+        ),
+        seeds=tuple(_seed_records(model)),
+        aliases=aliases,
+        hashes={name: _sha256(tensor) for name, tensor in tensors.items()},
+    )
+    metadata = write_record(record)
+    with _replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load(
+    path: str | os.PathLike[str],
+    host: nn.Module,
+    *,
+    registry: RegistryClient | str | None = None,
+    cache_size_mb: int = 128,
+    preserve_original: bool = False,
+) -> MorphableModel:
+    """Rebuild a grown network from a file and a fresh host; no registry is asked.
+
+    Args:
+        path: What :func:`save` wrote.
+        host: A network built as the saved one's host was, with any weights; dtype and shapes must agree. Its device is
+            the result's.
+        registry: Where kernels that are woken from now on come from; as in ``esper.wrap``.
+        cache_size_mb: As in ``esper.wrap``.
+        preserve_original: As in ``esper.wrap``; False puts the result into ``host`` itself.
+
+    Returns:
+        The network as it was saved: weights, buffers, grafts, alphas, states, health. A load that was under way is
+        forgotten: its seed is dormant.
+
+    Raises:
+        CheckpointError: the file is no checkpoint, is truncated or altered, is of an unknown version, or does not fit
+            the host; the message says which, and names both shapes where shapes differ. ``host`` is as it was.
+        FileNotFoundError: there is no such file.
+    """
+    source = Path(path)
+    record, tensors = _read(source)
+    _check_host(source, record, tensors, host)
+    _check_lattice(source, record, tensors)
+    model = wrap(
+        host,
+        [layer.name for layer in record.layers],
+        seeds_per_layer=record.seeds_per_layer,
+        cache_size_mb=cache_size_mb,
+        telemetry_enabled=record.telemetry,
+        preserve_original=preserve_original,
+        registry=registry,
+        monitor_budget=record.monitor_budget,
+    )
+    try:
+        for seed in record.seeds:
+            _bind(source, model, seed, tensors)
+        _fill(source, model, tensors)
+    except BaseException:
+        for layer in model.kasmina_layers.values():
+            for seed_idx in layer.grafts.bound:
+                layer.state_layout.reset_seed(seed_idx)
+                layer.grafts.unbind(seed_idx)
+            layer.disarm_probe()  # gives the host its own forward back, as there is no graft any more
+        model.close()
+        raise
+    return model
+
+
+def _seed_records(model: MorphableModel) -> Iterator[SeedRecord]:
+    for name, layer in model.kasmina_layers.items():
+        for seed_idx in layer.grafts.bound:
+            kernel = layer.grafts.kernel(seed_idx)
+            yield SeedRecord(
+                layer=name,
+                seed_idx=seed_idx,
+                artifact_id=kernel.artifact_id,
+                kernel_id=kernel.kernel_id,
+                manifest=json.loads(kernel.manifest.to_json()),
+            )
+
+
+def _unshared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The entries as contiguous CPU tensors, those that share all their memory once, and who shares with whom."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        # A copy even on the CPU: what is hashed is then what is written, whatever the training does meanwhile.
+        tensors[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
+    return tensors, aliases
+
+
+def _sha256(tensor: Tensor) -> str:
+    # Bytes of any dtype, without a copy.
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(flat).hexdigest()
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write to that becomes ``path`` in one step when the block ends well, and vanishes otherwise."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes a private file; the finished one gets the rights that any new file would.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[Record, dict[str, Tensor]]:
+    """The file's record and all its tensors, every hash checked."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            record = read_record(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: no safetensors file, or a truncated one: {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if tensors.keys() != record.hashes.keys():
+        odd = ", ".join(sorted(tensors.keys() ^ record.hashes.keys())[:4])
+        raise CheckpointError(f"{path}: its tensors are not those of its manifest: {odd}")
+    for name, tensor in tensors.items():
+        if _sha256(tensor) != record.hashes[name]:
+            raise CheckpointError(f"{path}: tensor {name!r} does not match its SHA-256: the file was altered")
+    for alias, name in record.aliases.items():
+        if name not in tensors:
+            raise CheckpointError(f"{path}: {alias!r} is said to share {name!r}, which is not there")
+        tensors[alias] = tensors[name]
+    return record, tensors
+
+
+def _check_host(path: Path, record: Record, tensors: Mapping[str, Tensor], host: nn.Module) -> None:
+    """Refuse what does not fit before anything is touched."""
+    names = [layer.name for layer in record.layers]
+    try:
+        targets = find_targets(host, names) if names else {}
+    except (ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path}: the host is another network: {error}") from None
+    for layer in record.layers:
+        found = type(targets[layer.name]).__name__
+        if found != layer.host_type:
+            raise CheckpointError(f"{path}: layer '{layer.name}' is a {layer.host_type} there, a {found} in the host")
+    if list(targets) != names:
+        raise CheckpointError(f"{path}: the host has the same layers in another order: {', '.join(targets)}")
+    ours = host.state_dict()
+    theirs = {name: tensor for name, tensor in tensors.items() if not name.startswith(_MARKER)}
+    missing, surplus = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    if missing or surplus:
+        lacks = [f"the file lacks {', '.join(missing[:4])}"] if missing else []
+        lacks += [f"the host lacks {', '.join(surplus[:4])}"] if surplus else []
+        raise CheckpointError(f"{path}: the host is another network: {'; '.join(lacks)}")
+    for name, theirs_tensor in theirs.items():
+        own = ours[name]
+        if own.shape != theirs_tensor.shape:
+            shapes = f"{tuple(theirs_tensor.shape)} in the file, {tuple(own.shape)} in the host"
+            raise CheckpointError(f"{path}: '{name}' has shape {shapes}")
+        if own.dtype != theirs_tensor.dtype:
+            raise CheckpointError(
+                f"{path}: '{name}' is {theirs_tensor.dtype} in the file, {own.dtype} in the host; "
+                f"convert the host first (host.to({theirs_tensor.dtype}))"
+            )
+
+
+def _bind(path: Path, model: MorphableModel, seed: SeedRecord, tensors: Mapping[str, Tensor]) -> None:
+    where = f"{path}: layer '{seed.layer}', seed {seed.seed_idx}"
+    if seed.layer not in model.kasmina_layers or not 0 <= seed.seed_idx < model.lattice.seeds_per_layer:
+        raise CheckpointError(f"{where}: there is no such seed")
+    prefix = f"{_MARKER}{graft_key(seed.layer)}.seed{seed.seed_idx}."
+    weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    try:
+        manifest = Manifest.from_json(json.dumps(seed.manifest))
+        blueprint = from_json(manifest.blueprint)
+        needed = dict(validate(blueprint, manifest.d_in, manifest.d_out).tensors)
+    except EsperError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found != needed:
+        raise CheckpointError(f"{where}: its weights have shapes {found}, its blueprint needs {needed}")
+    kernel = LoadedKernel(
+        artifact_id=seed.artifact_id,
+        kernel_id=seed.kernel_id,
+        blueprint=blueprint,
+        family=match(blueprint),
+        tensors=weights,
+        d_in=manifest.d_in,
+        d_out=manifest.d_out,
+        manifest=manifest,
+        nbytes=sum(tensor.nbytes for tensor in weights.values()),
+    )
+    layer = model.kasmina_layers[seed.layer]
+    if not layer.commit(seed.seed_idx, kernel, alpha=0.0):
+        raise CheckpointError(f"{where}: {layer.get_layer_stats()['errors'].get(seed.seed_idx)}")
+
+
+def _check_lattice(path: Path, record: Record, tensors: Mapping[str, Tensor]) -> None:
+    """The lattice's own checks (its CRC among them), and that awake seeds and kernels are the same seeds."""
+    marker = f"{_MARKER}lattice."
+    lattice = Lattice(len(record.layers), record.seeds_per_layer)
+    try:
+        lattice.load_state_dict(
+            {name.removeprefix(marker): tensor for name, tensor in tensors.items() if name.startswith(marker)}
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    bound = {(seed.layer, seed.seed_idx) for seed in record.seeds}
+    for index, layer in enumerate(record.layers):
+        for seed_idx in range(record.seeds_per_layer):
+            state = lattice.layer(index).state_of(seed_idx)
+            has_kernel = (layer.name, seed_idx) in bound
+            if (state in AWAKE) != has_kernel:
+                has = "a kernel" if has_kernel else "no kernel"
+                raise CheckpointError(f"{path}: layer '{layer.name}', seed {seed_idx} is {state.name} but has {has}")
+
+
+def _fill(path: Path, model: MorphableModel, tensors: Mapping[str, Tensor]) -> None:
+    """Put in all weights and the lattice."""
+    try:
+        model.load_state_dict(dict(tensors))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    for layer in model.kasmina_layers.values():
+        for seed_idx in range(layer.num_seeds):
+            if layer.state_layout.state_of(seed_idx) is SeedLifecycleState.LOADING:
+                layer.state_layout.transition_seed_state(seed_idx, SeedLifecycleState.DORMANT)

@@ -1,0 +1,163 @@
+"""``esper.export``: a grown network as plain modules, without Esper on its path.
+
+Seeds that are linear maps are folded into their host's own weights; every other host with awake seeds becomes a
+``torch.fx.GraphModule`` of ordinary layers. Alphas are constants from then on.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from esper.blueprints.validation import validate
+from esper.contracts.errors import EsperError
+from esper.core.export_fold import ExportedSeed, fold
+from esper.core.export_graph import graft_module, grafted_host
+from esper.core.model_wrapper import MorphableModel
+from esper.execution.grafts.layout import BlendLayout
+from esper.execution.grafts.seed import BoundSeed, bind_seed
+from esper.execution.host_binding import fast_path_ancestors
+from esper.execution.kasmina_layer import KasminaLayer
+from esper.nn.attention import GraftedAttention
+
+__all__ = ["ExportError", "export"]
+
+
+class ExportError(EsperError, ValueError):
+    """The network cannot be exported as it is; the message says what to do first."""
+
+
+def export(model: MorphableModel) -> nn.Module:
+    """Copy a grown network into plain modules.
+
+    The result computes what ``model`` computes now, to rounding (a seed whose output is not finite is no longer
+    contained). It shares no memory with ``model``, trains like any network, and needs nothing of Esper: ``torch.save``
+    and ``torch.load`` work where Esper is not installed. One exception: a ``MultiheadAttention`` with awake seeds is an
+    :class:`esper.nn.attention.GraftedAttention`, which unpickling must be able to import.
+
+    Hosts without awake seeds, and hosts whose seeds could be folded, keep their type and their ``state_dict`` keys. A
+    Linear host that could not be folded keeps the keys ``weight`` and ``bias``; any other moves to ``<name>.host``.
+
+    Args:
+        model: The wrapped model; it is not changed.
+
+    Returns:
+        The network, in the same mode (training or evaluation) and on the same device.
+
+    Raises:
+        ExportError: a seed is awake on an activation that has never been called, so that its shape is not known.
+    """
+    twin = copy.deepcopy(model)
+    twin.close()
+    body = twin.wrapped_model
+    tied = _tied_parameters(body)
+    for name, layer in twin.kasmina_layers.items():
+        seeds, host_factor = _awake(layer)
+        host = layer.default_transform
+        _detach(layer)
+        # A seed at alpha 0 adds nothing, and with none left the host stands as it was.
+        if seeds:
+            body = _replace(body, name, host, seeds, host_factor, layer.channel_dim, tied)
+    return body
+
+
+def _replace(
+    body: nn.Module,
+    name: str,
+    host: nn.Module,
+    seeds: list[ExportedSeed],
+    host_factor: Tensor,
+    channel_dim: int,
+    tied: set[int],
+) -> nn.Module:
+    """The network with ``host`` and its seeds made one."""
+    # Folding changes a weight in place; one that others use too has to stay.
+    shared = any(id(p) in tied for p in host.parameters(recurse=False))
+    if not shared and fold(host, seeds, host_factor):
+        return body
+    if isinstance(host, nn.MultiheadAttention):
+        plain: nn.Module = GraftedAttention.from_host(host, graft_module(seeds, host_factor))
+    else:
+        plain = grafted_host(host, seeds, host_factor, channel_dim)
+    if host is body:
+        return plain
+    _close_fast_paths(body, host)
+    for parent in body.modules():
+        for child_name, child in parent._modules.items():
+            if child is host:
+                parent._modules[child_name] = plain
+    return body
+
+
+def _awake(layer: KasminaLayer) -> tuple[list[ExportedSeed], Tensor]:
+    """The layer's seeds that count, with their coefficients, and the host's factor per feature."""
+    spec = layer.grafts.spec
+    bound = [i for i in layer.grafts.bound if i not in layer.grafts.misfits]
+    alpha: list[float] = layer.state_layout.alpha_blend.tolist()
+    if not any(alpha[i] for i in bound):
+        return [], torch.ones(1, dtype=torch.float64)
+    if not spec.is_resolved or spec.d_out is None:
+        raise ExportError(
+            f"layer '{layer.layer_name}' ({spec.type_name}) has awake seeds but has seen no input, so its shape is not "
+            "known: call the model once, then export"
+        )
+    places: list[BoundSeed] = [bind_seed(i, layer.grafts.kernel(i), spec, layer.num_seeds) for i in bound]
+    layout = BlendLayout([seed.place for seed in places], spec.d_out)
+    host_factor = torch.ones(spec.d_out, dtype=torch.float64)
+    coefficients = [torch.zeros(seed.place.end - seed.place.begin, dtype=torch.float64) for seed in places]
+    for segment in layout.segments:
+        begin, end = segment
+        host, pairs = layout.numbers(alpha, segment)
+        host_factor[begin:end] = host
+        for position, value in pairs:
+            offset = places[position].place.begin
+            coefficients[position][begin - offset : end - offset] = value
+    seeds = []
+    for seed, coefficient in zip(places, coefficients, strict=True):
+        kernel = layer.grafts.kernel(seed.place.index)
+        if bool(coefficient.any()):
+            seeds.append(
+                ExportedSeed(
+                    blueprint=seed.blueprint,
+                    tensors=layer.grafts.seed_parameters(seed.place.index),
+                    widths=validate(seed.blueprint, kernel.d_in, kernel.d_out).widths,
+                    begin=seed.place.begin,
+                    end=seed.place.end,
+                    coefficient=coefficient,
+                    strided=seed.strided,
+                )
+            )
+    return seeds, host_factor
+
+
+def _detach(layer: KasminaLayer) -> None:
+    """Give the host its own forward back."""
+    for seed_idx in layer.grafts.bound:
+        layer.grafts.unbind(seed_idx)
+    layer.disarm_probe()
+
+
+def _tied_parameters(body: nn.Module) -> set[int]:
+    """Parameters that stand in more than one module."""
+    seen: set[int] = set()
+    tied: set[int] = set()
+    for module in body.modules():
+        for parameter in module.parameters(recurse=False):
+            (tied if id(parameter) in seen else seen).add(id(parameter))
+    return tied
+
+
+def _close_fast_paths(body: nn.Module, host: nn.Module) -> None:
+    """Make torch's fused encoder paths, which read weights without calling their layers, leave this host alone.
+
+    They look at these two attributes before they look at anything of the layers that have changed.
+    """
+    for name, module in body.named_modules(remove_duplicate=False):
+        if module is host:
+            for ancestor in fast_path_ancestors(body, name):
+                if isinstance(ancestor, nn.TransformerEncoderLayer):
+                    ancestor.activation_relu_or_gelu = 0
+                else:
+                    ancestor.__dict__["use_nested_tensor"] = False
