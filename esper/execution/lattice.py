@@ -358,8 +358,6 @@ class Lattice:
                 f"seed {seed} of layer {layer} cannot go from {old.name} to {new.name}; "
                 f"from {old.name} it may go to {allowed}"
             )
-                f"seed {row} cannot go from {old.name} to {new.name}; from {old.name} it may go to {allowed}"
-            )
         if kernel_id is not None and not 0 <= kernel_id < 2**63:
             raise ValueError(f"kernel_id must be in [0, 2**63), not {kernel_id}")
         values: dict[str, Any] = {

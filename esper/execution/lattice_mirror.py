@@ -138,7 +138,7 @@ class AsyncMirror:
     """A host copy that follows a device through snapshots.
 
     At most one snapshot is under way. Every write of the host and every step gets a number. A row that the host wrote
-    after a snapshot was asked for keeps the host's values when that snapshot arrives, which knows nothing of the command.
+    after a snapshot was asked for keeps the host's values when that snapshot arrives.
     """
 
     exact = False

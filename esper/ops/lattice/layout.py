@@ -1,8 +1,8 @@
 """Where each field of a lattice lies in its one buffer.
 
 All seeds of a model share one uint8 tensor, the *storage*. A field is an array of ``rows`` elements in it, padded with
-zero bytes to a multiple of :data:`ALIGN`; positions follow from ``rows`` alone, so an operation needs one address and one
-number. Persistent fields come first: snapshot and checksum are about one contiguous range.
+zero bytes to a multiple of :data:`ALIGN`; positions follow from ``rows`` alone, so an operation needs one address and
+one number. Persistent fields come first: snapshot and checksum are about one contiguous range.
 """
 
 from __future__ import annotations
