@@ -1,0 +1,211 @@
+"""Compare the speed of callables so that what the machine does meanwhile hits all of them alike.
+
+    ratios = compare({"bare": bare, "wrapped": wrapped}, baseline="bare")
+    print(ratios["wrapped"])            # 1.0021 [1.0004, 1.0038] (201 rounds of 24 calls)
+
+Clock speed, other programs and memory layout move a single timing by several percent from second to second. So every
+round times every candidate, in an order drawn anew, and only times of the same round are divided by each other: what is
+slow for a whole round cancels. The result is the median of these ratios, which a few disturbed rounds cannot move, with
+a percentile bootstrap interval of that median (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter
+13).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Ratio", "compare", "median_interval", "write"]
+
+#: Confidence level of every interval.
+LEVEL = 0.95
+#: Times are meant to be compared by blocks of at least this length, long beside the clock's grain and cost (some 50
+#: ns).
+BLOCK_SECONDS = 2e-3
+_RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time of a candidate over time of the baseline.
+
+    Attributes:
+        median: Median of the rounds' ratios.
+        low: Lower end of the 95 % bootstrap interval of that median.
+        high: Its upper end.
+        rounds: Number of rounds.
+        inner: Calls timed together, in each round.
+        seconds: Median time of one call of the candidate.
+        baseline_seconds: Median time of one call of the baseline.
+    """
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+    inner: int
+    seconds: float
+    baseline_seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.4f} [{self.low:.4f}, {self.high:.4f}] ({self.rounds} rounds of {self.inner} calls)"
+
+
+def compare(
+    candidates: Mapping[str, Callable[[], object]],
+    baseline: str,
+    *,
+    rounds: int = 201,
+    inner: int | None = None,
+    seconds: float | None = 30.0,
+    warmup: int = 3,
+    seed: int = 0,
+    clock: Callable[[], int] = time.perf_counter_ns,
+    path: str | os.PathLike[str] | None = None,
+) -> dict[str, Ratio]:
+    """Time all candidates against one of them.
+
+    Each timing follows one untimed call of the same candidate, so that nobody pays for what the one before left in the
+    caches. Garbage collection is off while blocks run and done between rounds. CUDA is waited for before and after
+    each block, where it is in use.
+
+    Args:
+        candidates: Callables by name; each is called many times and must leave things as it found them.
+        baseline: Name of the one that the others are divided by.
+        rounds: How many rounds; at least 5. Odd numbers have a median that was measured.
+        inner: Calls per block; None chooses so many that the fastest candidate's block takes 2 ms.
+        seconds: Fewer rounds (never under 31, or ``rounds`` if that is less) are run when this time would be exceeded;
+            None for no limit.
+        warmup: Calls of each candidate before anything is timed.
+        seed: Of the order of candidates and of the bootstrap.
+        clock: Nanoseconds, rising.
+        path: A JSON file to write the result to.
+
+    Returns:
+        A ratio for each candidate but the baseline.
+
+    Raises:
+        ValueError: for an unknown baseline, no candidate beside it, too few rounds or an ``inner`` below 1.
+    """
+    if baseline not in candidates:
+        raise ValueError(f"baseline {baseline!r} is not among the candidates: {', '.join(candidates)}")
+    if len(candidates) < 2:
+        raise ValueError(f"there is nothing to compare {baseline!r} with")
+    if rounds < 5:
+        raise ValueError(f"{rounds} rounds tell nothing of their spread; use at least 5")
+    if inner is not None and inner < 1:
+        raise ValueError(f"inner must be at least 1, not {inner}")
+
+    wait = _waiter()
+    rough = {
+        name: min(_block(call, 1, clock, wait) for _ in range(max(1, warmup))) for name, call in candidates.items()
+    }
+    if inner is None:
+        inner = max(1, round(BLOCK_SECONDS * 1e9 / max(1.0, min(rough.values()))))
+    if seconds is not None:
+        round_seconds = sum(rough.values()) * (inner + 1) * 1e-9
+        rounds = min(rounds, max(31, int(seconds / max(round_seconds, 1e-9))))
+
+    times = _rounds(candidates, rounds, inner, random.Random(seed), clock, wait)
+    ratios = {name: _ratio(mine, times[baseline], inner, seed) for name, mine in times.items() if name != baseline}
+    if path is not None:
+        write(path, ratios, baseline=baseline)
+    return ratios
+
+
+def median_interval(values: Sequence[float], *, level: float = LEVEL, seed: int = 0) -> tuple[float, float, float]:
+    """The median of ``values`` and its percentile bootstrap interval.
+
+    Args:
+        values: Independent measurements of the same thing; at least one.
+        level: Confidence level, in (0, 1).
+        seed: Of the resampling.
+
+    Returns:
+        (median, low, high)
+    """
+    data = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(0, len(data), size=(_RESAMPLES, len(data)))
+    medians = np.median(data[picks], axis=1)
+    low, high = np.quantile(medians, [(1 - level) / 2, (1 + level) / 2])
+    return float(np.median(data)), float(low), float(high)
+
+
+def write(path: str | os.PathLike[str], ratios: Mapping[str, Ratio], **facts: Any) -> None:
+    """Write ratios and any other JSON values to ``path``, in one step: a reader sees all of the file or the old one."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    document = {**facts, "level": LEVEL, "ratios": {name: asdict(ratio) for name, ratio in ratios.items()}}
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    partial.replace(target)
+
+
+def _rounds(
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    inner: int,
+    order: random.Random,
+    clock: Callable[[], int],
+    wait: Callable[[], None],
+) -> dict[str, list[float]]:
+    """Nanoseconds for one call, by candidate and round."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            order.shuffle(names)
+            for name in names:
+                candidates[name]()
+                times[name].append(_block(candidates[name], inner, clock, wait) / inner)
+            if collecting:
+                gc.collect(0)
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def _block(call: Callable[[], object], inner: int, clock: Callable[[], int], wait: Callable[[], None]) -> int:
+    wait()
+    start = clock()
+    for _ in range(inner):
+        call()
+    wait()
+    return clock() - start
+
+
+def _ratio(mine: Sequence[float], theirs: Sequence[float], inner: int, seed: int) -> Ratio:
+    ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
+    median, low, high = median_interval(ratios, seed=seed)
+    to_seconds = 1e-9
+    return Ratio(
+        median,
+        low,
+        high,
+        len(ratios),
+        inner,
+        float(np.median(mine)) * to_seconds,
+        float(np.median(theirs)) * to_seconds,
+    )
+
+
+def _waiter() -> Callable[[], None]:
+    """What waits for the GPU, or does nothing where none is in use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        synchronize: Callable[[], None] = torch.cuda.synchronize
+        return synchronize
+    return lambda: None
