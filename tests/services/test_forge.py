@@ -1,0 +1,143 @@
+"""esper.compile: from a blueprint to a published artifact."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import esper
+from esper.artifacts import Artifact, FileRegistry, open_registry
+from esper.blueprints import get, initialise
+from esper.contracts.errors import BlueprintError, EsperError, RegistryUnavailableError
+from esper.services.tezzeret.forge import CompileError, build, compile_blueprint
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return FileRegistry(tmp_path / "registry")
+
+
+def opened(registry: FileRegistry, artifact_id: str) -> Artifact:
+    artifact = Artifact.open(bytes(asyncio.run(registry.fetch(artifact_id))))
+    assert artifact.artifact_id == artifact_id
+    return artifact
+
+
+def test_it_is_the_public_name():
+    assert esper.compile is compile_blueprint
+
+
+def test_by_name_with_options(registry):
+    artifact = opened(registry, esper.compile("lowrank", d_in=6, d_out=4, registry=registry, rank=3, mode="replace"))
+    assert artifact.blueprint == get("lowrank", rank=3, mode="replace")
+    assert artifact.tensors()["down.weight"].shape == (3, 6)
+    assert artifact.tensors()["up.weight"].shape == (4, 3)
+    expected = initialise(artifact.blueprint, 6, 4, 0)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in artifact.tensors().items())
+    assert artifact.manifest.tools == {"esper": esper.__version__, "torch": torch.__version__}
+
+
+def test_a_blueprint_with_its_parameters_bound(registry):
+    blueprint = get("bottleneck")
+    artifact = opened(registry, esper.compile(blueprint, d_in=6, d_out=4, registry=registry, rank=3))
+    assert artifact.blueprint.parameters == {"rank": 3}
+    assert artifact.tensors()["down.weight"].shape == (3, 6)
+
+
+@pytest.mark.parametrize("dtype", ["float64", torch.float16, "torch.bfloat16"])
+def test_dtype(registry, dtype):
+    artifact = opened(registry, esper.compile("lowrank", d_in=6, d_out=4, registry=registry, dtype=dtype))
+    assert {str(tensor.dtype).split(".")[1] for tensor in artifact.tensors().values()} == {str(dtype).split(".")[-1]}
+
+
+def test_every_way_to_name_a_registry(registry, monkeypatch):
+    monkeypatch.setenv("ESPER_REGISTRY", registry.url)
+    ways = (registry, registry.url, str(registry.folder), None, open_registry(registry.folder))
+    ids = {esper.compile("lowrank", d_in=6, d_out=4, registry=way) for way in ways}
+    assert len(ids) == 1
+    assert [line.artifact_id for line in asyncio.run(registry.list())] == [*ids]
+
+
+def test_any_client_and_a_running_loop(registry):
+    class Client:
+        url = "test://"
+
+        async def fetch(self, artifact_id, *, max_bytes):
+            raise NotImplementedError
+
+        async def publish(self, data):
+            return await registry.publish(data)
+
+        async def list(self, *, prefix=""):
+            raise NotImplementedError
+
+        async def describe(self, artifact_id):
+            raise NotImplementedError
+
+    async def main():
+        return esper.compile("lowrank", d_in=6, d_out=4, registry=Client())
+
+    opened(registry, asyncio.run(main()))
+
+
+def test_what_counts_for_the_id():
+    def made(**changes):
+        return Artifact.open(build("lowrank", **{"d_in": 6, "d_out": 4, **changes})).artifact_id
+
+    changes = [{}, {"seed": 1}, {"d_in": 7}, {"d_out": 5}, {"rank": 2}, {"dtype": "float16"}, {"mode": "replace"}]
+    changes += [{"provenance": {"by": "me"}}]
+    assert len({made(**change) for change in changes}) == len(changes)
+
+
+def test_same_bytes_in_another_process_whatever_the_global_generator():
+    torch.manual_seed(123)
+    here = Artifact.open(build("gated", d_in=6, d_out=4, seed=5)).sha256
+    program = """
+import torch, hashlib
+torch.rand(7)
+from esper.services.tezzeret.forge import build
+print(hashlib.sha256(build("gated", d_in=6, d_out=4, seed=5)).hexdigest())
+"""
+    command = [sys.executable, "-c", program]
+    there = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.strip()
+    assert there == here
+
+
+@pytest.mark.parametrize("pipeline", ["standard", "aggressive"])
+def test_pipelines_of_later_versions(registry, pipeline):
+    with pytest.raises(CompileError, match=f"'{pipeline}' is not built in this version of Esper; built: fast"):
+        esper.compile("lowrank", d_in=6, d_out=4, registry=registry, pipeline=pipeline)
+    assert not registry.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "changes", "message"),
+    [
+        (CompileError, {"pipeline": "quick"}, "unknown pipeline 'quick'; known: fast"),
+        (CompileError, {"pipeline": None}, "unknown pipeline None"),
+        (CompileError, {"dtype": "int8"}, "'int8' cannot be stored; possible: float64"),
+        (CompileError, {"blueprint": {"nodes": []}}, "must be a Blueprint or the name of one .* not dict"),
+        (BlueprintError, {"blueprint": "lowrnk"}, "lowrnk"),
+        (BlueprintError, {"blueprint": get("lowrank"), "width": 3}, "no parameter 'width'; it has: rank"),
+        (BlueprintError, {"d_in": 0}, "d_in must be an integer"),
+        (BlueprintError, {"rank": -1}, "rank"),
+        (BlueprintError, {"seed": -1}, "seed"),
+        (BlueprintError, {"seed": True}, "seed"),
+        (EsperError, {"registry": "https://user:secret@host"}, r"https://\*\*\*@host"),
+    ],
+)
+def test_refusals(registry, error, changes, message):
+    arguments = {"blueprint": "lowrank", "d_in": 6, "d_out": 4, "registry": registry, **changes}
+    with pytest.raises(error, match=message):
+        esper.compile(arguments.pop("blueprint"), **arguments)
+    assert not registry.folder.exists()
+
+
+def test_a_registry_that_cannot_be_written(tmp_path):
+    (tmp_path / "registry").write_text("")
+    with pytest.raises(RegistryUnavailableError, match="cannot write"):
+        esper.compile("lowrank", d_in=6, d_out=4, registry=str(tmp_path / "registry"))
