@@ -10,7 +10,7 @@ from torch import Tensor
 from esper.ops import native
 from esper.ops.registry import implements, unavailable
 from esper.ops.stats.schema import ACTIVATIONS, CHUNK_FIELDS, FEATURE_FIELDS, HEALTH_FIELDS, merge_check
-from esper.ops.stats.views import DTYPE_CODES, Sample, View, sample, view3
+from esper.ops.stats.views import DTYPE_CODES, Sample, View, sample, view3, view_pair
 
 _OPS = ("channel_stats", "act_stats", "observe", "stats_merge", "seed_health")
 _PLAN_LIMIT = 4096
@@ -39,13 +39,7 @@ def _register(module: Any) -> None:
     def act_stats(x: Tensor, activation: str, seeds: int, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-        y = torch.empty_like(x)
-        base, view = view3(x, channel_dim)
-        _, y_view = view3(y, channel_dim)
-        if view[:3] != y_view[:3]:
-            # The two layouts need different groupings of the dimensions: give the input the output's.
-            base = torch.empty_like(y).copy_(x)
-            _, view = view3(base, channel_dim)
+        base, view, y, y_view = view_pair(x, channel_dim)
         features, chunks = _empty(x, view.channels, seeds)
         module.stats_activate(
             base.data_ptr(),

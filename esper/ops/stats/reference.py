@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +39,8 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 def _rows(x: Tensor, channel_dim: int) -> Tensor:
     """``x`` as ``[rows, C]`` in float64."""
-    return x.detach().movedim(channel_dim, -1).reshape(-1, x.shape[channel_dim]).double()
+    last = x.detach().movedim(channel_dim, -1)
+    return last.reshape(math.prod(last.shape[:-1]), last.shape[-1]).double()
 
 
 def _moments(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPE_CODES", "Sample", "View", "sample", "view3"]
+__all__ = ["DTYPE_CODES", "Sample", "View", "sample", "view3", "view_pair"]
 
 #: As ``csrc/stats_core.h`` numbers them.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -107,6 +107,27 @@ def view3(x: Tensor, channel_dim: int) -> tuple[Tensor, View]:
         inner, inner_stride = groups[0] if groups else (1, 0)
         return x, View(shape[0], shape[1], inner, strides[0], strides[1], inner_stride)
     raise ValueError(f"channel_dim {channel_dim} on shape {tuple(x.shape)}: expected -1, or 1 with at least two dimensions")
+
+
+def view_pair(x: Tensor, channel_dim: int) -> tuple[Tensor, View, Tensor, View]:
+    """An input and an empty output of its shape, both as ``[outer, channels, inner]`` with the same sizes.
+
+    Returns:
+        Input (``x`` or a copy), its view, output, its view. The output has ``x``'s memory format where three strides describe
+        it, and is contiguous otherwise.
+    """
+    x = x.detach()
+    y = torch.empty_like(x)
+    viewed, y_view = view3(y, channel_dim)
+    if viewed is not y:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        _, y_view = view3(y, channel_dim)
+    base, view = view3(x, channel_dim)
+    if view[:3] != y_view[:3]:
+        # The two layouts group the dimensions differently: give the input the output's.
+        base = torch.empty_like(y).copy_(x)
+        _, view = view3(base, channel_dim)
+    return base, view, y, y_view
 
 
 def sample(view: View, rows: int) -> Sample:
