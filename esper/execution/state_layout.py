@@ -26,8 +26,8 @@ class KasminaStateLayout:
     """The state of one layer's seeds.
 
     Each field of the lattice is an attribute: a tensor ``[num_seeds]`` over the lattice's memory, always the live one.
-    Reads of the host (:meth:`state_of`, :meth:`get_stats`, counters) never ask the device. On a CPU they are exact; on a
-    GPU they include every command of the host, and the device's own changes up to the last snapshot that has arrived
+    Reads of the host (:meth:`state_of`, :meth:`get_stats`, counters) never ask the device. On a CPU they are exact, on
+    a GPU they include every command of the host, and the device's own changes up to the last snapshot that arrived
     (:meth:`Lattice.poll` fetches the next).
 
     Args:
