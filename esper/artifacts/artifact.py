@@ -7,6 +7,7 @@ values. No tensor is handed out, and nothing is computed from one, before its ha
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import stat
 from collections.abc import Collection, Mapping
@@ -84,12 +85,18 @@ class Artifact:
         return cls._verify(read_bytes(Path(source), max_bytes), str(source), max_bytes)
 
     @classmethod
-    def adopt(cls, data: bytearray, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Artifact:
-        """As :meth:`open`, for a buffer that the caller gives away: its tensors are views of it, without a copy."""
-        return cls._verify(data, "the artifact", max_bytes)
+    def adopt(cls, data: bytearray, *, sha256: str | None = None, max_bytes: int = DEFAULT_MAX_BYTES) -> Artifact:
+        """As :meth:`open`, for a buffer that the caller gives away: its tensors are views of it, without a copy.
+
+        Args:
+            data: The file's bytes; nobody else may write to them.
+            sha256: Their SHA-256 where the caller has just computed it.
+            max_bytes: Largest file accepted.
+        """
+        return cls._verify(data, "the artifact", max_bytes, sha256)
 
     @classmethod
-    def _verify(cls, data: bytes | bytearray, what: str, max_bytes: int) -> Artifact:
+    def _verify(cls, data: bytes | bytearray, what: str, max_bytes: int, sha256: str | None = None) -> Artifact:
         try:
             if len(data) > max_bytes:
                 raise ArtifactError(f"{len(data)} bytes are more than the limit of {max_bytes}")
@@ -104,7 +111,7 @@ class Artifact:
                     raise ArtifactError(
                         f"tensor {name!a}: SHA-256 is {found}, the manifest says {declared}: the file was altered"
                     )
-            artifact = cls(data, held, manifest, hashlib.sha256(view).hexdigest())
+            artifact = cls(data, held, manifest, sha256 or hashlib.sha256(view).hexdigest())
             artifact._check_finite()
         except ArtifactError as error:
             raise ArtifactError(f"{what}: {error}") from None
@@ -163,7 +170,7 @@ class Artifact:
         for name, tensor in self.tensors().items():
             # aminmax passes NaN on and allocates nothing, where isfinite would make a mask of every tensor.
             low, high = torch.aminmax(tensor)
-            if not (torch.isfinite(low) and torch.isfinite(high)):
+            if not (math.isfinite(low) and math.isfinite(high)):
                 raise ArtifactError(f"tensor {name!a} has values that are NaN or infinite")
 
     def __repr__(self) -> str:

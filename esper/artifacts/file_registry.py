@@ -42,7 +42,8 @@ class FileRegistry:
             RegistryUnavailableError: the folder is gone or cannot be read.
             ArtifactError: it is larger than ``max_bytes`` (found before it is read), or was altered.
         """
-        return await run_blocking(self._files.read, artifact_id, max_bytes)
+        data, _ = await run_blocking(self._files.read, artifact_id, max_bytes)
+        return data
 
     async def publish(self, data: bytes) -> str:
         """Verify and store an artifact; storing it again changes nothing, a damaged copy is repaired.

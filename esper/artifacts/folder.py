@@ -47,8 +47,10 @@ class ArtifactFolder:
         self.root = root
         self._durable = durable
 
-    def read(self, artifact_id: str, max_bytes: int) -> bytearray:
-        """An artifact's bytes, checked against the SHA-256 on record; its size is checked before they are read.
+    def read(self, artifact_id: str, max_bytes: int) -> tuple[bytearray, str]:
+        """An artifact's bytes and their SHA-256, which agrees with the one on record.
+
+        The size is checked before anything is read.
 
         Raises:
             KernelNotFoundError: it is not here, or ``artifact_id`` is no id.
@@ -69,7 +71,7 @@ class ArtifactFolder:
             raise ArtifactError(
                 f"{artifact_id}: its blob's SHA-256 is {digest}, not its name: the file was altered: {path}"
             )
-        return data
+        return data, digest
 
     def entry(self, artifact_id: str) -> ArtifactSummary:
         """The index entry of an artifact; errors as for :meth:`read`."""

@@ -57,6 +57,8 @@ class RegistryClient(Protocol):
     async def fetch(self, artifact_id: str, *, max_bytes: int) -> bytes | bytearray:
         """The artifact's bytes; their size is checked against ``max_bytes`` before they are read.
 
+        A bytearray is given away: whoever returns one keeps no reference to it.
+
         Raises:
             KernelNotFoundError: it is not there.
             RegistryUnavailableError: the registry did not answer.

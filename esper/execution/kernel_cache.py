@@ -309,7 +309,8 @@ class KernelCache:
         if self._disk is None:
             return None
         try:
-            artifact = self._open(artifact_id, self._disk.read(artifact_id, self._max_artifact_bytes))
+            data, sha256 = self._disk.read(artifact_id, self._max_artifact_bytes)
+            artifact = self._open(artifact_id, data, sha256)
         except ArtifactError:
             self._set_aside(self._disk, artifact_id)
             return None
@@ -333,10 +334,10 @@ class KernelCache:
         except RegistryUnavailableError:
             self._count("disk_errors")
 
-    def _open(self, artifact_id: str, data: bytes | bytearray) -> Artifact:
+    def _open(self, artifact_id: str, data: bytes | bytearray, sha256: str | None = None) -> Artifact:
         limit = self._max_artifact_bytes
         if isinstance(data, bytearray):  # given away by whoever read it: no copy is made of it
-            artifact = Artifact.adopt(data, max_bytes=limit)
+            artifact = Artifact.adopt(data, sha256=sha256, max_bytes=limit)
         else:
             artifact = Artifact.open(data, max_bytes=limit)
         if artifact.artifact_id != artifact_id:

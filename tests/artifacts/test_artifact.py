@@ -224,7 +224,7 @@ def test_weights_that_are_not_finite(value, dtype):
 
 
 def test_blueprint_and_its_hash():
-    bad(with_manifest(GOOD, lambda m: m.update(blueprint_hash="0" * 64)), "the blueprint's hash is .*the manifest says 0000")
+    bad(with_manifest(GOOD, lambda m: m.update(blueprint_hash="0" * 64)), "hash is .*the manifest says 0000")
     bad(with_manifest(GOOD, lambda m: m["blueprint"].update(mode="replace")), "the blueprint's hash is")
     bad(with_manifest(GOOD, lambda m: m["blueprint"].update(schema=99)), "unknown blueprint schema version 99")
     bad(with_manifest(GOOD, lambda m: m["blueprint"].update(surprise=1)), "the blueprint does not hold")
@@ -257,8 +257,8 @@ def test_size_limit_comes_first(tmp_path):
 
 def test_paths_that_hold_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for name, message in (("none", "cannot be read"), ("pipe", "not a regular file"), (".", "cannot be read|not a regular")):
-        with pytest.raises(ArtifactError, match=message):
+    for name in ("none", "pipe", "."):
+        with pytest.raises(ArtifactError, match=r"cannot be read|not a regular file"):
             Artifact.open(tmp_path / name)
     with pytest.raises(ArtifactError, match="cannot be read"):
         Artifact.open("a\0b")
@@ -273,7 +273,7 @@ def test_pack_refuses_what_open_would():
         pack(blueprint, {**weights, "up.weight": torch.full((4, 2), torch.nan)}, d_in=4, d_out=4, seed=0)
     with pytest.raises(ArtifactError, match=r"\[4, 2\]"):
         pack(blueprint, {**weights, "up.weight": torch.zeros(2, 2)}, d_in=4, d_out=4, seed=0)
-    with pytest.raises(ArtifactError, match="up.weight"):
+    with pytest.raises(ArtifactError, match=r"'up\.weight' is in the blueprint"):
         pack(blueprint, {"down.weight": weights["down.weight"]}, d_in=4, d_out=4, seed=0)
 
 
@@ -310,8 +310,18 @@ def test_fuzz_edits(edits):
 
 
 _paths = st.sampled_from(
-    [("blueprint",), ("blueprint", "nodes"), ("blueprint", "parameters"), ("tensors",), ("tensors", "up.weight"), ("d_in",)]
-    + [("tensors", "up.weight", "shape"), ("blueprint", "nodes", 1), ("blueprint", "nodes", 1, "out"), ("blueprint", "mode")]
+    [
+        ("blueprint",),
+        ("blueprint", "mode"),
+        ("blueprint", "nodes"),
+        ("blueprint", "nodes", 1),
+        ("blueprint", "nodes", 1, "out"),
+        ("blueprint", "parameters"),
+        ("tensors",),
+        ("tensors", "up.weight"),
+        ("tensors", "up.weight", "shape"),
+        ("d_in",),
+    ]
 )
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),

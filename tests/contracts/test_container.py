@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 
@@ -122,7 +123,7 @@ def test_too_short_for_a_length(prefix):
         (padded({"a": entry(offsets=[4, 12])}, b"\0" * 12), "4 bytes before tensor 'a'"),
         (padded({"a": entry()}, b"\0" * 9), "1 bytes at the end"),
         (padded({}, b"\0"), "1 bytes at the end"),
-        (padded({"a": entry((1,), (0, 2), "F16"), "b": entry(offsets=[2, 10])}, b"\0" * 10), "not a multiple of its 4-byte"),
+        (padded({"a": entry((1,), (0, 2), "F16"), "b": entry(offsets=[2, 10])}, b"\0" * 10), "multiple of its 4-byte"),
         (file({f"t{i}": {} for i in range(513)}), "513 tensors"),
     ],
 )
@@ -150,10 +151,8 @@ def test_build_checks_what_it_writes():
 
 @given(st.binary(max_size=64))
 def test_fuzz_bytes(data):
-    try:
+    with contextlib.suppress(ArtifactError):
         parse(data)
-    except ArtifactError:
-        pass
 
 
 _numbers = st.integers(-9, 40) | st.sampled_from([2**31, 2**63, -(2**64), 10**40])

@@ -55,7 +55,7 @@ def test_every_key_is_needed(key):
 
 @pytest.mark.parametrize("version", [..., 0, 2, 1.0, True, "1", None, [1]])
 def test_unknown_versions_are_refused_by_number(version):
-    with pytest.raises(ArtifactError, match="unknown artifact format version .*knows: 1"):
+    with pytest.raises(ArtifactError, match=r"unknown artifact format version .*knows: 1"):
         Manifest.from_json(edited(format=version))
 
 
