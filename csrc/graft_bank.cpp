@@ -311,7 +311,7 @@ void Bank::activate_backward(T* gz, const T* pre, const T* bias, const T* table,
             for (std::int64_t r = seed.row0; r < seed.row1; ++r) {
                 T& v = gz[i * rows_ + r];
                 v = c == T(0) ? T(0) : c * v;  // a seed that is switched off may hold NaN
-                if (seed.act != Act::none) v *= slope(seed.act, pre[i * rows_ + r] + (bias ? bias[r] : T(0)));
+                if (c != T(0) && seed.act != Act::none) v *= slope(seed.act, pre[i * rows_ + r] + (bias ? bias[r] : T(0)));
             }
         }
 }

@@ -1,4 +1,4 @@
-"""What Esper needs to know of a host layer: where its features are, how many, and how its output lies over its input."""
+"""What Esper knows of a host layer: where its features are, how many, and how its output lies over its input."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import nn
 
-__all__ = ["ConvGeometry", "HostSpec", "describe_host"]
+__all__ = ["SUPPORTED_HOSTS", "ConvGeometry", "HostSpec", "describe_host"]
 
 #: Layers that any shape passes through; their features are known at the first forward.
 _ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid)
@@ -34,8 +35,8 @@ class ConvGeometry:
     def excess(self) -> tuple[int, int]:
         """What the padding adds beyond what the kernel takes away: 0 keeps the size at stride 1.
 
-        The output has ``floor((in + excess - 1) / stride) + 1`` pixels, so two convolutions agree on the output size of every
-        input exactly when stride and excess agree.
+        The output has ``floor((in + excess - 1) / stride) + 1`` pixels, so two convolutions agree on the output size of
+        every input exactly when stride and excess agree.
         """
         (ph, pw), (kh, kw), (dh, dw) = self.padding, self.kernel_size, self.dilation
         return ph - dh * (kh - 1), pw - dw * (kw - 1)
@@ -56,6 +57,7 @@ class HostSpec:
         d_in: Features of the input; None while unknown.
         d_out: Features of the output; None while unknown.
         geometry: Of a convolution; None for every other host.
+        dtype: Of the host's parameters; None if it has none.
     """
 
     type_name: str
@@ -63,6 +65,7 @@ class HostSpec:
     d_in: int | None
     d_out: int | None
     geometry: ConvGeometry | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def channel_dim(self) -> int:
@@ -77,8 +80,8 @@ class HostSpec:
     def resolve(self, shape: tuple[int, ...]) -> HostSpec:
         """The spec with what was unknown filled in from the shape of the host's output.
 
-        An activation has no shape of its own: four dimensions are taken for an image [N, C, H, W], everything else for rows.
-        What is known already stays, so the first shape seen decides for good.
+        An activation has no shape of its own: four dimensions are taken for an image [N, C, H, W], everything else for
+        rows. What is known already stays, so the first shape seen decides for good.
         """
         if self.is_resolved:
             return self
@@ -106,7 +109,8 @@ def describe_host(module: nn.Module) -> HostSpec:
     ReLU, GELU, Tanh, Sigmoid    see below   those of the first input
     ============================ =========== ==================================================
 
-    The features of an activation are dimension 1 for a 4-D input and the last one otherwise, decided by the first input.
+    The features of an activation are dimension 1 for a 4-D input and the last one otherwise, decided by the first
+    input.
 
     Args:
         module: The layer; subclasses count as their base.
@@ -120,10 +124,11 @@ def describe_host(module: nn.Module) -> HostSpec:
     name = type(module).__name__
     for kind, describe in _DESCRIBE:
         if isinstance(module, kind):
-            return describe(module, name)
+            dtype = next((p.dtype for p in module.parameters()), None)
+            return replace(describe(module, name), dtype=dtype)
     if isinstance(module, _ACTIVATIONS):
         return HostSpec(name, None, None, None)
-    supported = ", ".join(kind.__name__ for kind in (*(k for k, _ in _DESCRIBE), *_ACTIVATIONS))
+    supported = ", ".join(kind.__name__ for kind in SUPPORTED_HOSTS)
     raise NotImplementedError(f"{name} cannot carry seeds; supported layers: {supported}")
 
 
@@ -140,7 +145,9 @@ def _conv(module: nn.Conv2d, name: str) -> HostSpec:
     else:
         one_side = _pair(module.padding)  # type: ignore[arg-type]
         padding = (2 * one_side[0], 2 * one_side[1])
-    return HostSpec(name, "nchw", module.in_channels, module.out_channels, ConvGeometry(kernel, stride, padding, dilation))
+    return HostSpec(
+        name, "nchw", module.in_channels, module.out_channels, ConvGeometry(kernel, stride, padding, dilation)
+    )
 
 
 def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> HostSpec:
@@ -170,3 +177,6 @@ _DESCRIBE: tuple[tuple[type[nn.Module], Callable[..., HostSpec]], ...] = (
     (nn.LayerNorm, _layer_norm),
     (nn.MultiheadAttention, _attention),
 )
+
+#: Every type that :func:`describe_host` takes.
+SUPPORTED_HOSTS: tuple[type[nn.Module], ...] = (*(kind for kind, _ in _DESCRIBE), *_ACTIVATIONS)

@@ -1,8 +1,8 @@
 """The low-rank seeds of a layer as one bank on the CPU: one native call forward, one backward.
 
-Which seeds, which memory, and when the fast way may be taken, is decided here; the arithmetic is in ``csrc/graft_bank.cpp``. Per
-seed ``down.weight`` [r, d_in] and ``up.weight`` [d_out, r] stay the leaf parameters that optimizers know. Their storage is one
-buffer, seeds side by side:
+Which seeds, which memory, and when the fast way may be taken, is decided here; the arithmetic is in
+``csrc/graft_bank.cpp``. Per seed ``down.weight`` [r, d_in] and ``up.weight`` [d_out, r] stay the leaf parameters that
+optimizers know. Their storage is one buffer, seeds side by side:
 
     down [R, d_in] | up [R, d_out] | bias [R]       up.weight is the transpose of its rows of up
 
@@ -45,7 +45,10 @@ _forward_ad: Any = torch.autograd.forward_ad
 
 
 def bank_eligible(seeds: Sequence[BoundSeed], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether these seeds can run as one bank: low-rank without norm, all reading the same, on the CPU, in float32 or 64."""
+    """Whether these seeds can run as one bank.
+
+    They must be low-rank without a norm, read the same tap, and lie on the CPU in float32 or float64.
+    """
     return (
         bool(seeds)
         and device.type == "cpu"
@@ -101,7 +104,8 @@ class _Run(torch.autograd.Function):
         bank: Bank = ctx.bank
         if list(map(_version, bank.parameters)) != ctx.versions:
             raise RuntimeError(
-                "a seed's parameters were modified in place between forward and backward, so its gradient cannot be computed; "
+                "a seed's parameters were modified in place between forward and backward, so its gradient cannot be "
+                "computed; "
                 "call the optimizer after backward"
             )
         _, want_x, want_h, want_weights = ctx.needs_input_grad
@@ -244,8 +248,8 @@ class Bank:
     def _attach(self) -> None:
         """Make ``weights`` a function of the parameters.
 
-        Nothing is saved in that node, so one serves any number of forwards and backwards. All parameters get an edge, the frozen ones
-        too, because a user may thaw them later; its backward gives a frozen one nothing.
+        Nothing is saved in that node, so one serves any number of forwards and backwards. All parameters get an edge,
+        the frozen ones too, because a user may thaw them later; its backward gives a frozen one nothing.
         """
         flags = list(map(_wants_grad, self.parameters))
         with torch.inference_mode(False), torch.enable_grad():

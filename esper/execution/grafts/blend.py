@@ -1,12 +1,13 @@
-"""The blend of a host's output with the contributions of its seeds, and the containment of faults, on PyTorch operations.
+"""Blending a host's output with the contributions of its seeds, and containing faults, on PyTorch operations.
 
-Two forms with one meaning. :func:`blend_eager` reads alpha on the CPU, so it can leave a seed out, and look at the result.
-:func:`blend_traced` never looks at a value: it runs under CUDA without synchronising and under ``torch.compile(fullgraph=True)``.
+Two forms with one meaning. :func:`blend_eager` reads alpha on the CPU, so it can leave a seed out, and look at the
+result. :func:`blend_traced` never looks at a value: it runs under CUDA without synchronising and under
+``torch.compile(fullgraph=True)``.
 
-Containment: a seed is at fault where its contribution ``c * k`` is not finite although its tap is finite at that position. If
-all contributions are finite and only their sum overflows where h is finite, the seeds that are largest there are at fault. As
-soon as one seed is at fault, the layer's output is h for this call, the gradient goes to h alone, and the seed's entry of ``fault_flags`` is
-raised. A host that is itself not finite is nobody's fault.
+Containment: a seed is at fault where its contribution ``c * k`` is not finite although its tap is finite at that
+position. If all contributions are finite and only their sum overflows where h is finite, the seeds that are largest
+there are at fault. As soon as one seed is at fault, the layer's output is h for this call, the gradient goes to h
+alone, and the seed's entry of ``fault_flags`` is raised. A host that is itself not finite is nobody's fault.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from esper.execution.grafts.layout import BlendLayout
 
-__all__ = ["blend_eager", "blend_traced", "faults", "gate", "report"]
+__all__ = ["blend_eager", "blend_traced", "contain", "faults", "gate"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,14 +28,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def blend_eager(layout: BlendLayout, h: Tensor, parts: Sequence[Tensor | None], alpha: Sequence[float], dim: int) -> Tensor:
-    """``y`` for alphas known on the host.
+def blend_eager(
+    layout: BlendLayout, h: Tensor, parts: Sequence[Tensor | None], alpha: Sequence[float], dim: int
+) -> Tensor:
+    """The blend for alphas known on the host.
 
     Args:
         layout: Of the seeds.
         h: The host's output, ``features`` along ``dim``.
-        parts: Per seed ``k``, shaped as h but with the seed's own features along ``dim``; None for one whose alpha is 0.
-        alpha: One number a seed of the layer.
+        parts: Per seed ``k``, shaped as h but with the seed's own features along ``dim``; None for one whose alpha is
+        0. alpha: One number a seed of the layer.
         dim: Dimension of the features, not negative.
 
     Returns:
@@ -59,10 +62,10 @@ def blend_eager(layout: BlendLayout, h: Tensor, parts: Sequence[Tensor | None], 
 
 
 def blend_traced(layout: BlendLayout, h: Tensor, parts: Sequence[Tensor], alpha: Tensor, dim: int) -> Tensor:
-    """``y`` for alphas that only the device knows; arguments as :func:`blend_eager`.
+    """The blend for alphas that only the device knows; arguments as :func:`blend_eager`.
 
-    A factor of 0 must not multiply: 0 * inf is NaN. ``where`` leaves the product out, and -0 stands in its place because
-    -0 + k is k, the sign of zero included.
+    A factor of 0 must not multiply: 0 * inf is NaN. ``where`` leaves the product out, and -0 stands in its place
+    because -0 + k is k, the sign of zero included.
     """
     wide = accumulation_dtype(h.dtype)
     alpha = alpha.to(wide)
@@ -74,7 +77,7 @@ def blend_traced(layout: BlendLayout, h: Tensor, parts: Sequence[Tensor], alpha:
             total = torch.where(host == 0, -0.0, host * total)
         for i, c in pairs:
             k = _narrow(parts[i], dim, layout.places[i].begin, segment, parts[i].shape[dim]).to(wide)
-            total = torch.where(c == 0, total, total + c * k)
+            total = total + torch.where(c == 0, -0.0, c * k)
         pieces.append(total)
     return _join(pieces, h, dim)
 
@@ -133,9 +136,9 @@ def faults(
 class _Gate(torch.autograd.Function):
     """Identity whose gradient can be switched off by what comes after it.
 
-    Zero times NaN is NaN, so a seed that is masked out of the result would still poison the gradients of what it read. Whether
-    there was a fault is known only behind the seeds. The last output, ``signal``, carries the news back: its "gradient" is 1 if there
-    was one. Plain data flow, so a compiler can follow it.
+    Zero times NaN is NaN, so a seed that is masked out of the result would still poison the gradients of what it read.
+    Whether there was a fault is known only behind the seeds. The last output, ``signal``, carries the news back: its
+    "gradient" is 1 if there was one. Plain data flow, so a compiler can follow it.
     """
 
     @staticmethod
@@ -145,32 +148,35 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         closed = grads[-1] != 0
-        return tuple(torch.where(closed, torch.zeros((), dtype=g.dtype, device=g.device), g) for g in grads[:-1])
+        return tuple(torch.where(closed, -0.0, g) for g in grads[:-1])
 
 
-class _Report(torch.autograd.Function):
-    """Identity on y that sends ``fault`` back to the gate as the gradient of ``signal``."""
+class _Contain(torch.autograd.Function):
+    """y, or h where there was a fault; sends the news back to the gate as the gradient of ``signal``.
+
+    The masked gradients are -0, which leaves what autograd adds them to as it is, the sign of zero included.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, signal: Tensor, fault: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, h: Tensor, signal: Tensor, fault: Tensor) -> Tensor:
         ctx.save_for_backward(fault)
-        return y.view_as(y)
+        return torch.where(fault, h, y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (fault,) = ctx.saved_tensors
-        return grad, fault.to(torch.float32), None
+        return torch.where(fault, -0.0, grad), torch.where(fault, grad, -0.0), fault.to(torch.float32), None
 
 
 def gate(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The tensors again, and the signal to give to :func:`report`."""
+    """The tensors again, and the signal to give to :func:`contain`."""
     *outputs, signal = _Gate.apply(*tensors)
     return outputs, signal
 
 
-def report(y: Tensor, signal: Tensor, fault: Tensor) -> Tensor:
-    """y again; if ``fault`` (bool, 0-dimensional), no gradient passes the gate that gave ``signal``."""
-    result: Tensor = _Report.apply(y, signal, fault)
+def contain(y: Tensor, h: Tensor, signal: Tensor, fault: Tensor) -> Tensor:
+    """Give h if ``fault`` (bool, 0-dimensional), else y; after a fault no gradient passes the gate of ``signal``."""
+    result: Tensor = _Contain.apply(y, h, signal, fault)
     return result
 
 

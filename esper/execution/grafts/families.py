@@ -1,8 +1,8 @@
 """What the seeds of a layer contribute, on PyTorch operations: seeds of one kind run together.
 
-Seeds of a family that read the same thing through the same norm share their products: their weights side by side make one wide
-matrix, so S seeds cost one product down, not S. The way up stays apart a seed: containment has to see each contribution.
-Everything else runs node by node.
+Seeds of a family that read the same thing through the same norm share their products: their weights side by side make
+one wide matrix, so S seeds cost one product down, not S. The way up stays apart a seed: containment has to see each
+contribution. Everything else runs node by node.
 """
 
 from __future__ import annotations

@@ -37,16 +37,19 @@ class GraftSet(nn.Module):
     """The bound seeds of one layer, run together.
 
         residual mode:  y = h + sum_s alpha_s * k_s
-        replace  mode:  y = (1 - A) * h + sum_s (alpha_s / max(1, A')) * k_s,   A' = sum of the replace seeds' alphas, A = min(1, A')
+        replace  mode:  y = (1 - A) * h + sum_s (alpha_s / max(1, A')) * k_s,   A' = sum of the replace seeds' alphas, A
+        = min(1, A')
 
-    Both may stand side by side. A chunk-scoped seed changes its own features only, so it counts in A' only there. Alphas are read from
-    ``state_layout.alpha_blend`` on its own device. At alpha 0 the result is h bit for bit, at alpha 1 a replace seed stands alone, and the
-    gradients are true in between; what a seed with coefficient 0 holds, or h behind a factor of 0, is never read, be it NaN.
+    Both may stand side by side. A chunk-scoped seed changes its own features only, so it counts in A' only there.
+    Alphas are read from ``state_layout.alpha_blend`` on its own device. At alpha 0 the result is h bit for bit, at
+    alpha 1 a replace seed stands alone, and the gradients are true in between; what a seed with coefficient 0 holds, or
+    h behind a factor of 0, is never read, be it NaN.
 
     A result that is not finite because of a seed is contained: see :mod:`esper.execution.grafts.blend`.
 
-    Low-rank seeds on the CPU take one native call (:mod:`esper.execution.grafts.bank`); everything else, compiled graphs, other devices,
-    and tensors swapped in by ``functional_call`` run on PyTorch operations with the same results to rounding.
+    Low-rank seeds on the CPU take one native call (:mod:`esper.execution.grafts.bank`); everything else, compiled
+    graphs, other devices, and tensors swapped in by ``functional_call`` run on PyTorch operations with the same results
+    to rounding.
 
     Args:
         spec: The host, from :func:`esper.execution.hosts.describe_host`.
@@ -57,12 +60,16 @@ class GraftSet(nn.Module):
         super().__init__()
         self.spec = spec
         self.state_layout = state_layout
+        self._like: Tensor
         self.misfits: dict[int, str] = {}
         self._kernels: dict[int, LoadedKernel] = {}
         self._seeds: dict[int, BoundSeed] = {}
         self._layout: BlendLayout | None = None
         self._bank: Bank | None = None
         self._bank_tried = False
+        # Empty; follows `.half()` and `.to()` with the rest of the model, so that seeds bound later have its dtype.
+        dtype = spec.dtype if spec.dtype is not None else torch.get_default_dtype()
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
 
     # -- growing ------------------------------------------------------------------------------------------------------
 
@@ -72,19 +79,25 @@ class GraftSet(nn.Module):
         return tuple(sorted(self._kernels))
 
     def bind(
-        self, seed_idx: int, kernel: LoadedKernel, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+        self,
+        seed_idx: int,
+        kernel: LoadedKernel,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """Give a seed its kernel; a kernel it had is replaced.
 
         Args:
             seed_idx: Which seed.
             kernel: What to run.
-            dtype: Of the new parameters; by default that of the kernel's tensors.
+            dtype: Of the new parameters; by default that of the host.
             device: Of the new parameters; by default that of ``alpha_blend``.
 
         Raises:
             ValueError: bad seed index.
-            ShapeMismatchError: the kernel does not fit the layer; the message names both shapes. Nothing has changed then. On an
+            ShapeMismatchError: the kernel does not fit the layer; the message names both shapes. Nothing has changed
+            then. On an
                 activation that has seen no input yet any kernel is taken; one that turns out not to fit is put in
                 :attr:`misfits` with the reason at the first forward, and its fault flag is raised.
         """
@@ -93,7 +106,7 @@ class GraftSet(nn.Module):
         seed = bind_seed(seed_idx, kernel, self.spec, self.state_layout.num_seeds) if self.spec.is_resolved else None
         tensors = kernel.tensors
         if dtype is None:
-            dtype = next((t.dtype for t in tensors.values()), torch.get_default_dtype())
+            dtype = self._like.dtype
         weights = SeedWeights(tensors, dtype, self.state_layout.alpha_blend.device if device is None else device)
         weights.train(self.training)
         setattr(self, f"seed{seed_idx}", weights)
@@ -165,6 +178,8 @@ class GraftSet(nn.Module):
     def _general(self, x: Tensor, h: Tensor) -> Tensor:
         if self._layout is None:
             self._prepare(h)
+        for seed_idx in self.misfits:
+            self.state_layout.fault_flags[seed_idx] = 1
         if not self._seeds:
             return h
         if _compiling() or h.device.type != "cpu" or _transformed(x, h):
@@ -178,14 +193,13 @@ class GraftSet(nn.Module):
 
     def _prepare(self, h: Tensor) -> None:
         """Settle what depends on the layer's shape: which seeds fit, and where their contributions go."""
-        if not self.spec.is_resolved:
-            self.spec = self.spec.resolve(tuple(h.shape))
-            for seed_idx, kernel in self._kernels.items():
+        self.spec = self.spec.resolve(tuple(h.shape))
+        for seed_idx, kernel in self._kernels.items():
+            if seed_idx not in self._seeds:
                 try:
                     self._seeds[seed_idx] = bind_seed(seed_idx, kernel, self.spec, self.state_layout.num_seeds)
                 except ShapeMismatchError as error:
                     self.misfits[seed_idx] = str(error)
-                    self.state_layout.fault_flags[seed_idx] = 1
         assert self.spec.d_out is not None
         self._seeds = dict(sorted(self._seeds.items()))
         self._layout = BlendLayout([seed.place for seed in self._seeds.values()], self.spec.d_out)
@@ -196,7 +210,13 @@ class GraftSet(nn.Module):
         parameters = [p for w in weights for p in w.parameters()]
         same = all(p.dtype is dtype and p.device.type == "cpu" and type(p) is nn.Parameter for p in parameters)
         named = sum(len(list(w.parameters())) for w in weights) == sum(len(w.tensors()) for w in weights)
-        if self.spec.channel_dim != -1 or not same or not named or not bank_eligible(seeds, dtype, torch.device("cpu")):
+        if (
+            self.misfits
+            or self.spec.channel_dim != -1
+            or not same
+            or not named
+            or not bank_eligible(seeds, dtype, torch.device("cpu"))
+        ):
             return None
         d_tap = self.spec.d_in if seeds[0].reads_input else self.spec.d_out
         assert d_tap is not None and self.spec.d_out is not None
@@ -205,13 +225,17 @@ class GraftSet(nn.Module):
     def _run_seeds(self, x: Tensor, h: Tensor, which: list[int], tensors: list[dict[str, Tensor]]) -> list[Tensor]:
         seeds = [self._seeds[i] for i in which]
         sampled: dict[tuple[bool, tuple[int, int]], Tensor] = {}
-        taps = []
+        taps: list[Tensor] = []
         for seed in seeds:
             key = seed.reads_input, seed.strided
             if key not in sampled:
                 sampled[key] = sample_tap(seed, x, h)
             taps.append(sampled[key])
-        return contributions(seeds, tensors, taps, self._dim(h))
+        # Weights of another dtype than the activations (a model in halves with full weights) follow the activations.
+        fitting = [
+            {name: t.to(tap.dtype) for name, t in group.items()} for group, tap in zip(tensors, taps, strict=True)
+        ]
+        return contributions(seeds, fitting, taps, self._dim(h))
 
     def _trusted(self, x: Tensor, h: Tensor, which: list[int]) -> list[Tensor]:
         """Per seed where its tap is finite, shaped to broadcast against its contribution."""
@@ -248,8 +272,11 @@ class GraftSet(nn.Module):
                 self.state_layout.fault_flags[guilty] = 1
                 y, live = h, []
         if _grad_enabled():
-            # Seeds that had no part still get gradients, of zero: a run that trains nothing else must be able to start from alpha 0.
+            # Seeds that had no part still get gradients, of zero: a run that trains nothing else must be able to start
+            # from alpha 0.
             idle = [t for i in order if i not in live for t in tensors[i].values() if t.requires_grad]
+            if h.requires_grad and any(self._layout.numbers(numbers, s)[0] == 0.0 for s in self._layout.segments):
+                idle.append(h)
             if idle:
                 y = _Tether.apply(y, *idle)
         return y
@@ -261,21 +288,35 @@ class GraftSet(nn.Module):
         dim = self._dim(h)
         named = [self._weights(i).tensors() for i in order]
         flat = [t for tensors in named for t in tensors.values()]
-        gated, signal = blend.gate([x, h, *flat])
-        gated_x, gated_h, rest = gated[0], gated[1], iter(gated[2:])
-        tensors = [{name: next(rest) for name in group} for group in named]
+        # Only what is read: autograd would add the zeros of an unused output to the host's gradients.
+        reads = {seed.reads_input for seed in self._seeds.values()}
+        taps = [tap for tap, is_input in ((x, True), (h, False)) if is_input in reads]
+        gated, signal = blend.gate([*taps, *flat])
+        gated_x, gated_h = (gated[0] if True in reads else x), (gated[len(taps) - 1] if False in reads else h)
+        rest = iter(gated[len(taps) :])
+        # A seed that is off must not be read: zeros stand in for weights that may hold NaN.
+        on = [alpha[i] != 0 for i in order]
+        tensors = [
+            {name: torch.where(counts, next(rest), 0.0) for name in group}
+            for counts, group in zip(on, named, strict=True)
+        ]
         parts = self._run_seeds(gated_x, gated_h, order, tensors)
         parts = [_fitted(k, h, self._seeds[i], dim) for i, k in zip(order, parts, strict=True)]
         y = blend.blend_traced(self._layout, h, parts, alpha, dim)
         with torch.no_grad():
             blamed = blend.faults(
-                self._layout, h.detach(), y.detach(), [p.detach() for p in parts], self._trusted(x, h, order), alpha, dim
+                self._layout,
+                h.detach(),
+                y.detach(),
+                [p.detach() for p in parts],
+                self._trusted(x, h, order),
+                alpha,
+                dim,
             )
             where = torch.tensor(order, device=flags.device)
             flags.index_copy_(0, where, torch.maximum(flags[where], blamed.to(flags.dtype)))
             any_fault = blamed.any()
-        y = torch.where(any_fault, h, blend.report(y, signal, any_fault))
-        return y
+        return blend.contain(y, h, signal, any_fault)
 
     def _dim(self, h: Tensor) -> int:
         return self.spec.channel_dim % h.dim()
@@ -322,12 +363,13 @@ def _all(t: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _fitted(k: Tensor, h: Tensor, seed: BoundSeed, dim: int) -> Tensor:
-    """k itself, after its shape was compared with what the blend needs: broadcasting would hide a mistake."""
+    """Give back k, after its shape was compared with what the blend needs: broadcasting would hide a mistake."""
     width = seed.place.end - seed.place.begin
     expected = (*h.shape[:dim], width, *h.shape[dim + 1 :])
     if k.shape != expected:
         raise ShapeMismatchError(
-            f"seed {seed.place.index} ({seed.artifact_id}) gives {tuple(k.shape)}, but the layer needs {tuple(expected)}",
+            f"seed {seed.place.index} ({seed.artifact_id}) gives {tuple(k.shape)}, but the layer needs "
+            f"{tuple(expected)}",
             expected=expected,
             got=tuple(k.shape),
         )

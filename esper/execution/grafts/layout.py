@@ -3,12 +3,14 @@
     residual seed:  coefficient alpha
     replace seed:   coefficient alpha / max(1, A'),  host factor 1 - min(1, A')
 
-A' is the sum of the alphas of the replace seeds that change a feature. A chunk-scoped seed changes only its own features, so A'
-may differ from chunk to chunk; between two borders it does not. Such a stretch of features is a *segment*.
+A' is the sum of the alphas of the replace seeds that change a feature. A chunk-scoped seed changes only its own
+features, so A' may differ from chunk to chunk; between two borders it does not. Such a stretch of features is a
+*segment*.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +21,10 @@ __all__ = ["BlendLayout", "Place", "chunk_span"]
 
 
 def chunk_span(seed_idx: int, num_seeds: int, features: int) -> tuple[int, int]:
-    """Features [begin, end) that seed ``seed_idx`` of ``num_seeds`` watches, and changes when its scope is ``chunk``."""
+    """Features [begin, end) that seed ``seed_idx`` of ``num_seeds`` watches.
+
+    They are the ones it changes when its scope is ``chunk``.
+    """
     return seed_idx * features // num_seeds, (seed_idx + 1) * features // num_seeds
 
 
@@ -52,7 +57,7 @@ class BlendLayout:
         self.places = tuple(places)
         self.features = features
         borders = sorted({0, features, *(p.begin for p in places), *(p.end for p in places)})
-        self.segments = tuple(zip(borders, borders[1:], strict=False))
+        self.segments = tuple(itertools.pairwise(borders))
 
     def members(self, segment: tuple[int, int]) -> list[int]:
         """Positions in ``places`` of the seeds that change this segment."""
@@ -62,7 +67,8 @@ class BlendLayout:
     def numbers(self, alpha: Sequence[float], segment: tuple[int, int]) -> tuple[float, list[tuple[int, float]]]:
         """The host's factor and (position, coefficient) of each seed that counts, as Python numbers.
 
-        ``alpha`` holds one number a seed of the layer. A seed whose coefficient is 0 is left out: it must not even be read.
+        ``alpha`` holds one number a seed of the layer. A seed whose coefficient is 0 is left out: it must not even be
+        read.
         """
         members = self.members(segment)
         total = sum(alpha[self.places[i].index] for i in members if self.places[i].replace)

@@ -53,7 +53,8 @@ class BoundSeed:
         artifact_id: What it was loaded from.
         blueprint: What it computes.
         family: What :func:`esper.blueprints.families.match` made of it.
-        strided: Step of the 1x1 sampling of the tap, (1, 1) for none: how a seed that reads the input of a strided convolution
+        strided: Step of the 1x1 sampling of the tap, (1, 1) for none: how a seed that reads the input of a strided
+        convolution
             gets an image of the output's size.
         pointwise: Whether each position of k depends on the same position of the tap alone.
     """
@@ -110,8 +111,8 @@ def _sampling(kernel: LoadedKernel, spec: HostSpec, depthwise: list[Node]) -> tu
     images_only = [node.op for node in kernel.blueprint.order if node.op in ("depthwise", "pointwise")]
     if images_only and spec.kind != "nchw":
         raise ShapeMismatchError(
-            f"kernel {kernel.artifact_id} has a {images_only[0]} node, which needs images [N, C, H, W], but the features of "
-            f"this {spec.type_name} are the last dimension"
+            f"kernel {kernel.artifact_id} has a {images_only[0]} node, which needs images [N, C, H, W], "
+            f"but the features of this {spec.type_name} are the last dimension"
         )
     host = (1, 1), (0, 0)
     if spec.geometry is not None and kernel.blueprint.tap == "input":
@@ -127,9 +128,10 @@ def _sampling(kernel: LoadedKernel, spec: HostSpec, depthwise: list[Node]) -> tu
     if own == ((1, 1), (0, 0)) and host[1] == (0, 0):
         return host[0]
     raise ShapeMismatchError(
-        f"kernel {kernel.artifact_id} gives images of another size than this {spec.type_name}: stride {own[0]} and padding "
-        f"excess {own[1]}, but the layer needs stride {host[0]} and excess {host[1]} (tap {kernel.blueprint.tap}; excess is "
-        "padding less dilation * (kernel_size - 1)); give the kernel's depthwise node the layer's geometry, or read the output"
+        f"kernel {kernel.artifact_id} gives images of another size than this {spec.type_name}: "
+        f"stride {own[0]} and padding excess {own[1]}, but the layer needs stride {host[0]} and excess {host[1]} "
+        f"(tap {kernel.blueprint.tap}; excess is padding less dilation * (kernel_size - 1)); "
+        "give the kernel's depthwise node the layer's geometry, or read the output"
     )
 
 
