@@ -9,9 +9,10 @@ float64 tensors); a spread above 1.8e19 overflows the squares there and gives an
 import triton
 import triton.language as tl
 
-#: Rows and features of a tile; rows of one block are reduced together.
+#: Rows and features of a tile; rows of one block are reduced together. Of float64 half as many fit in registers.
 BLOCK_ROWS = 64
 BLOCK_FEATURES = 32
+BLOCK_FEATURES_DOUBLE = 16
 #: Blocks that one program of ``reduce_kernel`` joins.
 FAN_IN = 64
 
@@ -357,7 +358,7 @@ def _stats_variant(dtype: str, act: int, direct: bool) -> tuple[object, ...]:
         "DOUBLE": dtype == "fp64",
         "DIRECT": direct,
         "BLOCK_R": BLOCK_ROWS,
-        "BLOCK_C": BLOCK_FEATURES,
+        "BLOCK_C": BLOCK_FEATURES_DOUBLE if dtype == "fp64" else BLOCK_FEATURES,
     }
     return stats_kernel, pointers | dict.fromkeys(_SIZES, "i64"), constants, {"num_warps": 4}
 

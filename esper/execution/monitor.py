@@ -28,9 +28,8 @@ _compiling = torch.compiler.is_compiling
 class LayoutSink(Protocol):
     """What the monitor needs of a layer's state layout."""
 
-    @property
-    def health_sample(self) -> Tensor:
-        """float32 ``[num_seeds]``; NaN where there is no sample."""
+    def submit_health(self, samples: Tensor) -> None:
+        """Take one score per seed, ``[num_seeds]`` on the device of the layer's output; NaN means none. Must not wait."""
 
 
 class ProbeTarget(Protocol):
@@ -62,8 +61,8 @@ class Monitor:
 
     Args:
         layers: What to watch.
-        lattice: Told that samples wait for it, through an attribute ``has_samples``, if it has one; the samples
-            themselves go to each layer's ``state_layout.health_sample``.
+        lattice: What the layers' rows belong to; kept for whoever has only the monitor. Samples go to each layer's
+            ``state_layout``.
         budget: Share of the host's time that watching may cost, in [0, 1]; 0 switches it off.
         rows: Positions that one probe reads, about.
         window: Probes of a layer after which its health is derived and its window starts afresh.
@@ -337,7 +336,7 @@ class _Probe:
     def _close_window(self, features: Tensor, chunks: Tensor) -> None:
         """Derive the health on the device, hand it to the lattice, and start the next window in the other buffers."""
         score = seed_health(features, chunks, self.monitor.eps)[HealthField.SCORE]
-        self.layer.state_layout.health_sample.copy_(score, non_blocking=True)
+        self.layer.state_layout.submit_health(score)
         self.features, self.last_features = self.last_features, features
         self.chunks, self.last_chunks = self.last_chunks, chunks
         if self.features is not None and self.chunks is not None:

@@ -29,7 +29,7 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def _register() -> None:
     from esper.kernels import stats as kernels
 
-    block_rows, block_features, fan_in = kernels.BLOCK_ROWS, kernels.BLOCK_FEATURES, kernels.FAN_IN
+    block_rows, fan_in = kernels.BLOCK_ROWS, kernels.FAN_IN
 
     def empty(x: Tensor, channels: int, seeds: int) -> tuple[Tensor, Tensor]:
         if seeds < 1:
@@ -71,6 +71,7 @@ def _register() -> None:
         if rows == 0 or view.channels == 0:
             return
         blocks = _cdiv(rows, block_rows)
+        double = x.dtype is torch.float64
         direct = blocks == 1
         parts = (features, chunks)
         if not direct:
@@ -90,10 +91,10 @@ def _register() -> None:
                 *y_view[3:],
                 seeds,
                 ACT=act,
-                DOUBLE=x.dtype is torch.float64,
+                DOUBLE=double,
                 DIRECT=direct,
                 BLOCK_R=block_rows,
-                BLOCK_C=block_features,
+                BLOCK_C=kernels.BLOCK_FEATURES_DOUBLE if double else kernels.BLOCK_FEATURES,
                 num_warps=4,
             )
             if not direct:
