@@ -65,19 +65,17 @@ class HostNames(nn.Module):
                 raise
             return getattr(host, name)
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The host's parameters under the host's names, then those of awake seeds under ``esper.``."""
-        yield from self.wrapped_model.named_parameters(prefix, recurse, remove_duplicate)
-        if recurse:
-            yield from self.esper.named_parameters(f"{prefix}.{GRAFT_PREFIX}" if prefix else GRAFT_PREFIX)
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The host and its modules under the host's names, then those of the grafts; this module itself is a skin.
 
-    def named_buffers(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The host's buffers under the host's names."""
-        yield from self.wrapped_model.named_buffers(prefix, recurse, remove_duplicate)
+        Parameters and buffers get their names from here, inside wrappers like DDP too.
+        """
+        seen = set() if memo is None else memo
+        yield from self.wrapped_model.named_modules(seen, prefix, remove_duplicate)
+        ours = f"{prefix}.{GRAFT_PREFIX}" if prefix else GRAFT_PREFIX
+        yield from self.esper.named_modules(seen, ours, remove_duplicate)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The host's entries under the host's keys, then grafts and lattice under ``esper.``."""

@@ -63,6 +63,7 @@ class KasminaLayer(nn.Module):
 
     default_transform: nn.Module
     grafts: GraftSet
+    _grafts: GraftSet
 
     def __init__(
         self,
@@ -101,8 +102,8 @@ class KasminaLayer(nn.Module):
             layer_name: Name in statistics, messages and errors.
             kernel_cache: A cache to share with other layers.
             state_layout: Rows of a model's lattice; by default the layer has its own.
-            register_host: Whether the host is a submodule of the layer (its parameters are then the layer's too). ``wrap``
-                says no: there the host keeps its place in the network.
+            register_host: Whether the host is a submodule of the layer (its parameters are then the layer's too).
+                ``wrap`` says no: there the host keeps its place in the network.
             fast_path: Modules whose fused inference path would pass the host by.
 
         Raises:
@@ -130,7 +131,6 @@ class KasminaLayer(nn.Module):
         if num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
         host = self.default_transform
-        self.spec: HostSpec = describe_host(host)
         self.num_seeds = num_seeds
         self.layer_name = layer_name
         self.telemetry_enabled = telemetry_enabled
@@ -138,7 +138,7 @@ class KasminaLayer(nn.Module):
         if state_layout is None:
             state_layout = KasminaStateLayout(num_seeds, device=_device_of(host))
         self.state_layout = state_layout
-        self.grafts = GraftSet(self.spec, state_layout)
+        self.grafts = GraftSet(describe_host(host), state_layout)
         # nn.Module's attribute look-up for submodules is slow; the call path reads this one.
         self.__dict__["_grafts"] = self.grafts
         self._binding = HostBinding(host, fast_path)
@@ -166,14 +166,14 @@ class KasminaLayer(nn.Module):
     # -- the forwards that may shadow the host's ---------------------------------------------------
 
     def _awake_forward(self, input: Tensor) -> Tensor:
-        h = self._binding.base(input)
+        h: Tensor = self._binding.base(input)
         if _tracing():
-            return self._grafts(input, h)
+            return self._grafts.forward(input, h)
         return self._blend(input, h)
 
     def _awake_attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         h, weights = self._binding.base(query, *args, **kwargs)
-        y = self._grafts(query, h) if _tracing() else self._blend(query, h)
+        y = self._grafts.forward(query, h) if _tracing() else self._blend(query, h)
         return y, weights
 
     def _probe_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,8 +190,11 @@ class KasminaLayer(nn.Module):
         self.disarm_probe()
         result = forward(*args, **kwargs)
         if observer is not None:
+            y = result[0] if isinstance(result, tuple) else result
+            # An activation learns from its first output where its features are.
+            self.grafts.spec = self.grafts.spec.resolve(tuple(y.shape))
             with torch.no_grad():
-                observer(result[0] if isinstance(result, tuple) else result)
+                observer(y)
         return result
 
     def _blend(self, x: Tensor, h: Tensor) -> Tensor:
@@ -229,6 +232,11 @@ class KasminaLayer(nn.Module):
             self.state_layout.update_telemetry(seed_idx, microseconds, math.nan)
 
     # -- probes ------------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> HostSpec:
+        """Sizes and orientation of the host."""
+        return self.grafts.spec
 
     @property
     def channel_dim(self) -> int:
@@ -396,9 +404,15 @@ class KasminaLayer(nn.Module):
     def on_fault_limit(self, seed_idx: int) -> None:
         """The lattice moved a seed to ERROR_RECOVERY: take its kernel off the path."""
         artifact = self._artifacts.get(seed_idx, "kernel")
-        self._failures[seed_idx] = f"{artifact}: non-finite output in three steps in a row"
+        why = self.grafts.misfits.get(seed_idx, "non-finite output in three steps in a row")
+        self._failures[seed_idx] = f"{artifact}: {why}"
         self._drop_graft(seed_idx)
         self._refresh()
+
+    def adopt_state(self, state_layout: KasminaStateLayout) -> None:
+        """Keep the seeds' state in other rows from now on; they must hold what the present ones hold."""
+        self.state_layout = state_layout
+        self.grafts.state_layout = state_layout
 
     def _drop_graft(self, seed_idx: int) -> None:
         if seed_idx in self.grafts.bound:
