@@ -1,4 +1,4 @@
-"""The lattice and a layer's state layout: commands, counters, copies, checkpoints, and the host's mirror of a device."""
+"""The lattice and a layer's state layout: commands, counters, copies, checkpoints, and the mirror of a device."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The seed state machine in plain Python, written from docs/architecture.md and docs/lattice.md, apart from the package.
+"""The seed state machine in plain Python, written from docs/architecture.md and docs/lattice.md.
 
-One seed is one object; every number is a Python int or a numpy.float32, so that each operation rounds once, as it must on
-every backend.
+It takes nothing from the package. One seed is one object; every number is a Python int or a numpy.float32, so that each
+operation rounds once, as it must on every backend.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def _compare(storage: Tensor, seeds: list[Seed]) -> None:
         want = [_bits(getattr(seed, name)) for seed in seeds]
         if field.dtype == torch.float32:
             got = [value & 0xFFFFFFFF for value in got]
-            # NaN is one value to the model; which of its bit patterns is a backend's business only for samples that stay.
+            # NaN is one value to the model, whatever its bit pattern.
             nans = [row for row, seed in enumerate(seeds) if np.isnan(getattr(seed, name))]
             assert all(np.isnan(field[row].item()) for row in nans), name
             got = [0 if row in nans else value for row, value in enumerate(got)]
