@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,23 @@ def choose_cuda(environ: Mapping[str, str]) -> CudaChoice:
     return CudaChoice(nvcc=nvcc, archs=archs, required=required)
 
 
+def probe_nvcc(nvcc: str, environ: Mapping[str, str]) -> None:
+    """Compile next to nothing: an nvcc that rejects this machine's C++ compiler says so better than CMake would.
+
+    Raises:
+        CompileError: with nvcc's own words.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cu"
+        source.write_text("#include <cstdint>\n__global__ void probe(std::uint8_t* x) { *x = 1; }\n")
+        host = ["-ccbin", environ["CUDAHOSTCXX"]] if environ.get("CUDAHOSTCXX") else []
+        command = [nvcc, "-std=c++17", *host, "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=dict(environ), check=False)
+    if result.returncode:
+        words = [line for line in (result.stderr + result.stdout).splitlines() if line.strip()] or ["no message"]
+        raise CompileError(f"{nvcc} does not work with this machine's C++ compiler: {' '.join(words[:3])}")
+
+
 class BuildNative(build_ext):
     """Hands the one extension over to CMake."""
 
@@ -132,8 +150,7 @@ class BuildNative(build_ext):
             except CompileError as error:
                 if not cuda.archs or cuda.required:
                     raise
-                say(str(error))
-                built = self._compile(work, CudaChoice(reason="its build failed; ESPER_CUDA=1 shows the error"))
+                built = self._compile(work, CudaChoice(reason=f"{error} (with ESPER_CUDA=1 this would be an error)"))
             replace_file(built, target)
 
     def copy_extensions_to_source(self) -> None:
@@ -164,7 +181,10 @@ class BuildNative(build_ext):
         if not stamp_file.is_file() or stamp_file.read_text() != stamp:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-            environ = {**os.environ, **({"CUDACXX": cuda.nvcc} if cuda.nvcc else {})}
+            environ = dict(os.environ)
+            if cuda.nvcc:
+                probe_nvcc(cuda.nvcc, environ)
+                environ["CUDACXX"] = cuda.nvcc
             defines = [f"-D{key}={value}" for key, value in settings.items()]
             run([cmake, "-S", str(ROOT), "-B", str(work), "-G", "Ninja", *defines], environ)
             stamp_file.write_text(stamp)
@@ -190,7 +210,7 @@ def run(command: list[str], environ: dict[str, str]) -> None:
         subprocess.run(command, env=environ, check=True)
     except subprocess.CalledProcessError:
         step = "compile" if "--build" in command else "configure"
-        raise CompileError(f"could not {step} esper._native; the compiler's messages stand above") from None
+        raise CompileError(f"could not {step} esper._native; the messages are in the build log") from None
 
 
 @contextlib.contextmanager

@@ -170,5 +170,5 @@ def _operation_lines(operation: dict[str, Any], chosen: dict[str, Any]) -> list[
     available = ", ".join(operation["available"]) or "nothing"
     lines = [f"  {operation['name']}: {operation['doc']}", f"      used       {chosen['used'] or chosen['error']}"]
     lines.append(f"      available  {available}")
-    lines += [f"      not {backend:<9} {reason}" for backend, reason in chosen["rejected"].items()]
+    lines += [f"      rejected   {backend}: {reason}" for backend, reason in chosen["rejected"].items()]
     return lines

@@ -80,7 +80,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
-        parser.exit(message=f"esper {version('esper')}\n")
+        print(f"esper {version('esper')}")
+        parser.exit()
 
 
 def _is_expected(error: Exception) -> bool:
