@@ -36,8 +36,9 @@ def blend_eager(
     Args:
         layout: Of the seeds.
         h: The host's output, ``features`` along ``dim``.
-        parts: Per seed ``k``, shaped as h but with the seed's own features along ``dim``; None for one whose alpha is
-        0. alpha: One number a seed of the layer.
+        parts: Per seed ``k``, shaped as h but with the seed's own features along ``dim``; None for one whose alpha
+            is 0.
+        alpha: One number a seed of the layer.
         dim: Dimension of the features, not negative.
 
     Returns:

@@ -45,7 +45,8 @@ class GraftSet(nn.Module):
     alpha 1 a replace seed stands alone, and the gradients are true in between; what a seed with coefficient 0 holds, or
     h behind a factor of 0, is never read, be it NaN.
 
-    A result that is not finite because of a seed is contained: see :mod:`esper.execution.grafts.blend`.
+    A result that is not finite because of a seed is contained: see :mod:`esper.execution.grafts.blend`. (Not under
+    ``torch.func`` transforms, which allow no side effects: there the formula stands alone.)
 
     Low-rank seeds on the CPU take one native call (:mod:`esper.execution.grafts.bank`); everything else, compiled
     graphs, other devices, and tensors swapped in by ``functional_call`` run on PyTorch operations with the same results
@@ -103,7 +104,8 @@ class GraftSet(nn.Module):
         """
         if not isinstance(seed_idx, int) or not 0 <= seed_idx < self.state_layout.num_seeds:
             raise ValueError(f"Invalid seed index {seed_idx!r}: this layer has {self.state_layout.num_seeds} seeds")
-        seed = bind_seed(seed_idx, kernel, self.spec, self.state_layout.num_seeds) if self.spec.is_resolved else None
+        if self.spec.is_resolved:
+            bind_seed(seed_idx, kernel, self.spec, self.state_layout.num_seeds)
         tensors = kernel.tensors
         if dtype is None:
             dtype = self._like.dtype
@@ -112,8 +114,6 @@ class GraftSet(nn.Module):
         setattr(self, f"seed{seed_idx}", weights)
         self._kernels[seed_idx] = kernel
         self.misfits.pop(seed_idx, None)
-        if seed is not None:
-            self._seeds[seed_idx] = seed
         self._changed()
 
     def unbind(self, seed_idx: int) -> None:
@@ -121,7 +121,6 @@ class GraftSet(nn.Module):
         if seed_idx in self._kernels:
             delattr(self, f"seed{seed_idx}")
             del self._kernels[seed_idx]
-            self._seeds.pop(seed_idx, None)
             self.misfits.pop(seed_idx, None)
             self._changed()
 
@@ -146,6 +145,8 @@ class GraftSet(nn.Module):
     def _changed(self) -> None:
         self._layout = None
         self._forget_bank()
+        if self.spec.is_resolved:
+            self._settle()  # now rather than at the next forward, which may be traced by a compiler
 
     def _forget_bank(self) -> None:
         self._bank = None
@@ -177,13 +178,16 @@ class GraftSet(nn.Module):
 
     def _general(self, x: Tensor, h: Tensor) -> Tensor:
         if self._layout is None:
-            self._prepare(h)
+            self.spec = self.spec.resolve(tuple(h.shape))
+            self._settle()
         for seed_idx in self.misfits:
             self.state_layout.fault_flags[seed_idx] = 1
         if not self._seeds:
             return h
-        if _compiling() or h.device.type != "cpu" or _transformed(x, h):
+        if _compiling() or h.device.type != "cpu" or _observed(h):
             return self._traced(x, h)
+        if _differentiated():
+            return self._pure(x, h)
         if not self._bank_tried:
             self._bank_tried = True
             self._bank = self._pack(h.dtype)
@@ -191,18 +195,17 @@ class GraftSet(nn.Module):
                 return self.forward(x, h)
         return self._eager(x, h)
 
-    def _prepare(self, h: Tensor) -> None:
+    def _settle(self) -> None:
         """Settle what depends on the layer's shape: which seeds fit, and where their contributions go."""
-        self.spec = self.spec.resolve(tuple(h.shape))
-        for seed_idx, kernel in self._kernels.items():
-            if seed_idx not in self._seeds:
-                try:
-                    self._seeds[seed_idx] = bind_seed(seed_idx, kernel, self.spec, self.state_layout.num_seeds)
-                except ShapeMismatchError as error:
-                    self.misfits[seed_idx] = str(error)
         assert self.spec.d_out is not None
-        self._seeds = dict(sorted(self._seeds.items()))
-        self._layout = BlendLayout([seed.place for seed in self._seeds.values()], self.spec.d_out)
+        fitting: dict[int, BoundSeed] = {}
+        for seed_idx in sorted(self._kernels):
+            try:
+                fitting[seed_idx] = bind_seed(seed_idx, self._kernels[seed_idx], self.spec, self.state_layout.num_seeds)
+            except ShapeMismatchError as error:
+                self.misfits[seed_idx] = str(error)
+        self._seeds = fitting
+        self._layout = BlendLayout([seed.place for seed in fitting.values()], self.spec.d_out)
 
     def _pack(self, dtype: torch.dtype) -> Bank | None:
         seeds = list(self._seeds.values())
@@ -280,6 +283,13 @@ class GraftSet(nn.Module):
             if idle:
                 y = _Tether.apply(y, *idle)
         return y
+
+    def _pure(self, x: Tensor, h: Tensor) -> Tensor:
+        """The formula alone, as ``torch.func`` wants it: a function without effects, so faults are not contained."""
+        assert self._layout is not None
+        order, dim = list(self._seeds), self._dim(h)
+        parts = self._run_seeds(x, h, order, [self._weights(i).tensors() for i in order])
+        return blend.blend_traced(self._layout, h, parts, self.state_layout.alpha_blend, dim)
 
     def _traced(self, x: Tensor, h: Tensor) -> Tensor:
         assert self._layout is not None
@@ -376,12 +386,13 @@ def _fitted(k: Tensor, h: Tensor, seed: BoundSeed, dim: int) -> Tensor:
     return k
 
 
-def _transformed(x: Tensor, h: Tensor) -> bool:
-    """Whether the tensors belong to a transformation that must not see values (vmap, a tracer, a fake mode)."""
+def _observed(h: Tensor) -> bool:
+    """Whether something traces or fakes the operations, so that values must not be looked at."""
     return (
-        torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0  # type: ignore[attr-defined]
-        or x.device.type == "meta"
-    )
+        torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None or type(h) is not Tensor
+    ) and not _differentiated()
+
+
+def _differentiated() -> bool:
+    """Whether a transformation of ``torch.func`` or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

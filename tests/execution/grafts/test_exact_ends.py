@@ -38,7 +38,9 @@ def _host_output():
 @pytest.mark.parametrize("poisoned", [False, True])
 @pytest.mark.parametrize("traced", [False, True])
 def test_alpha_zero_is_the_host(name, mode, poisoned, traced):
-    grafts = graft_set(nn.Linear(8, 8), (0.0, 0.0), {i: kernel(name, 8, 8, seed=i, mode=mode, tap="input") for i in range(2)})
+    grafts = graft_set(
+        nn.Linear(8, 8), (0.0, 0.0), {i: kernel(name, 8, 8, seed=i, mode=mode, tap="input") for i in range(2)}
+    )
     if poisoned:
         _poison(grafts)
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
@@ -102,7 +104,9 @@ def test_alpha_one_is_the_seed_alone(name, traced):
 
 @pytest.mark.parametrize("traced", [False, True])
 def test_alpha_one_keeps_the_sign_of_zero(traced):
-    grafts = graft_set(nn.Linear(20, 20), (1.0,), {0: kernel("elementwise", 20, 20, tap="input", mode="replace", shift=False)})
+    grafts = graft_set(
+        nn.Linear(20, 20), (1.0,), {0: kernel("elementwise", 20, 20, tap="input", mode="replace", shift=False)}
+    )
     with torch.no_grad():
         grafts.seed_parameters(0)["scale.weight"].fill_(1.0)
     x = torch.tensor([0.0, -0.0, 1.0, -1.0], dtype=torch.float64).repeat(2, 5)
