@@ -38,6 +38,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests leave the developer's own kernel cache and registry alone, and find neither."""
+    folder = tmp_path_factory.mktemp("esper")
+    os.environ["ESPER_CACHE_DIR"] = str(folder / "cache")
+    os.environ["ESPER_REGISTRY"] = str(folder / "registry")
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> Iterator[None]:
     """Each test starts from the same seed and leaves the generator as it found it."""

@@ -32,6 +32,8 @@ __all__ = ["DEFAULT_MAX_BYTES", "Artifact", "hash_file", "read_bytes", "read_man
 
 #: Largest file opened unless told otherwise: 1 GiB.
 DEFAULT_MAX_BYTES: Final = 1 << 30
+#: Elements looked at in one call: too few for torch to spread over the cores, which belong to the training.
+_PIECE: Final = 1 << 15
 
 
 class Artifact:
@@ -85,8 +87,10 @@ class Artifact:
         return cls._verify(read_bytes(Path(source), max_bytes), str(source), max_bytes)
 
     @classmethod
-    def adopt(cls, data: bytearray, *, sha256: str | None = None, max_bytes: int = DEFAULT_MAX_BYTES) -> Artifact:
-        """As :meth:`open`, for a buffer that the caller gives away: its tensors are views of it, without a copy.
+    def adopt(
+        cls, data: bytes | bytearray, *, sha256: str | None = None, max_bytes: int = DEFAULT_MAX_BYTES
+    ) -> Artifact:
+        """As :meth:`open`, for bytes that the caller gives away: of a bytearray the tensors are views, without a copy.
 
         Args:
             data: The file's bytes; nobody else may write to them.
@@ -168,10 +172,11 @@ class Artifact:
 
     def _check_finite(self) -> None:
         for name, tensor in self.tensors().items():
-            # aminmax passes NaN on and allocates nothing, where isfinite would make a mask of every tensor.
-            low, high = torch.aminmax(tensor)
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise ArtifactError(f"tensor {name!a} has values that are NaN or infinite")
+            for piece in torch.split(tensor.view(-1), _PIECE):
+                # aminmax passes NaN on and allocates nothing, where isfinite would make a mask of every tensor.
+                low, high = torch.aminmax(piece)
+                if not (math.isfinite(low) and math.isfinite(high)):
+                    raise ArtifactError(f"tensor {name!a} has values that are NaN or infinite")
 
     def __repr__(self) -> str:
         return f"Artifact({self.artifact_id}, {describe_manifest(self.manifest)})"

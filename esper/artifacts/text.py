@@ -37,4 +37,5 @@ def summarise(manifest: Manifest) -> dict[str, Any]:
 def describe_manifest(manifest: Manifest) -> str:
     """One line: ``lowrank 64 -> 32, 768 float32 weights``."""
     facts = summarise(manifest)
-    return f"{facts['name']} {facts['d_in']} -> {facts['d_out']}, {facts['parameters']} {facts['dtype']} weights"
+    kind = f"{facts['parameters']} {facts['dtype']} weights" if manifest.tensors else "no weights"
+    return f"{facts['name']} {facts['d_in']} -> {facts['d_out']}, {kind}"

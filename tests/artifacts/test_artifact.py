@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 import esper
 from esper.artifacts import Artifact, pack
 from esper.artifacts.artifact import hash_file, read_manifest
-from esper.blueprints import blueprint_hash, get, initialise, names
+from esper.blueprints import Blueprint, Node, blueprint_hash, get, initialise, names
 from esper.contracts.errors import ArtifactError
 from esper.contracts.ids import parse_artifact_id
 from tests.artifacts.samples import forged, join, sample, split, with_manifest
 
 GOOD = sample()
+OUT = Node("y", "output", ("a",))
 
 
 def bad(data: bytes, message: str) -> None:
@@ -58,6 +59,21 @@ def test_every_ready_blueprint(name):
     blueprint = get(name)
     data = pack(blueprint, initialise(blueprint, 12, 12, 0), d_in=12, d_out=12, seed=0)
     assert Artifact.open(data).blueprint == blueprint
+
+
+def test_a_blueprint_without_weights():
+    blueprint = Blueprint("bare", (Node("x", "input"), Node("a", "activation", ("x",), {"kind": "tanh"}), OUT))
+    artifact = Artifact.open(pack(blueprint, {}, d_in=4, d_out=4, seed=0))
+    assert artifact.tensors() == {}
+    assert "4 -> 4, no weights" in repr(artifact)
+
+
+def test_large_weights_are_looked_at_to_the_end():
+    blueprint = get("dense")
+    weights = initialise(blueprint, 300, 300, 0)
+    weights["linear.weight"][-1, -1] = torch.inf
+    with pytest.raises(ArtifactError, match=r"'linear\.weight' has values that are NaN or infinite"):
+        pack(blueprint, weights, d_in=300, d_out=300, seed=0)
 
 
 def test_ids_follow_the_bytes():

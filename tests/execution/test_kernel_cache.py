@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -19,7 +20,7 @@ from esper.artifacts import Artifact, FileRegistry
 from esper.contracts.errors import ArtifactError, KernelNotFoundError, RegistryUnavailableError
 from esper.execution import background
 from esper.execution.kernel_cache import KernelCache
-from tests.artifacts.samples import sample
+from tests.artifacts.samples import forged, sample, with_manifest
 
 SAMPLES = {Artifact.open(data).artifact_id: data for data in map(sample, range(4))}
 A, B, C, D = SAMPLES
@@ -152,11 +153,12 @@ def test_unknown_id(cache, registry):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (SAMPLES[A][:-1], "truncated|outside|end of the file"),
+        (SAMPLES[A][:-1], "SHA-256 is [0-9a-f]{64}: they are truncated"),
         (SAMPLES[A][:-1] + b"\x01", "altered"),
-        (SAMPLES[B], f"asked for {A}, was given {B}"),
-        (b"", "too few"),
-        (bytes(MIB), "shortest possible"),
+        (bytearray(SAMPLES[A] + b"\x01"), "altered"),
+        (SAMPLES[B], "or another artifact's"),
+        (b"", "truncated"),
+        (bytes(MIB), "altered"),
     ],
 )
 def test_had_and_bad(cache, registry, data, message, tmp_path):
@@ -166,6 +168,30 @@ def test_had_and_bad(cache, registry, data, message, tmp_path):
     assert cache.last_error(A)
     assert stats(cache, "failures", "entries", "in_flight") == (1, 0, 0)
     assert not list((tmp_path / "cache").rglob("*.json")), "nothing bad is kept on the disk"
+
+
+def consistent(data: bytes) -> tuple[str, bytes]:
+    """Forged bytes under an id that agrees with them, as a hostile registry would offer them."""
+    digest = hashlib.sha256(data).hexdigest()
+    return f"{A.rsplit('-', 1)[0]}-{digest[:8]}", data
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"rubbish", "too few"),
+        (SAMPLES[A][:-1], "outside the"),
+        (forged(SAMPLES[A], "up.weight", torch.zeros(2, 4)), r"has shape \[2, 4\]; the blueprint needs \[4, 2\]"),
+        (forged(SAMPLES[A], "up.weight", torch.full((4, 2), torch.nan)), "NaN or infinite"),
+        (with_manifest(SAMPLES[A], lambda m: m.update(format=7)), "format version 7"),
+        (with_manifest(SAMPLES[A], lambda m: m["blueprint"].update(schema=7)), "schema version 7"),
+        (with_manifest(SAMPLES[A], lambda m: m.update(pipeline="slow")), "asked for .*-fast-.* was given .*-slow-"),
+    ],
+)
+def test_an_id_that_agrees_with_bad_bytes_helps_nothing(cache, registry, data, message):
+    artifact_id, registry.contents[artifact_id] = consistent(data)
+    with pytest.raises(ArtifactError, match=message):
+        load(cache, artifact_id)
 
 
 def test_too_large(tmp_path):
