@@ -14,16 +14,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esper import blueprints, contracts, core, execution, grow, nn, ops, optim, services
+    from esper import artifacts, blueprints, contracts, core, execution, grow, nn, ops, optim, services
     from esper.artifacts.artifact import Artifact
     from esper.contracts.errors import (
         ArtifactError,
         BlueprintError,
         EsperError,
-        KernelNotFoundError,
-        RegistryUnavailableError,
         ShapeMismatchError,
     )
+    from esper.contracts.registry import KernelNotFoundError, RegistryUnavailableError
     from esper.core.checkpoint import load, save
     from esper.core.export import export
     from esper.core.model_wrapper import MorphableModel, unwrap, wrap
@@ -42,10 +41,10 @@ _HOMES = {
     "KasminaLayer": "esper.execution.kasmina_layer",
     "KasminaStateLayout": "esper.execution.state_layout",
     "KernelCache": "esper.execution.kernel_cache",
-    "KernelNotFoundError": "esper.contracts.errors",
+    "KernelNotFoundError": "esper.contracts.registry",
     "LifecycleError": "esper.execution.lifecycle",
     "MorphableModel": "esper.core.model_wrapper",
-    "RegistryUnavailableError": "esper.contracts.errors",
+    "RegistryUnavailableError": "esper.contracts.registry",
     "SeedLifecycleState": "esper.execution.lifecycle",
     "ShapeMismatchError": "esper.contracts.errors",
     "compile": "esper.services.tezzeret.forge",
@@ -55,7 +54,7 @@ _HOMES = {
     "unwrap": "esper.core.model_wrapper",
     "wrap": "esper.core.model_wrapper",
 }
-_PACKAGES = ("blueprints", "contracts", "core", "execution", "grow", "nn", "ops", "optim", "services")
+_PACKAGES = ("artifacts", "blueprints", "contracts", "core", "execution", "grow", "nn", "ops", "optim", "services")
 
 __all__ = [
     "Artifact",
@@ -72,6 +71,7 @@ __all__ = [
     "SeedLifecycleState",
     "ShapeMismatchError",
     "__version__",
+    "artifacts",
     "blueprints",
     "compile",
     "contracts",
