@@ -85,6 +85,16 @@ def test_sharing_is_meaning() -> None:
     assert blueprint_hash(shared) != blueprint_hash(apart)
 
 
+def test_order_of_twins_is_not_meaning() -> None:
+    """Two equal linear nodes, read twice as a pair: the second time both are numbered already."""
+    twins = (_linear("a"), _linear("b"), Node("s", "add", ("a", "b")))
+    hashes = {
+        blueprint_hash(_graph(*twins, Node("m", "mul", pair), Node("t", "add", ("s", "m")), end="t"))
+        for pair in (("a", "b"), ("b", "a"))
+    }
+    assert len(hashes) == 1
+
+
 def test_order_of_operations_is_meaning() -> None:
     act = {"kind": "tanh"}
     before = _graph(Node("t", "activation", ("x",), act), _linear("a", "t"), end="a")

@@ -202,6 +202,17 @@ def test_names_do_not_change_the_weights(data: st.DataObject, blueprint: Bluepri
                 assert torch.equal(mine[f"{name}.{role}"], theirs[f"{twin}.{role}"])
 
 
+def test_order_of_factors_does_not_change_which_is_zero() -> None:
+    act = Node("t", "activation", ("b",), {"kind": "tanh"})
+    first, second = (
+        initialise(_graph(_linear("a", "x"), _linear("b", "x"), act, Node("m", "mul", pair)), D, D)
+        for pair in (("a", "t"), ("t", "a"))
+    )
+    assert torch.equal(first["a.weight"], second["a.weight"])
+    assert torch.equal(first["b.weight"], second["b.weight"])
+    assert first["a.weight"].any() != first["b.weight"].any()
+
+
 def test_scale_of_random_weights() -> None:
     """Uniform on [-b, b] with b = gain sqrt(3 / fan_in), which has variance gain^2 / fan_in."""
     fan_in, fan_out = 300, 400

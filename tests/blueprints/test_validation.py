@@ -76,6 +76,16 @@ def test_resolved_is_what_runs(blueprint: Blueprint, d_in: int, d_out: int) -> N
     assert k.shape == (2, d_out, *(axis(size) for axis, size in zip(resolved.spatial, (5, 4), strict=True)))
 
 
+def test_pointwise_nodes_need_images() -> None:
+    blueprint = graph(Node("p", "pointwise", ("x",), {"out": "d_out"}), end="p")
+    assert validate(blueprint, 4, 3).images_only
+    assert not validate(graph(linear("p", "x"), end="p"), 4, 3).images_only
+    tensors = initialise(blueprint, 4, 3)
+    assert run(blueprint, tensors, torch.zeros(2, 4, 5, 5), channel_dim=1).shape == (2, 3, 5, 5)
+    with pytest.raises(BlueprintShapeError, match=r"pointwise needs \[N, C, H, W\]"):
+        run(blueprint, tensors, torch.zeros(2, 4))
+
+
 def test_paths_of_equal_size_may_join() -> None:
     wide = Node("wide", "depthwise", ("x",), {"kernel_size": 5, "padding": 2})
     once = Node("once", "depthwise", ("x",), {"kernel_size": 3, "padding": 1})
