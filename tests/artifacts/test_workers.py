@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ import threading
 import pytest
 
 from esper.artifacts.workers import run_blocking
+from tests.artifacts.forks import in_forked_child
 
 
 def test_runs_elsewhere_and_returns():
@@ -66,14 +66,7 @@ def test_results_are_let_go():
 
 def test_a_forked_child_has_threads_of_its_own():
     asyncio.run(run_blocking(int))
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = 0 if asyncio.run(run_blocking(lambda: 42)) == 42 else 2
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+    assert in_forked_child(lambda: asyncio.run(run_blocking(lambda: 42)) == 42)
 
 
 def test_exit_does_not_wait_for_what_hangs():

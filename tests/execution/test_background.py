@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ from concurrent.futures import CancelledError, Future
 import pytest
 
 from esper.execution import background
+from tests.artifacts.forks import in_forked_child
 
 
 async def _thread() -> threading.Thread:
@@ -108,15 +108,12 @@ def test_the_work_may_end_after_the_waiters_loop_closed():
 
 def test_a_forked_child_starts_its_own():
     background.submit(_thread()).result(30)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            thread = background.submit(_thread()).result(30)
-            code = 0 if thread.is_alive() and background.submit(_thread()).result(30) is thread else 2
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def check():
+        thread = background.submit(_thread()).result(30)
+        return thread.is_alive() and background.submit(_thread()).result(30) is thread
+
+    assert in_forked_child(check)
     background.submit(_thread()).result(30)  # the parent's goes on
 
 
@@ -135,6 +132,7 @@ def test_the_interpreter_exits_without_a_word(program):
     text = f"""
 import asyncio
 from esper.execution import background
+from tests.artifacts.forks import in_forked_child
 async def stubborn():
     try:
         await asyncio.sleep(1000)

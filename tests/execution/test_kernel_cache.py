@@ -6,7 +6,6 @@ import asyncio
 import copy
 import hashlib
 import multiprocessing
-import os
 import pickle
 import shutil
 import threading
@@ -20,6 +19,7 @@ from esper.artifacts import Artifact, FileRegistry
 from esper.contracts.errors import ArtifactError, KernelNotFoundError, RegistryUnavailableError
 from esper.execution import background
 from esper.execution.kernel_cache import KernelCache
+from tests.artifacts.forks import in_forked_child
 from tests.artifacts.samples import forged, sample, with_manifest
 
 SAMPLES = {Artifact.open(data).artifact_id: data for data in map(sample, range(4))}
@@ -521,15 +521,12 @@ def test_a_forked_child_loads_even_what_its_parent_was_loading(cache, registry):
     flight = background.submit(cache.load_kernel(A))
     background.submit(asyncio.sleep(0)).result(30)
     assert stats(cache, "in_flight") == (1,)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            registry.gate = None
-            code = 0 if load(cache, A) is not None and load(cache, B) is not None else 2
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def check():
+        registry.gate = None
+        return load(cache, A) is not None and load(cache, B) is not None
+
+    assert in_forked_child(check)
     release(registry)
     assert flight.result(30).artifact_id == A
 
