@@ -86,11 +86,25 @@ def test_sharing_is_meaning() -> None:
 
 
 def test_order_of_twins_is_not_meaning() -> None:
-    """Two equal linear nodes, read twice as a pair: the second time both are numbered already."""
-    twins = (_linear("a"), _linear("b"), Node("s", "add", ("a", "b")))
+    """Two equal linear nodes, read by three pairs: from the second pair on both are numbered already."""
+    pairs = (("a", "b"), ("b", "a"))
     hashes = {
-        blueprint_hash(_graph(*twins, Node("m", "mul", pair), Node("t", "add", ("s", "m")), end="t"))
-        for pair in (("a", "b"), ("b", "a"))
+        blueprint_hash(
+            _graph(
+                _linear("a"),
+                _linear("b"),
+                Node("s", "add", first),
+                Node("m", "mul", second),
+                Node("r", "add", third),
+                Node("g", "activation", ("r",), {"kind": "tanh"}),
+                Node("t", "add", ("s", "m")),
+                Node("u", "add", ("t", "g")),
+                end="u",
+            )
+        )
+        for first in pairs
+        for second in pairs
+        for third in pairs
     }
     assert len(hashes) == 1
 
