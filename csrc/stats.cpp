@@ -4,6 +4,7 @@
 // is at the cache.
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 #include "bindings.h"
 #include "stats_simd.h"
@@ -345,6 +346,48 @@ static void stats_health(std::uintptr_t features, std::uintptr_t chunks, int64_t
     for (int64_t s = 0; s < seeds; ++s)
         seed_health(esper::as<double>(features), esper::as<double>(chunks), channels, seeds, s, eps, esper::as<double>(out));
 }
+
+#ifdef ESPER_WITH_CUDA
+static void check(int error, const char* what) {
+    if (error != 0) throw std::runtime_error(std::string(what) + ": CUDA error " + std::to_string(error));
+}
+
+static void stats_accumulate_cuda(std::uintptr_t x, std::uintptr_t y, int dtype, int activation, int64_t outer, int64_t channels,
+                                  int64_t inner, int64_t outer_stride, int64_t channel_stride, int64_t inner_stride,
+                                  int64_t y_outer_stride, int64_t y_channel_stride, int64_t y_inner_stride, int64_t seeds,
+                                  std::uintptr_t features, std::uintptr_t chunks, std::uintptr_t workspace,
+                                  std::uintptr_t stream) {
+    check(accumulate_cuda(esper::as<void>(x), esper::as<void>(y), dtype, activation,
+                          {outer, channels, inner, outer_stride, channel_stride, inner_stride},
+                          {outer, channels, inner, y_outer_stride, y_channel_stride, y_inner_stride}, seeds,
+                          esper::as<double>(features), esper::as<double>(chunks), esper::as<double>(workspace),
+                          esper::as<void>(stream)),
+          "stats_accumulate");
+}
+
+static void bind_stats_cuda(py::module_& m) {
+    m.def("stats_workspace_cuda", &workspace_cuda, "float64 numbers of workspace that stats_accumulate_cuda needs.");
+    m.def("stats_accumulate_cuda", &stats_accumulate_cuda, "stats_observe and stats_activate on a stream.");
+    m.def(
+        "stats_merge_cuda",
+        [](std::uintptr_t features, std::uintptr_t chunks, std::uintptr_t new_features, std::uintptr_t new_chunks,
+           int64_t channels, int64_t seeds, std::uintptr_t stream) {
+            check(merge_cuda(esper::as<double>(features), esper::as<double>(chunks), esper::as<double>(new_features),
+                             esper::as<double>(new_chunks), channels, seeds, esper::as<void>(stream)),
+                  "stats_merge");
+        },
+        "stats_merge on a stream.");
+    m.def(
+        "stats_health_cuda",
+        [](std::uintptr_t features, std::uintptr_t chunks, int64_t channels, int64_t seeds, double eps, std::uintptr_t out,
+           std::uintptr_t stream) {
+            check(health_cuda(esper::as<double>(features), esper::as<double>(chunks), channels, seeds, eps,
+                              esper::as<double>(out), esper::as<void>(stream)),
+                  "stats_health");
+        },
+        "stats_health on a stream.");
+}
+#endif
 
 void bind_stats(py::module_& m) {
     m.def("stats_observe", &stats_observe, "Merge the statistics of x, seen as [outer, channels, inner], into features and chunks.");

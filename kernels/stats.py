@@ -1,9 +1,10 @@
 """Statistics of activations, with the activation itself if there is one to apply.
 
-``stats_kernel`` reads a block of rows of one seed's chunk and reduces it in registers, in two passes (mean, then squared
-deviations), so that a mean far larger than the spread costs no digits. ``reduce_kernel`` joins the blocks in a fixed order by Chan's
-formula in float64: the result does not depend on the order in which blocks ran. Sums within a block are float32 (float64 for
-float64 tensors); a spread above 1.8e19 overflows the squares there and gives an infinite M2.
+``stats_kernel`` reads a block of rows of one seed's chunk and reduces it in registers, in two passes (mean, then
+squared deviations), so that a mean far larger than the spread costs no digits. ``reduce_kernel`` joins the blocks in a
+fixed order by Chan's formula in float64: the result does not depend on the order in which blocks ran. Sums within a
+block are float32 (float64 for float64 tensors); a spread above 1.8e19 overflows the squares there and gives an
+infinite M2.
 """
 
 import triton
@@ -28,7 +29,8 @@ def _merge(n0, mean0, m20, n1, mean1, m21):
 
 @triton.jit
 def _tanh(x, DOUBLE: tl.constexpr):
-    # Near 0 the quotient cancels; there the odd series has the digits: its next term is 7e-11 of the sum at 0.3, 2e-27 at 0.02.
+    # Near 0 the quotient cancels; there the odd series has the digits: its next term is 7e-11 of the sum at 0.3, and
+    # 2e-27 at 0.02.
     near_zero = 0.02 if DOUBLE else 0.3
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
@@ -120,9 +122,9 @@ def stats_kernel(
 ):
     """One block of rows of one seed's chunk.
 
-    Grid: ``cdiv(rows, BLOCK_R) * seeds``. ``x`` (and ``y`` when ACT is not 0): any strides. Without DIRECT, ``features`` is
-    ``[blocks, 5, channels]`` and ``chunks`` ``[blocks, 4, seeds]``, float64, written; with it (one block only), ``[5, channels]``
-    and ``[4, seeds]``, merged into.
+    Grid: ``cdiv(rows, BLOCK_R) * seeds``. ``x`` (and ``y`` when ACT is not 0): any strides. Without DIRECT, ``features``
+    is ``[blocks, 5, channels]`` and ``chunks`` ``[blocks, 4, seeds]``, float64, written; with it (one block only),
+    ``[5, channels]`` and ``[4, seeds]``, merged into.
     """
     acc = tl.float64 if DOUBLE else tl.float32
     largest = 1.7976931348623157e308 if DOUBLE else 3.4028234663852886e38

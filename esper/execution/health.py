@@ -57,7 +57,7 @@ class LayerHealth:
         samples: int64, finite values seen.
         activation_mean: float64, over rows and features of the chunk.
         activation_variance: float64, population variance over the same.
-        dead_neuron_ratio: float64, share of features with max \\|y\\| <= eps.
+        dead_neuron_ratio: float64, share of features with max ``|y|`` <= eps.
         avg_correlation: float64, in [-1/(width-1), 1]; 0 where undefined.
         nonfinite_count: int64.
         health_score: float64 in [0, 1]; NaN where nothing was seen.

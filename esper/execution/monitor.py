@@ -29,7 +29,7 @@ class LayoutSink(Protocol):
     """What the monitor needs of a layer's state layout."""
 
     def submit_health(self, samples: Tensor) -> None:
-        """Take one score per seed, ``[num_seeds]`` on the device of the layer's output; NaN means none. Must not wait."""
+        """Take one score per seed, ``[num_seeds]`` on the device of the layer's output; NaN means none. Never waits."""
 
 
 class ProbeTarget(Protocol):
@@ -318,9 +318,7 @@ class _Probe:
     def _observe_traced(self, y: Tensor) -> None:
         """Inside a compiled graph: one op that mutates the window; counting there would recompile."""
         if self.features is not None and self.chunks is not None:
-            observe(
-                y, self.layer.num_seeds, self.layer.channel_dim, self.monitor.rows, 0, self.features, self.chunks
-            )
+            observe(y, self.layer.num_seeds, self.layer.channel_dim, self.monitor.rows, 0, self.features, self.chunks)
 
     def _start_windows(self, y: Tensor) -> tuple[Tensor, Tensor]:
         channels, seeds = y.shape[self.layer.channel_dim], self.layer.num_seeds

@@ -28,9 +28,9 @@ _INTERVALS = 8
 class ProbePacer:
     """Decides when to probe; knows nothing of layers or tensors, and reads no clock.
 
-    Two rules, both of which must allow a probe. The sum: everything spent so far, and the probe, stay within the share of
-    all the host's time so far. The rate: at the present speed of the host and cost of a probe, probes this far apart
-    stay within it; so a long pause saves up no burst.
+    Two rules, both of which must allow a probe. The sum: everything spent so far, and the probe, stay within the share
+    of all the host's time so far. The rate: at the present speed of the host and cost of a probe, probes this far
+    apart stay within it; so a long pause saves up no burst.
 
     Args:
         budget: Share of the host's own time, in [0, 1].

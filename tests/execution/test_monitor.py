@@ -326,7 +326,11 @@ def test_another_width_or_dtype_starts_over():
 
 @pytest.mark.parametrize(
     ("output", "why"),
-    [(torch.arange(6).reshape(2, 3), "TypeError"), (torch.tensor(1.0), "IndexError"), (torch.randn(4, 4).to_sparse(), "Error")],
+    [
+        (torch.arange(6).reshape(2, 3), "TypeError"),
+        (torch.tensor(1.0), "IndexError"),
+        (torch.randn(4, 4).to_sparse(), "Error"),
+    ],
 )
 def test_outputs_that_cannot_be_read_are_counted(output, why):
     layer = Layer("a")

@@ -1,5 +1,6 @@
 """Statistics of activations: per feature, per seed's chunk, and the health that follows from them."""
 
+from esper.ops.stats import cpu, cuda, reference, triton  # after schema: each adds its functions to it
 from esper.ops.stats.schema import (
     ACTIVATIONS,
     CHUNK_FIELDS,
@@ -15,7 +16,6 @@ from esper.ops.stats.schema import (
     seed_health,
     stats_merge,
 )
-from esper.ops.stats import reference, cpu, cuda, triton  # noqa: I001  # after schema: each adds its functions to it
 
 __all__ = [
     "ACTIVATIONS",

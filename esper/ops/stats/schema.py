@@ -2,14 +2,14 @@
 
 Accumulators are float64, whatever the dtype of the activations, and contiguous:
 
-- ``features`` ``[5, C]``: per feature the count of finite samples, mean, M2 (sum of squared deviations), max \\|y\\| over the
-  finite samples, and the count of non-finite ones; rows in the order of :class:`Field`.
-- ``chunks`` ``[4, S]``: per seed the count, mean and M2 of the row sums over its chunk (a row is one position: a batch item,
-  a token, a pixel), and how many rows were left out because the chunk held a non-finite value; rows in the order of
-  :class:`ChunkField`.
+- ``features`` ``[5, C]``: per feature the count of finite samples, mean, M2 (sum of squared deviations), max ``|y|`` over
+  the finite samples, and the count of non-finite ones; rows in the order of :class:`Field`.
+- ``chunks`` ``[4, S]``: per seed the count, mean and M2 of the row sums over its chunk (a row is one position: a batch
+  item, a token, a pixel), and how many rows were left out because the chunk held a non-finite value; rows in the order
+  of :class:`ChunkField`.
 
-Seed ``s`` of ``S`` watches the features ``[floor(s*C/S), floor((s+1)*C/S))``; with more seeds than features some chunks are
-empty. A zeroed accumulator is an empty one, and merging into it copies.
+Seed ``s`` of ``S`` watches the features ``[floor(s*C/S), floor((s+1)*C/S))``; with more seeds than features some chunks
+are empty. A zeroed accumulator is an empty one, and merging into it copies.
 """
 
 from __future__ import annotations
@@ -102,7 +102,6 @@ def merge_check(features: Tensor, chunks: Tensor, channels: int, seeds: int) -> 
         f"accumulators are {tuple(features.shape)} {features.dtype} and {tuple(chunks.shape)} {chunks.dtype}; "
         f"need contiguous float64 [{FEATURE_FIELDS}, {channels}] and [{CHUNK_FIELDS}, {seeds}]"
     )
-
 
 
 def _fake_channel_stats(x: Tensor, seeds: int, channel_dim: int) -> tuple[Tensor, Tensor]:

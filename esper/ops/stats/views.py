@@ -1,7 +1,7 @@
 """Every layout as one: ``[outer, channels, inner]`` with three strides.
 
-``[N, C]`` and ``[B, T, C]`` have their positions in ``outer``; NCHW has images in ``outer`` and pixels in ``inner``, and so has
-``channels_last``, with other strides. A kernel that takes three strides takes them all, without a copy.
+``[N, C]`` and ``[B, T, C]`` have their positions in ``outer``; NCHW has images in ``outer`` and pixels in ``inner``, and
+so has ``channels_last``, with other strides. A kernel that takes three strides takes them all, without a copy.
 """
 
 from __future__ import annotations
@@ -106,15 +106,17 @@ def view3(x: Tensor, channel_dim: int) -> tuple[Tensor, View]:
             return view3(x.contiguous(), channel_dim)
         inner, inner_stride = groups[0] if groups else (1, 0)
         return x, View(shape[0], shape[1], inner, strides[0], strides[1], inner_stride)
-    raise ValueError(f"channel_dim {channel_dim} on shape {tuple(x.shape)}: expected -1, or 1 with at least two dimensions")
+    raise ValueError(
+        f"channel_dim {channel_dim} on shape {tuple(x.shape)}: expected -1, or 1 with at least two dimensions"
+    )
 
 
 def view_pair(x: Tensor, channel_dim: int) -> tuple[Tensor, View, Tensor, View]:
     """An input and an empty output of its shape, both as ``[outer, channels, inner]`` with the same sizes.
 
     Returns:
-        Input (``x`` or a copy), its view, output, its view. The output has ``x``'s memory format where three strides describe
-        it, and is contiguous otherwise.
+        Input (``x`` or a copy), its view, output, its view. The output has ``x``'s memory format where three strides
+        describe it, and is contiguous otherwise.
     """
     x = x.detach()
     y = torch.empty_like(x)
