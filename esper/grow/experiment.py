@@ -167,7 +167,7 @@ class Experiment:
     ) -> NetworkResult:
         self.progress.network(network, seed)
         self.emit(events.NetworkStarted(network, seed, count_parameters(model)))
-        after_step = model.step if isinstance(model, MorphableModel) else None
+        after_step = grower.after_step if grower is not None else None
         history: list[EpochRecord] = []
         interrupted = False
         start = time.monotonic()

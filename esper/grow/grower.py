@@ -61,6 +61,7 @@ class Grower:
 
     RAMP_EPOCHS = 2
     SETTLE_EPOCHS = 8
+    PROBE_EVERY = 4
     #: Validation losses are noisy; before and after are means over this many epochs.
     JUDGED_EPOCHS = 3
 
@@ -87,10 +88,22 @@ class Grower:
         self._emit = emit
         self._seed = seed
         self._epoch = 0
+        self._steps = 0
         self._recent: list[float] = []
         self._bound: list[events.Event] = []
         self._trial: _Trial | None = None
         self._stop_following = model.on_growth(self._on_growth)
+
+    def after_step(self) -> None:
+        """What is due after each optimizer step: the model's own step, and now and then a look at all activations.
+
+        The monitor's budget of half a percent would leave a network of some microseconds a forward unobserved for
+        most of so short a run; a probe asked for is not charged to it.
+        """
+        self.model.step()
+        self._steps += 1
+        if self._steps % self.PROBE_EVERY == 0:
+            self.model.monitor.sample_now()
 
     def end_epoch(self, record: EpochRecord) -> None:
         """Take one epoch's outcome and act on it."""

@@ -54,7 +54,7 @@ class Trainer:
         seed: int,
         batch_size: int = 64,
         lr: float = 5e-3,
-        weight_decay: float = 1e-2,
+        weight_decay: float = 0.3,
     ) -> None:
         """Bind ``model`` to ``split``; ``lr`` and ``weight_decay`` are AdamW's."""
         self.model = model
