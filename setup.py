@@ -5,6 +5,7 @@ Environment:
         ``0`` leaves them out.
     ESPER_CUDA_ARCHS: compute capabilities, ``80;90;100`` if unset; PTX of the last one goes in as well.
     CUDACXX, CUDA_HOME, CUDA_PATH: where nvcc is, asked in this order before ``PATH`` and ``/usr/local/cuda``.
+    CXX: the C++ compiler. Without any the package installs and runs on its other backends, unless ``ESPER_CUDA=1``.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ class CudaChoice:
 def say(message: str) -> None:
     """One line in the build log (pip shows it with ``-v``, and always when the build fails)."""
     print(f"esper: {message}", flush=True)
+
+
+def find_cxx(environ: Mapping[str, str]) -> str:
+    """A C++ compiler, or "" if there is none; CMake finds the same one."""
+    wanted = [environ["CXX"].split()[0]] if environ.get("CXX", "").strip() else ["c++", "g++", "clang++"]
+    return next(filter(None, (shutil.which(name, path=environ.get("PATH", "")) for name in wanted)), "")
 
 
 def find_nvcc(environ: Mapping[str, str]) -> str:
@@ -140,6 +147,11 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Configure and compile, and put the result where setuptools expects it."""
         cuda = choose_cuda(os.environ)
+        if not find_cxx(os.environ):
+            if cuda.required:
+                raise ExecError("ESPER_CUDA=1 asks for the CUDA kernels, but there is no C++ compiler (CXX names one)")
+            say("without esper._native: no C++ compiler was found (CXX names one); Esper runs on its other backends")
+            return
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         # One tree for every way to build (editable, in place, wheel): a second build compiles only what changed.
@@ -158,7 +170,8 @@ class BuildNative(build_ext):
         build_py = self.get_finalized_command("build_py")
         for ext in self.extensions:
             inplace, regular = self._get_inplace_equivalent(build_py, ext)
-            replace_file(Path(regular), Path(inplace))
+            if Path(regular).is_file():
+                replace_file(Path(regular), Path(inplace))
 
     def _compile(self, work: Path, cuda: CudaChoice) -> Path:
         if cuda.reason:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 
-# Before anything imports torch or triton: both read these once. The interpreter is for machines without a GPU, where it
-# replaces nothing (torch.compile on a CPU does not go through Triton); with a GPU the compiled kernels are tested.
+# Read once, when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if shutil.which("nvidia-smi") is None:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A backend forced by the developer's environment would change what the tests compare.
 os.environ.pop("ESPER_BACKEND", None)
 
@@ -18,6 +14,11 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+
+# Read when kernels are declared. The interpreter is for machines without a GPU, where it replaces nothing (torch.compile
+# on a CPU does not go through Triton); with a GPU the compiled kernels are tested.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
 

@@ -208,3 +208,10 @@ def test_without_nvcc_the_reason_is_kept_and_a_compile_error_keeps_the_old_exten
     assert "error: could not compile esper._native" in result.stderr
     assert "Traceback" not in result.stderr
     assert recorded_reason(tiny_tree).startswith("nvcc was not found")
+
+
+def test_without_a_cxx_compiler_it_installs_without_the_extension(tiny_tree: Path) -> None:
+    result = build_in_place(tiny_tree, CXX="/nowhere/c++", ESPER_CUDA="0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "without esper._native: no C++ compiler was found" in result.stdout
+    assert not list((tiny_tree / "esper").glob("_native*.so"))
