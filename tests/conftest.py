@@ -15,8 +15,8 @@ import hypothesis
 import pytest
 import torch
 
-# Read when kernels are declared. The interpreter is for machines without a GPU, where it replaces nothing (torch.compile
-# on a CPU does not go through Triton); with a GPU the compiled kernels are tested.
+# Read when kernels are declared. The interpreter is for machines without a GPU, where it replaces nothing: on a CPU
+# torch.compile does not go through Triton. With a GPU the compiled kernels are tested.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
