@@ -359,3 +359,25 @@ def test_fuzz_manifest_values(path, value):
         return
     # What went through means the same as before.
     assert artifact.manifest.blueprint_hash == Artifact.open(GOOD).manifest.blueprint_hash
+
+
+_numbers = st.integers(-1, 200) | st.sampled_from([2**31, 2**63, 10**40, -(2**64)])
+
+
+@given(
+    st.sampled_from(["down.weight", "down.bias", "up.weight"]),
+    st.one_of(
+        st.tuples(st.just("dtype"), st.sampled_from(["F64", "F32", "F16", "BF16", "I8", None])),
+        st.tuples(st.just("shape"), st.lists(_numbers, max_size=4)),
+        st.tuples(st.just("data_offsets"), st.lists(_numbers, min_size=2, max_size=2)),
+        st.tuples(st.sampled_from(["dtype", "shape", "data_offsets", "more"]), _json),
+    ),
+)
+def test_fuzz_headers(name, change):
+    header, body = split(GOOD)
+    before = dict(header[name])
+    header[name][change[0]] = change[1]
+    if header[name] == before:
+        return
+    with pytest.raises(ArtifactError):
+        Artifact.open(join(header, body))

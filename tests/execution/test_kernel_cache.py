@@ -97,6 +97,16 @@ def test_what_is_loaded(cache):
         assert torch.equal(kernel.tensors[name], tensor)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda kernel: pickle.loads(pickle.dumps(kernel))])
+def test_a_kernel_can_be_copied(cache, copied):
+    kernel = load(cache, A)
+    other = copied(kernel)
+    assert (other.artifact_id, other.blueprint, other.family) == (A, kernel.blueprint, kernel.family)
+    for name, tensor in kernel.tensors.items():
+        assert torch.equal(other.tensors[name], tensor)
+        assert other.tensors[name].data_ptr() != tensor.data_ptr()
+
+
 def test_memory_then_disk_then_registry(tmp_path, registry):
     cache = make(tmp_path, registry)
     first = load(cache, A)
