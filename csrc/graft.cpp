@@ -2,12 +2,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <set>
 #include <stdexcept>
+#include <string>
 
 #include "bindings.h"
 #include "common.h"
 #include "graft_bank.h"
+#include "graft_blend.h"
 #include "graft_core.h"
+#ifdef ESPER_WITH_CUDA
+#include "graft_cuda.h"
+#endif
 
 namespace py = pybind11;
 using esper::as;
@@ -116,6 +123,82 @@ void bind_bank(py::module_& m, const char* name) {
         .def_property_readonly("owners", &B::owners);
 }
 
+using esper::graft::Seat;
+using esper::graft::Seats;
+
+Seats seats_of(const std::vector<Address>& parts, const std::vector<Address>& trusted, const std::vector<std::int64_t>& places) {
+    if (parts.size() > esper::graft::kMaxSeeds || places.size() != 4 * parts.size() ||
+        (!trusted.empty() && trusted.size() != parts.size()))
+        throw std::invalid_argument("graft_blend: " + std::to_string(parts.size()) + " parts, " +
+                                    std::to_string(trusted.size()) + " masks and " + std::to_string(places.size()) +
+                                    " numbers in places do not belong together");
+    Seats seats{};
+    seats.count = static_cast<int>(parts.size());
+    for (std::size_t s = 0; s < parts.size(); ++s)
+        seats.seat[s] = {as<const void>(parts[s]),
+                         trusted.empty() ? nullptr : as<const std::uint8_t>(trusted[s]),
+                         static_cast<std::int32_t>(places[4 * s]),
+                         static_cast<std::int32_t>(places[4 * s + 1]),
+                         static_cast<std::int32_t>(places[4 * s + 2]),
+                         static_cast<std::int32_t>(places[4 * s + 3])};
+    return seats;
+}
+
+// Stretch by stretch: between two borders the factors are constant, and the features of one outer index lie side by side.
+template <typename T>
+void blend_cpu(std::int64_t outer, std::int64_t features, std::int64_t inner, const T* h, T* y, const Seats& seats,
+               const float* alpha, std::uint8_t* faults) {
+    std::set<std::int64_t> borders{0, features};
+    for (int s = 0; s < seats.count; ++s) {
+        borders.insert(seats.seat[s].begin);
+        borders.insert(seats.seat[s].end);
+    }
+    for (auto border = borders.begin(); std::next(border) != borders.end(); ++border) {
+        const std::int64_t begin = *border, run = (*std::next(border) - begin) * inner;
+        const T replaced = esper::graft::replace_sum<T>(seats, alpha, begin);
+        const T host = esper::graft::host_factor(replaced);
+        for (std::int64_t o = 0; o < outer; ++o) {
+            const std::int64_t at = (o * features + begin) * inner;
+            for (std::int64_t i = 0; i < run; ++i) y[at + i] = esper::graft::host_part(host, h[at + i]);
+            for (int s = 0; s < seats.count; ++s) {
+                const Seat& seat = seats.seat[s];
+                if (begin < seat.begin || begin >= seat.end) continue;
+                const T factor = esper::graft::coefficient(seat, alpha, replaced);
+                if (factor == T(0)) continue;
+                const T* k = static_cast<const T*>(seat.part) + esper::graft::part_offset(seat, o, begin, inner, 0);
+                for (std::int64_t i = 0; i < run; ++i) y[at + i] += factor * k[i];
+            }
+        }
+    }
+    const std::int64_t count = outer * features * inner;
+    if (esper::graft::all_finite(y, count)) return;
+    const auto load = [](const void* base, std::int64_t i) { return static_cast<const T*>(base)[i]; };
+    const auto round = [](T value) { return value; };
+    for (std::int64_t i = 0; i < count; ++i)
+        if (!esper::graft::is_finite(y[i]))
+            esper::graft::blame_element(seats, alpha, h[i], y[i], i / inner / features, i / inner % features, inner, i % inner,
+                                        load, round, [faults](int s) { faults[s] = 1; });
+    if (std::any_of(faults, faults + seats.count, [](std::uint8_t fault) { return fault != 0; })) std::copy(h, h + count, y);
+}
+
+void graft_blend(int dtype, std::int64_t outer, std::int64_t features, std::int64_t inner, Address h, Address y,
+                 const std::vector<Address>& parts, const std::vector<Address>& trusted, Address alpha,
+                 const std::vector<std::int64_t>& places, Address faults) {
+    const Seats seats = seats_of(parts, trusted, places);
+    if (dtype == 0)
+        blend_cpu(outer, features, inner, as<const float>(h), as<float>(y), seats, as<const float>(alpha), as<std::uint8_t>(faults));
+    else if (dtype == 1)
+        blend_cpu(outer, features, inner, as<const double>(h), as<double>(y), seats, as<const float>(alpha), as<std::uint8_t>(faults));
+    else
+        throw std::invalid_argument("graft_blend on the CPU takes dtype 0 (float32) or 1 (float64), got " + std::to_string(dtype));
+}
+
+#ifdef ESPER_WITH_CUDA
+void check(int error, const char* what) {
+    if (error != 0) throw std::runtime_error(std::string(what) + ": CUDA error " + std::to_string(error));
+}
+#endif
+
 }  // namespace
 
 void bind_graft(py::module_& m) {
@@ -123,4 +206,24 @@ void bind_graft(py::module_& m) {
     bind_bank<double>(m, "GraftBankF64");
     m.def("graft_all_finite_f32", [](Address p, std::int64_t n) { return esper::graft::all_finite(as<const float>(p), n); });
     m.def("graft_all_finite_f64", [](Address p, std::int64_t n) { return esper::graft::all_finite(as<const double>(p), n); });
+    m.def("graft_blend", &graft_blend);
+#ifdef ESPER_WITH_CUDA
+    m.def("graft_blend_cuda", [](int dtype, std::int64_t outer, std::int64_t features, std::int64_t inner, Address h, Address y,
+                                 const std::vector<Address>& parts, const std::vector<Address>& trusted, Address alpha,
+                                 const std::vector<std::int64_t>& places, Address faults, Address stream) {
+        check(esper::graft::blend_cuda(dtype, outer, features, inner, as<const void>(h), as<void>(y),
+                                       seats_of(parts, trusted, places), as<const float>(alpha), as<std::uint8_t>(faults),
+                                       as<void>(stream)),
+              "graft_blend");
+    });
+    m.def("graft_blend_backward_cuda",
+          [](int dtype, std::int64_t outer, std::int64_t features, std::int64_t inner, Address gy, Address gh,
+             const std::vector<Address>& gparts, Address alpha, Address faults, const std::vector<std::int64_t>& places,
+             Address stream) {
+              check(esper::graft::blend_backward_cuda(dtype, outer, features, inner, as<const void>(gy), as<void>(gh),
+                                                      seats_of(gparts, {}, places), as<const float>(alpha),
+                                                      as<const std::uint8_t>(faults), as<void>(stream)),
+                    "graft_blend_backward");
+          });
+#endif
 }

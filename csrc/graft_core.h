@@ -42,4 +42,44 @@ ESPER_HD T add_seed(T sum, T coefficient, T k) {
     return coefficient == T(0) ? sum : sum + coefficient * k;
 }
 
+// Seeds of one call. Their addresses travel to CUDA kernels by value, and 64 of these stay within 4 KiB.
+constexpr int kMaxSeeds = 64;
+
+// One seed of a blend: k lies at part, [outer, end - begin, inner]; trusted is [outer, inner].
+struct Seat {
+    const void* part;
+    const std::uint8_t* trusted;
+    std::int32_t index;  // its row of alpha
+    std::int32_t begin, end;  // features
+    std::int32_t replace;
+};
+
+struct Seats {
+    Seat seat[kMaxSeeds];
+    int count;
+};
+
+// The sum A' of the replace seeds that change feature c.
+template <typename T>
+ESPER_HD T replace_sum(const Seats& seats, const float* alpha, std::int64_t c) {
+    T sum = 0;
+    for (int s = 0; s < seats.count; ++s) {
+        const Seat& seat = seats.seat[s];
+        if (seat.replace && seat.begin <= c && c < seat.end) sum += T(alpha[seat.index]);
+    }
+    return sum;
+}
+
+// A seed's coefficient at a feature it changes.
+template <typename T>
+ESPER_HD T coefficient(const Seat& seat, const float* alpha, T sum) {
+    return T(alpha[seat.index]) * (seat.replace ? replace_scale(sum) : T(1));
+}
+
+// Where feature c at (outer, inner) lies in a seed's part.
+ESPER_HD std::int64_t part_offset(const Seat& seat, std::int64_t outer, std::int64_t c, std::int64_t inner_size,
+                                  std::int64_t inner) {
+    return (outer * (seat.end - seat.begin) + (c - seat.begin)) * inner_size + inner;
+}
+
 }  // namespace esper::graft

@@ -3,6 +3,6 @@
 Importing the package declares every family's operations.
 """
 
-from esper.ops import lattice, stats
+from esper.ops import graft, lattice, stats
 
-__all__ = ["lattice", "stats"]
+__all__ = ["graft", "lattice", "stats"]

@@ -18,14 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.execution.grafts.layout import BlendLayout
+from esper.ops.graft import graft_blend, graft_blend_backward, reference
+from esper.ops.graft.layout import BlendLayout
+from esper.ops.graft.reference import accumulation_dtype, join, narrow
 
-__all__ = ["blend_eager", "blend_traced", "contain", "faults", "gate"]
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in: float32 at least."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
+__all__ = ["blend_eager", "blend_fused", "contain", "gate"]
 
 
 def blend_eager(
@@ -48,90 +45,18 @@ def blend_eager(
     pieces = []
     for segment in layout.segments:
         host, pairs = layout.numbers(alpha, segment)
-        here = _narrow(h, dim, 0, segment, layout.features)
+        here = narrow(h, dim, 0, segment, layout.features)
         total: Tensor | None = None
         if host != 0.0:
             total = here.to(wide) if host == 1.0 else host * here.to(wide)
         for i, c in pairs:
             part = parts[i]
             assert part is not None
-            k = _narrow(part, dim, layout.places[i].begin, segment, part.shape[dim]).to(wide)
+            k = narrow(part, dim, layout.places[i].begin, segment, part.shape[dim]).to(wide)
             k = k if c == 1.0 else c * k
             total = k if total is None else total + k
         pieces.append(total)
-    return _join(pieces, h, dim)
-
-
-def blend_traced(layout: BlendLayout, h: Tensor, parts: Sequence[Tensor], alpha: Tensor, dim: int) -> Tensor:
-    """The blend for alphas that only the device knows; arguments as :func:`blend_eager`.
-
-    A factor of 0 must not multiply: 0 * inf is NaN. ``where`` leaves the product out, and -0 stands in its place
-    because -0 + k is k, the sign of zero included.
-    """
-    wide = accumulation_dtype(h.dtype)
-    alpha = alpha.to(wide)
-    pieces: list[Tensor | None] = []
-    for segment in layout.segments:
-        host, pairs = layout.tensors(alpha, segment)
-        total = _narrow(h, dim, 0, segment, layout.features).to(wide)
-        if host is not None:
-            total = torch.where(host == 0, -0.0, host * total)
-        for i, c in pairs:
-            k = _narrow(parts[i], dim, layout.places[i].begin, segment, parts[i].shape[dim]).to(wide)
-            total = total + torch.where(c == 0, -0.0, c * k)
-        pieces.append(total)
-    return _join(pieces, h, dim)
-
-
-def faults(
-    layout: BlendLayout,
-    h: Tensor,
-    y: Tensor,
-    parts: Sequence[Tensor | None],
-    trusted: Sequence[Tensor],
-    alpha: Tensor,
-    dim: int,
-) -> Tensor:
-    """Which seeds are at fault for what is not finite in y.
-
-    Args:
-        layout: Of the seeds.
-        h: The host's output.
-        y: The blend.
-        parts: Per seed ``k``, or None where its alpha is 0.
-        trusted: Per seed a bool tensor that broadcasts against its k: where the tap is finite.
-        alpha: The layer's alphas, on h's device.
-        dim: Dimension of the features, not negative.
-
-    Returns:
-        bool [len(parts)] on h's device. Nothing is looked at, nothing synchronises.
-    """
-    blamed = [h.new_zeros((), dtype=torch.bool) for _ in parts]
-    wide = accumulation_dtype(h.dtype)
-    alpha = alpha.to(wide)
-    for segment in layout.segments:
-        _, pairs = layout.tensors(alpha, segment)
-        here = _narrow(h, dim, 0, segment, layout.features)
-        result = _narrow(y, dim, 0, segment, layout.features)
-        # Where the sum broke although the host is sound: an overflow, if no single contribution is broken there.
-        overflow = ~torch.isfinite(result) & torch.isfinite(here)
-        sizes: list[tuple[int, Tensor]] = []
-        for i, c in pairs:
-            part = parts[i]
-            if part is None:
-                continue
-            k = _narrow(part, dim, layout.places[i].begin, segment, part.shape[dim])
-            # Judged in h's dtype: what the layer would hand on is what must be finite.
-            scaled = (c * k.to(wide)).to(h.dtype)
-            broken = ~torch.isfinite(scaled) & (c != 0)
-            blamed[i] = blamed[i] | (broken & trusted[i]).any()
-            overflow = overflow & ~broken & trusted[i]
-            sizes.append((i, torch.where(c == 0, 0.0, scaled.abs())))
-        if sizes:
-            largest = torch.stack([size for _, size in sizes]).amax(0)
-            for i, size in sizes:
-                blamed[i] = blamed[i] | (overflow & (size == largest) & (size > 0)).any()
-    return torch.stack(blamed)
+    return join(pieces, h, dim)
 
 
 class _Gate(torch.autograd.Function):
@@ -181,14 +106,56 @@ def contain(y: Tensor, h: Tensor, signal: Tensor, fault: Tensor) -> Tensor:
     return result
 
 
-def _narrow(t: Tensor, dim: int, origin: int, segment: tuple[int, int], features: int) -> Tensor:
-    begin, end = segment
-    if end - begin == features:
-        return t
-    return t.narrow(dim, begin - origin, end - begin)
+class _Fused(torch.autograd.Function):
+    """One operation forward and one backward, containment and the news for the gate included."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layout: BlendLayout,
+        dim: int,
+        alpha: Tensor,
+        trusted: Sequence[Tensor],
+        h: Tensor,
+        signal: Tensor,
+        *parts: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        y, blamed = graft_blend(h, parts, trusted, alpha, layout.flat, dim)
+        ctx.layout, ctx.dim = layout, dim
+        ctx.save_for_backward(alpha.clone(), blamed)  # alpha moves between forward and backward
+        ctx.mark_non_differentiable(blamed)
+        return y, blamed
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        alpha, blamed = ctx.saved_tensors
+        run = reference.graft_blend_backward if torch.is_grad_enabled() else graft_blend_backward
+        gh, gparts = run(gy, alpha, blamed, ctx.layout.flat, ctx.dim)
+        return None, None, None, None, gh, (blamed != 0).any().to(torch.float32), *gparts
 
 
-def _join(pieces: Sequence[Tensor | None], h: Tensor, dim: int) -> Tensor:
-    whole = [piece for piece in pieces if piece is not None]
-    y = whole[0] if len(whole) == 1 else torch.cat(whole, dim)
-    return y.to(h.dtype)
+def blend_fused(
+    layout: BlendLayout,
+    h: Tensor,
+    parts: Sequence[Tensor],
+    trusted: Sequence[Tensor],
+    alpha: Tensor,
+    signal: Tensor,
+    dim: int,
+) -> tuple[Tensor, Tensor]:
+    """The blend for alphas that only the device knows, contained.
+
+    Args:
+        layout: Of the seeds.
+        h: The host's output.
+        parts: Per seed ``k``.
+        trusted: Per seed where its tap is finite, bool.
+        alpha: The layer's alphas.
+        signal: From :func:`gate`.
+        dim: Dimension of the features, not negative.
+
+    Returns:
+        y, and uint8 [seeds]: 1 for each seed at fault.
+    """
+    y, blamed = _Fused.apply(layout, dim, alpha, trusted, h, signal, *parts)
+    return y, blamed

@@ -12,9 +12,10 @@ from esper.contracts.errors import ShapeMismatchError
 from esper.execution.grafts import blend
 from esper.execution.grafts.bank import Bank, bank_eligible
 from esper.execution.grafts.families import contributions, sample_tap
-from esper.execution.grafts.layout import BlendLayout
 from esper.execution.grafts.seed import BoundSeed, SeedWeights, bind_seed
 from esper.execution.hosts import HostSpec
+from esper.ops.graft import reference
+from esper.ops.graft.layout import BlendLayout
 
 if TYPE_CHECKING:
     from esper.execution.kernel_executor import LoadedKernel
@@ -164,8 +165,9 @@ class GraftSet(nn.Module):
         Returns:
             y, of h's shape, dtype and device.
         """
-        bank = self._bank
-        if bank is not None and not _compiling():
+        # Asked in this order, a traced graph does not depend on whether an eager call has packed a bank.
+        bank = None if _compiling() else self._bank
+        if bank is not None:
             tap = x if bank.reads_input else h
             if bank.usable(tap, h):
                 if bank.whole():
@@ -190,7 +192,8 @@ class GraftSet(nn.Module):
             return self._pure(x, h)
         if not self._bank_tried:
             self._bank_tried = True
-            self._bank = self._pack(h.dtype)
+            with torch.inference_mode(False):  # the buffer outlives this call, which may be in inference mode
+                self._bank = self._pack(h.dtype)
             if self._bank is not None:
                 return self.forward(x, h)
         return self._eager(x, h)
@@ -269,7 +272,7 @@ class GraftSet(nn.Module):
                 trusted = dict(zip(live, self._trusted(x, h, live), strict=True))
                 none = torch.zeros((), dtype=torch.bool)
                 masks = [trusted.get(i, none) for i in order]
-                blamed = blend.faults(self._layout, h, y, parts, masks, alpha, self._dim(h))
+                blamed = reference.faults(self._layout, h, y, parts, masks, alpha, self._dim(h))
                 guilty = [i for i, at_fault in zip(order, blamed.tolist(), strict=True) if at_fault]
             if guilty:
                 self.state_layout.fault_flags[guilty] = 1
@@ -289,7 +292,7 @@ class GraftSet(nn.Module):
         assert self._layout is not None
         order, dim = list(self._seeds), self._dim(h)
         parts = self._run_seeds(x, h, order, [self._weights(i).tensors() for i in order])
-        return blend.blend_traced(self._layout, h, parts, self.state_layout.alpha_blend, dim)
+        return reference.blend(self._layout, h, parts, self.state_layout.alpha_blend, dim)
 
     def _traced(self, x: Tensor, h: Tensor) -> Tensor:
         assert self._layout is not None
@@ -312,21 +315,21 @@ class GraftSet(nn.Module):
         ]
         parts = self._run_seeds(gated_x, gated_h, order, tensors)
         parts = [_fitted(k, h, self._seeds[i], dim) for i, k in zip(order, parts, strict=True)]
-        y = blend.blend_traced(self._layout, h, parts, alpha, dim)
         with torch.no_grad():
-            blamed = blend.faults(
-                self._layout,
-                h.detach(),
-                y.detach(),
-                [p.detach() for p in parts],
-                self._trusted(x, h, order),
-                alpha,
-                dim,
-            )
+            trusted = self._trusted(x, h, order)
+        if _compiling():
+            # Plain operations, which the compiler fuses itself.
+            y = reference.blend(self._layout, h, parts, alpha, dim)
+            with torch.no_grad():
+                still = [p.detach() for p in parts]
+                blamed = reference.faults(self._layout, h.detach(), y.detach(), still, trusted, alpha, dim)
+            y = blend.contain(y, h, signal, blamed.any())
+        else:
+            y, blamed = blend.blend_fused(self._layout, h, parts, trusted, alpha, signal, dim)
+        with torch.no_grad():
             where = torch.tensor(order, device=flags.device)
             flags.index_copy_(0, where, torch.maximum(flags[where], blamed.to(flags.dtype)))
-            any_fault = blamed.any()
-        return blend.contain(y, h, signal, any_fault)
+        return y
 
     def _dim(self, h: Tensor) -> int:
         return self.spec.channel_dim % h.dim()

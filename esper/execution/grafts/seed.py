@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from esper.contracts.errors import ShapeMismatchError
-from esper.execution.grafts.layout import Place, chunk_span
 from esper.execution.hosts import ConvGeometry, HostSpec
+from esper.ops.graft.layout import Place, chunk_span
 
 if TYPE_CHECKING:
     from esper.blueprints.families import Family

@@ -58,6 +58,13 @@ class BlendLayout:
         self.features = features
         borders = sorted({0, features, *(p.begin for p in places), *(p.end for p in places)})
         self.segments = tuple(itertools.pairwise(borders))
+        self.flat = [int(number) for p in self.places for number in (p.index, p.begin, p.end, p.replace)]
+
+    @classmethod
+    def from_flat(cls, numbers: Sequence[int], features: int) -> BlendLayout:
+        """From index, begin, end, replace (0 or 1) of each seed in a row, as :attr:`flat` holds them."""
+        lines = zip(*[iter(numbers)] * 4, strict=True)
+        return cls([Place(index, begin, end, bool(replace)) for index, begin, end, replace in lines], features)
 
     def members(self, segment: tuple[int, int]) -> list[int]:
         """Positions in ``places`` of the seeds that change this segment."""
