@@ -122,9 +122,9 @@ def stats_kernel(
 ):
     """One block of rows of one seed's chunk.
 
-    Grid: ``cdiv(rows, BLOCK_R) * seeds``. ``x`` (and ``y`` when ACT is not 0): any strides. Without DIRECT, ``features``
-    is ``[blocks, 5, channels]`` and ``chunks`` ``[blocks, 4, seeds]``, float64, written; with it (one block only),
-    ``[5, channels]`` and ``[4, seeds]``, merged into.
+    Grid: ``cdiv(rows, BLOCK_R) * seeds``. ``x`` (and ``y`` when ACT is not 0): any strides. Without DIRECT,
+    ``features`` is ``[blocks, 5, channels]`` and ``chunks`` ``[blocks, 4, seeds]``, float64, written; with it (one
+    block only), ``[5, channels]`` and ``[4, seeds]``, merged into.
     """
     acc = tl.float64 if DOUBLE else tl.float32
     largest = 1.7976931348623157e308 if DOUBLE else 3.4028234663852886e38

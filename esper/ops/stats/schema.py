@@ -2,8 +2,8 @@
 
 Accumulators are float64, whatever the dtype of the activations, and contiguous:
 
-- ``features`` ``[5, C]``: per feature the count of finite samples, mean, M2 (sum of squared deviations), max ``|y|`` over
-  the finite samples, and the count of non-finite ones; rows in the order of :class:`Field`.
+- ``features`` ``[5, C]``: per feature the count of finite samples, mean, M2 (sum of squared deviations), max ``|y|``
+  over the finite samples, and the count of non-finite ones; rows in the order of :class:`Field`.
 - ``chunks`` ``[4, S]``: per seed the count, mean and M2 of the row sums over its chunk (a row is one position: a batch
   item, a token, a pixel), and how many rows were left out because the chunk held a non-finite value; rows in the order
   of :class:`ChunkField`.

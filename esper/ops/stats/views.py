@@ -1,7 +1,7 @@
 """Every layout as one: ``[outer, channels, inner]`` with three strides.
 
-``[N, C]`` and ``[B, T, C]`` have their positions in ``outer``; NCHW has images in ``outer`` and pixels in ``inner``, and
-so has ``channels_last``, with other strides. A kernel that takes three strides takes them all, without a copy.
+``[N, C]`` and ``[B, T, C]`` have their positions in ``outer``; NCHW has images in ``outer`` and pixels in ``inner``,
+and so has ``channels_last``, with other strides. A kernel that takes three strides takes them all, without a copy.
 """
 
 from __future__ import annotations
