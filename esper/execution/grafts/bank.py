@@ -39,7 +39,7 @@ _wants_grad: Callable[[Any], bool] = torch.Tensor.requires_grad.__get__  # type:
 _slot = dict.__getitem__
 _is = operator.is_
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active  # type: ignore[attr-defined]
+_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _jit: Callable[[], object] = torch._C._get_tracing_state
 _forward_ad: Any = torch.autograd.forward_ad
 
@@ -115,7 +115,7 @@ class _Run(torch.autograd.Function):
 
 
 # What Function.apply does beyond this is for functorch, and costs 1 to 2 us; `usable` has excluded functorch.
-_run: Callable[..., Tensor] = super(torch.autograd.Function, _Run).apply  # type: ignore[misc]
+_run: Callable[..., Tensor] = super(torch.autograd.Function, _Run).apply
 
 
 class Bank:

@@ -351,7 +351,7 @@ class GraftSet(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
+        state: dict[str, Any] = super().__getstate__()
         return {**state, "_bank": None, "_bank_tried": False}
 
 

@@ -24,9 +24,12 @@ def _register(module: Any) -> None:
     def graft_blend(
         h: Tensor, parts: Sequence[Tensor], trusted: Sequence[Tensor], alpha: Tensor, places: Sequence[int], dim: int
     ) -> tuple[Tensor, Tensor]:
-        if h.dtype not in _NATIVE or len(parts) > MAX_SEEDS:
-            return reference.graft_blend(h, parts, trusted, alpha, places, dim)
-        check_parts(h, parts, trusted, places, dim)
+        many = len(parts) > MAX_SEEDS
+        if not many:
+            check_parts(h, parts, trusted, places, dim)
+        if many or h.dtype not in _NATIVE:
+            plain: tuple[Tensor, Tensor] = reference.graft_blend(h, parts, trusted, alpha, places, dim)
+            return plain
         h = h.contiguous()
         flat = [p.contiguous() for p in parts]
         masks = [positions(m, h, dim) for m in trusted]
@@ -50,7 +53,8 @@ def _register(module: Any) -> None:
         gy: Tensor, alpha: Tensor, blamed: Tensor, places: Sequence[int], dim: int
     ) -> tuple[Tensor, list[Tensor]]:
         # Products by one number each: PyTorch's own loops do them at the speed of memory.
-        return reference.graft_blend_backward(gy, alpha, blamed, places, dim)
+        plain: tuple[Tensor, list[Tensor]] = reference.graft_blend_backward(gy, alpha, blamed, places, dim)
+        return plain
 
 
 _module = native.load()

@@ -26,7 +26,8 @@ def _register(module: Any) -> None:
         h: Tensor, parts: Sequence[Tensor], trusted: Sequence[Tensor], alpha: Tensor, places: Sequence[int], dim: int
     ) -> tuple[Tensor, Tensor]:
         if len(parts) > MAX_SEEDS:
-            return reference.graft_blend(h, parts, trusted, alpha, places, dim)
+            plain: tuple[Tensor, Tensor] = reference.graft_blend(h, parts, trusted, alpha, places, dim)
+            return plain
         check_parts(h, parts, trusted, places, dim)
         h = h.contiguous()
         flat = [p.contiguous() for p in parts]
@@ -53,7 +54,8 @@ def _register(module: Any) -> None:
         gy: Tensor, alpha: Tensor, blamed: Tensor, places: Sequence[int], dim: int
     ) -> tuple[Tensor, list[Tensor]]:
         if len(places) > 4 * MAX_SEEDS:
-            return reference.graft_blend_backward(gy, alpha, blamed, places, dim)
+            plain: tuple[Tensor, list[Tensor]] = reference.graft_blend_backward(gy, alpha, blamed, places, dim)
+            return plain
         gy = gy.contiguous()
         gh = torch.empty_like(gy)
         widths = [end - begin for begin, end in zip(places[1::4], places[2::4], strict=True)]
