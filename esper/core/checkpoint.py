@@ -240,8 +240,8 @@ def _check_host(path: Path, record: Record, tensors: Mapping[str, Tensor], host:
         lacks = [f"the file lacks {', '.join(missing[:4])}"] if missing else []
         lacks += [f"the host lacks {', '.join(surplus[:4])}"] if surplus else []
         raise CheckpointError(f"{path}: the host is another network: {'; '.join(lacks)}")
-    for name, theirs_tensor in theirs.items():
-        own = ours[name]
+    for name, own in ours.items():
+        theirs_tensor = theirs[name]
         if own.shape != theirs_tensor.shape:
             shapes = f"{tuple(theirs_tensor.shape)} in the file, {tuple(own.shape)} in the host"
             raise CheckpointError(f"{path}: '{name}' has shape {shapes}")

@@ -16,8 +16,9 @@ __all__ = ["FORMAT_VERSION", "CheckpointError", "LayerRecord", "Record", "SeedRe
 FORMAT_VERSION = 1
 KNOWN_VERSIONS = (1,)
 
+#: The one key of the file's metadata: several would be written in no particular order, and equal networks give equal
+#: files. Its value is the SHA-256 of the manifest's text, a line break, and the text.
 _KEY = "esper.checkpoint"
-_DIGEST_KEY = "esper.checkpoint.sha256"
 
 
 class CheckpointError(EsperError, ValueError):
@@ -79,7 +80,7 @@ class Record:
 def write_record(record: Record) -> dict[str, str]:
     """The record as safetensors metadata, with a digest of itself."""
     text = strict_json.canonical(asdict(record))
-    return {_KEY: text, _DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
+    return {_KEY: f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"}
 
 
 def read_record(metadata: Mapping[str, str]) -> Record:
@@ -88,9 +89,10 @@ def read_record(metadata: Mapping[str, str]) -> Record:
     Raises:
         CheckpointError: there is no record, it was altered, or it is of a version that this Esper does not know.
     """
-    text = metadata.get(_KEY)
-    if text is None:
+    value = metadata.get(_KEY)
+    if value is None:
         raise CheckpointError("it is a safetensors file, but not one that esper.save wrote (it has no manifest)")
+    digest, _, text = value.partition("\n")
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -102,7 +104,7 @@ def read_record(metadata: Mapping[str, str]) -> Record:
     if type(version) is not int or version not in KNOWN_VERSIONS:
         known = ", ".join(map(str, KNOWN_VERSIONS))
         raise CheckpointError(f"it is of checkpoint version {version!a:.40}; this Esper reads {known}")
-    if hashlib.sha256(text.encode()).hexdigest() != metadata.get(_DIGEST_KEY):
+    if hashlib.sha256(text.encode()).hexdigest() != digest:
         raise CheckpointError("its manifest does not match its own SHA-256: the file was altered")
     return _record(data)
 

@@ -16,7 +16,6 @@ from esper.contracts.errors import EsperError
 from esper.core.export_fold import ExportedSeed, fold
 from esper.core.export_graph import graft_module, grafted_host
 from esper.core.model_wrapper import MorphableModel
-from esper.execution.grafts.layout import BlendLayout
 from esper.execution.grafts.seed import BoundSeed, bind_seed
 from esper.execution.host_binding import fast_path_ancestors
 from esper.execution.kasmina_layer import KasminaLayer
@@ -84,10 +83,10 @@ def _replace(
     if host is body:
         return plain
     _close_fast_paths(body, host)
-    for parent in body.modules():
-        for child_name, child in parent._modules.items():
-            if child is host:
-                parent._modules[child_name] = plain
+    # Listed before the first is replaced: `plain` may itself hold the host.
+    places = [(m, key) for m in body.modules() for key, child in m._modules.items() if child is host]
+    for parent, key in places:
+        parent._modules[key] = plain
     return body
 
 
@@ -104,19 +103,18 @@ def _awake(layer: KasminaLayer) -> tuple[list[ExportedSeed], Tensor]:
             "known: call the model once, then export"
         )
     places: list[BoundSeed] = [bind_seed(i, layer.grafts.kernel(i), spec, layer.num_seeds) for i in bound]
-    layout = BlendLayout([seed.place for seed in places], spec.d_out)
-    host_factor = torch.ones(spec.d_out, dtype=torch.float64)
-    coefficients = [torch.zeros(seed.place.end - seed.place.begin, dtype=torch.float64) for seed in places]
-    for segment in layout.segments:
-        begin, end = segment
-        host, pairs = layout.numbers(alpha, segment)
-        host_factor[begin:end] = host
-        for position, value in pairs:
-            offset = places[position].place.begin
-            coefficients[position][begin - offset : end - offset] = value
+    replaced = torch.zeros(spec.d_out, dtype=torch.float64)
+    for seed in places:
+        if seed.place.replace:
+            replaced[seed.place.begin : seed.place.end] += alpha[seed.place.index]
+    host_factor = 1.0 - replaced.clamp(max=1.0)
     seeds = []
-    for seed, coefficient in zip(places, coefficients, strict=True):
+    for seed in places:
         kernel = layer.grafts.kernel(seed.place.index)
+        coefficient = torch.full_like(replaced, alpha[seed.place.index])
+        if seed.place.replace:
+            coefficient /= replaced.clamp(min=1.0)
+        coefficient = coefficient[seed.place.begin : seed.place.end]
         if bool(coefficient.any()):
             seeds.append(
                 ExportedSeed(
