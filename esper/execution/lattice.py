@@ -484,8 +484,7 @@ class Lattice:
         state = self.lifecycle_states[here].to(torch.int32)
         taken = torch.bitwise_right_shift(only_after, state).bitwise_and_(1).to(torch.bool)
         for name, value in values.items():
-            field = getattr(self, name)[here]
-            field.copy_(torch.where(taken, value, field))
+            getattr(self, name)[here].masked_fill_(taken, value)
 
     def _count(self, row: int, sign: int) -> None:
         state = self._known[row]

@@ -7,7 +7,7 @@ from types import ModuleType
 from torch import Tensor
 
 from esper.ops import native, registry
-from esper.ops.lattice import table
+from esper.ops.lattice import reference, table
 from esper.ops.lattice.layout import ALIGN, layout_of
 
 __all__ = ["stale"]
@@ -51,6 +51,8 @@ def _register(module: ModuleType) -> None:
         value: int = crc_cpu(storage.data_ptr(), layout_of(rows).persistent_bytes)
         return value
 
+
+registry.implements("lattice_snapshot", "cpu")(reference.snapshot)
 
 _module = native.load()
 _reason = native.reason() if _module is None else stale(_module)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esper.ops import native, registry
-from esper.ops.lattice import crc32c
+from esper.ops.lattice import crc32c, reference
 from esper.ops.lattice.cpu import stale
 from esper.ops.lattice.layout import layout_of
 
@@ -44,6 +44,11 @@ def _register(module: ModuleType) -> None:
             crc_cuda(storage.data_ptr(), words, partials.data_ptr(), _stream(storage))
         return crc32c.finish(crc32c.xor_all(partials), size)
 
+
+if torch.cuda.is_available():
+    registry.implements("lattice_snapshot", "cuda")(reference.snapshot)
+else:
+    registry.unavailable("lattice_snapshot", "cuda", "no CUDA device is visible")
 
 _module = native.load()
 _reason = native.cuda_reason() or ("" if _module is None else stale(_module))

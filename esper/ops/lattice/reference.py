@@ -81,14 +81,11 @@ def compact(storage: Tensor, rows: int, indices: Tensor, count: Tensor) -> None:
 
 
 @registry.implements("lattice_snapshot", "reference")
-@registry.implements("lattice_snapshot", "cpu")
-@registry.implements("lattice_snapshot", "cuda")
-@registry.implements("lattice_snapshot", "triton")
 def snapshot(storage: Tensor, rows: int, out: Tensor) -> None:
     """One copy of the persistent range into ``out`` (uint8 ``[persistent_bytes]``).
 
-    The storage is packed already, so that the copy engine is the best kernel on every device. Into pinned memory the
-    copy is asynchronous: record an event behind it, and read ``out`` when the event has passed.
+    The storage is packed already, so that PyTorch's copy (memcpy, or the copy engine) is the best kernel everywhere,
+    and the other backends register this same function. Into pinned memory the copy is asynchronous: record an event behind it, and read ``out`` when the event has passed.
     """
     size = layout_of(rows).persistent_bytes
     out[:size].copy_(storage[:size], non_blocking=True)

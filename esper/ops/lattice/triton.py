@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esper.ops import registry
-from esper.ops.lattice import crc32c, table
+from esper.ops.lattice import crc32c, reference, table
 from esper.ops.lattice.layout import layout_of
 
 __all__: list[str] = []
@@ -53,15 +53,16 @@ def _register(kernels: ModuleType) -> None:
     def step(storage: Tensor, rows: int, epoch: int) -> int:
         if rows:
             grid = (-(-rows // _STEP_BLOCK),)
-            kernels.lattice_step_kernel[grid](storage, rows, epoch, **_STEP_CONSTANTS, **_OPTIONS)
+            with torch.cuda.device_of(storage):
+                kernels.lattice_step_kernel[grid](storage, rows, epoch, **_STEP_CONSTANTS, **_OPTIONS)
         return -1
 
     @registry.implements(_COMPACT, "triton")
     def compact(storage: Tensor, rows: int, indices: Tensor, count: Tensor) -> None:
         grid = (max(1, -(-rows // _COMPACT_BLOCK)),)
-        kernels.lattice_compact_kernel[grid](
-            storage, rows, indices, count, AWAKE=table.AWAKE, BLOCK=_COMPACT_BLOCK, **_OPTIONS
-        )
+        constants = {"AWAKE": table.AWAKE, "BLOCK": _COMPACT_BLOCK}
+        with torch.cuda.device_of(storage):
+            kernels.lattice_compact_kernel[grid](storage, rows, indices, count, **constants, **_OPTIONS)
 
     @registry.implements(_CRC, "triton")
     def crc(storage: Tensor, rows: int) -> int:
@@ -72,18 +73,15 @@ def _register(kernels: ModuleType) -> None:
             return crc32c.finish(0, 0)
         powers, places = _crc_tables(programs, storage.device)
         partials = torch.empty(programs, dtype=torch.int32, device=storage.device)
-        kernels.lattice_crc_kernel[(programs,)](
-            words,
-            words.numel(),
-            powers,
-            places,
-            partials,
-            POLYNOMIAL=crc32c.POLYNOMIAL,
-            BLOCK=_CRC_BLOCK,
-            **_OPTIONS,
-        )
+        constants = {"POLYNOMIAL": crc32c.POLYNOMIAL, "BLOCK": _CRC_BLOCK}
+        with torch.cuda.device_of(storage):
+            kernels.lattice_crc_kernel[(programs,)](
+                words, words.numel(), powers, places, partials, **constants, **_OPTIONS
+            )
         return crc32c.finish(crc32c.xor_all(partials), size)
 
+
+registry.implements("lattice_snapshot", "triton")(reference.snapshot)
 
 try:
     _kernels = importlib.import_module("esper.kernels.lattice")
