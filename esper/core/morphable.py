@@ -111,6 +111,7 @@ class MorphableModel(HostNames):
         for layer in self.kasmina_layers.values():
             layer._forwards = self._count_forwards
             layer._growth_callbacks.append(self._on_growth)
+        self.monitor.on_request = self._touch
         clock.due = 0
 
     # -- calls -------------------------------------------------------------------------------------
@@ -171,8 +172,8 @@ class MorphableModel(HostNames):
             layer.poll_latency()
 
     def _monitor_due(self, clock: _Clock) -> int:
-        # Without a counted call since the last time the model runs inside a compiled or captured graph, where arming a
-        # single layer would recompile: only a probe of all layers, asked for by sample_now(), is let through there.
+        # Without a counted call since the last time the model runs inside a compiled or captured graph, where arming
+        # single layers would compile a graph for each.
         eager = clock.calls != clock.seen_calls
         clock.seen_calls = clock.calls
         return self.monitor.on_due(clock.steps, eager=eager or clock.steps == 1)

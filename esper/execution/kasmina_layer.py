@@ -244,6 +244,11 @@ class KasminaLayer(nn.Module):
         return self.spec.channel_dim
 
     @property
+    def features(self) -> int | None:
+        """Features of the host's output; None for an activation that has not run yet."""
+        return self.spec.d_out
+
+    @property
     def probe_armed(self) -> bool:
         """Whether the next forward will be observed."""
         return self._observer is not None

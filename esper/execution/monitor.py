@@ -14,19 +14,20 @@ import torch
 from torch import Tensor
 
 from esper.execution.health import DEAD_EPS, LayerHealth, layer_health
-from esper.execution.pacing import NEVER, ProbePacer
+from esper.execution.pacing import NEVER, GraphPacer, ProbePacer
 from esper.ops.stats import CHUNK_FIELDS, FEATURE_FIELDS, HealthField, observe, seed_health
 
 __all__ = ["LayoutSink", "Monitor", "ProbeTarget"]
-
-#: Steps before a monitor that may not arm single layers (compiled graphs) looks again.
-_RETRY_STEPS = 64
 
 _compiling = torch.compiler.is_compiling
 
 
 class LayoutSink(Protocol):
     """What the monitor needs of a layer's state layout."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer's rows are."""
 
     def submit_health(self, samples: Tensor) -> None:
         """Take one score per seed, ``[num_seeds]`` on the device of the layer's output; NaN means none. Never waits."""
@@ -42,6 +43,10 @@ class ProbeTarget(Protocol):
     @property
     def channel_dim(self) -> int:
         """Dimension of the output that holds the features: -1 or 1."""
+
+    @property
+    def features(self) -> int | None:
+        """Features of the output; None while unknown."""
 
     @property
     def state_layout(self) -> LayoutSink:
@@ -94,6 +99,9 @@ class Monitor:
         self.eps = eps
         self.lattice = lattice
         self.pacer = ProbePacer(budget, fixed_ns_per_step)
+        self.graph_pacer = GraphPacer(budget)
+        #: Called when somebody asked for samples, so that the caller comes back soon.
+        self.on_request: Callable[[], None] | None = None
         self._clock = clock
         self._probes = [_Probe(self, layer) for layer in layers]
         self._by_name = {probe.layer.layer_name: probe for probe in self._probes}
@@ -119,8 +127,8 @@ class Monitor:
 
         Args:
             n: The training step.
-            eager: Whether layers may be armed one by one. In a compiled or captured graph that would recompile, so
-                there only :meth:`sample_now` samples.
+            eager: Whether layers may be armed one by one. In a compiled graph each would be a graph of its own, so
+                there all are armed together: a second graph, compiled once when the budget allows for it.
 
         Returns:
             The step at which to call again. Calling earlier is cheap and changes nothing.
@@ -133,8 +141,9 @@ class Monitor:
         start = self._clock()
         self._settle()
         if not eager:
-            pacer.restart(n + _RETRY_STEPS)
+            self._graph_due(n, start)
         else:
+            self.graph_pacer.restart()
             if pacer.ready(n, start):
                 self._arm_next()
             pacer.finish(n, self._clock())
@@ -149,12 +158,28 @@ class Monitor:
             for other in self._probes:
                 if other.waiting:
                     other.disarm()
+                    other.count_traced()
         elif probe is not None and probe.waiting:
             # The layer did not run: nothing was measured, and an old probe must not fire among other work.
             probe.disarm()
         elif probe is not None:
             self.pacer.probed(self._probe_ns)
         self._probe_ns = 0
+
+    def _graph_due(self, n: int, now_ns: int) -> None:
+        """The model runs inside a graph: sample all layers at once when the budget has earned it."""
+        if self.graph_pacer.look(n, now_ns):
+            self._arm_all()
+            self._requested = True
+            self.pacer.restart(n + 1)
+        else:
+            self.pacer.restart(n + self.graph_pacer.period)
+
+    def _arm_all(self) -> None:
+        for probe in self._probes:
+            if probe.layer.telemetry_enabled:
+                probe.prepare()
+                probe.arm()
 
     def _arm_next(self) -> None:
         for _ in self._probes:
@@ -168,13 +193,14 @@ class Monitor:
     def sample_now(self) -> None:
         """Arm every layer for the next forward, whatever the budget; the cost is the caller's and is not charged.
 
-        What has not fired by the next time :meth:`on_due` has work is disarmed.
+        What has not fired by the next time :meth:`on_due` has work is disarmed. In a compiled graph the first time
+        compiles a second one.
         """
         self._requested = True
         self.pacer.due = 0
-        for probe in self._probes:
-            if probe.layer.telemetry_enabled:
-                probe.arm()
+        self._arm_all()
+        if self.on_request is not None:
+            self.on_request()
 
     # -- questions ---------------------------------------------------------------------------------
 
@@ -224,6 +250,7 @@ class Monitor:
         state["_clock"] = None
         state["_armed"] = None
         state["_requested"] = False
+        state["on_request"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -305,11 +332,14 @@ class _Probe:
             return
         channel_dim, features, chunks = self.layer.channel_dim, self.features, self.chunks
         if features is None or chunks is None or features.shape[1] != y.shape[channel_dim] or features.device != device:
-            features, chunks = self._start_windows(y)
+            features, chunks = self._start_windows(y.shape[channel_dim], device)
         observe.resolve(device.type)(
             y, self.layer.num_seeds, channel_dim, self.monitor.rows, self.phase, features, chunks
         )
         self.phase += 1
+        self._count(features, chunks)
+
+    def _count(self, features: Tensor, chunks: Tensor) -> None:
         self.samples += 1
         self.total += 1
         if self.samples >= self.monitor.window:
@@ -320,26 +350,39 @@ class _Probe:
         if self.features is not None and self.chunks is not None:
             observe(y, self.layer.num_seeds, self.layer.channel_dim, self.monitor.rows, 0, self.features, self.chunks)
 
-    def _start_windows(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        channels, seeds = y.shape[self.layer.channel_dim], self.layer.num_seeds
+    def count_traced(self) -> None:
+        """The forward ran inside a graph, which did the merging but could not count."""
+        if self.features is not None and self.chunks is not None:
+            self._count(self.features, self.chunks)
+
+    def prepare(self) -> None:
+        """Make the windows before a graph is traced, where the layer's size is known."""
+        if self.features is None and (channels := self.layer.features) is not None:
+            self._start_windows(channels, self.layer.state_layout.device)
+
+    def _start_windows(self, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        seeds = self.layer.num_seeds
         # Ordinary tensors, even when the forward runs in inference mode: they outlive it.
         with torch.inference_mode(False):
-            self.features = torch.zeros((FEATURE_FIELDS, channels), dtype=torch.float64, device=y.device)
+            self.features = torch.zeros((FEATURE_FIELDS, channels), dtype=torch.float64, device=device)
             self.last_features = torch.zeros_like(self.features)
-            self.chunks = torch.zeros((CHUNK_FIELDS, seeds), dtype=torch.float64, device=y.device)
+            self.chunks = torch.zeros((CHUNK_FIELDS, seeds), dtype=torch.float64, device=device)
             self.last_chunks = torch.zeros_like(self.chunks)
         self.samples = self.last_samples = 0
         return self.features, self.chunks
 
     def _close_window(self, features: Tensor, chunks: Tensor) -> None:
-        """Derive the health on the device, hand it to the lattice, and start the next window in the other buffers."""
+        """Derive the health on the device, hand it to the lattice, keep the window, and start the next.
+
+        In place: a graph that was compiled or captured goes on writing to the same addresses.
+        """
         score = seed_health(features, chunks, self.monitor.eps)[HealthField.SCORE]
         self.layer.state_layout.submit_health(score)
-        self.features, self.last_features = self.last_features, features
-        self.chunks, self.last_chunks = self.last_chunks, chunks
-        if self.features is not None and self.chunks is not None:
-            self.features.zero_()
-            self.chunks.zero_()
+        if self.last_features is not None and self.last_chunks is not None:
+            self.last_features.copy_(features)
+            self.last_chunks.copy_(chunks)
+        features.zero_()
+        chunks.zero_()
         self.last_samples, self.samples = self.samples, 0
 
     def health(self) -> LayerHealth:

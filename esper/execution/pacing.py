@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 
-__all__ = ["NEVER", "ProbePacer"]
+__all__ = ["NEVER", "GraphPacer", "ProbePacer"]
 
 #: A step that does not come.
 NEVER = 1 << 62
@@ -139,3 +140,77 @@ class ProbePacer:
         state["_mark_step"] = None
         state["_observed"] = 0.0
         return state
+
+
+class GraphPacer:
+    """Decides when to sample a model that runs inside a compiled graph.
+
+    Such a sample runs a second graph, in which all layers are observed. Its first use compiles it, which costs about
+    what compiling the first graph did; the budget has to have earned that before. What a sample took is found from
+    the time of its step.
+
+    Args:
+        budget: Share of the host's own time, in [0, 1].
+    """
+
+    #: Steps between two looks; each costs some microseconds.
+    period = 256
+
+    def __init__(self, budget: float) -> None:
+        self.budget = budget
+        self.host_ns = 0.0
+        self.spent_ns = 0.0
+        self._cost: float | None = None
+        self._compiled_ns = 0
+        self._mark: tuple[int, int] | None = None
+        self._sampling = False
+        self._step_ns = math.inf
+
+    def look(self, n: int, now_ns: int) -> bool:
+        """Whether to sample the next step; to be asked again after it if so, else after :attr:`period` steps.
+
+        Args:
+            n: The training step.
+            now_ns: Present time, nanoseconds.
+        """
+        mark, self._mark = self._mark, (n, now_ns)
+        if mark is None or n <= mark[0]:
+            self._sampling = False
+            return False
+        elapsed, steps = now_ns - mark[1], n - mark[0]
+        if self._sampling:
+            self._sampling = False
+            self._settle(max(0.0, elapsed - self._step_ns))
+            return False
+        self._step_ns = min(self._step_ns, elapsed / steps)
+        self.host_ns += elapsed
+        if self._cost is None:
+            self._compiled_ns = _nanoseconds_compiling()
+            # Without a compilation there is no compiled graph, but one captured by other means: it cannot be changed.
+            expected = self._compiled_ns or math.inf
+        else:
+            expected = self._cost
+        self._sampling = self.spent_ns + expected <= HEADROOM * self.budget * self.host_ns
+        return self._sampling
+
+    def restart(self) -> None:
+        """The host was seen outside a graph: times between two looks mean nothing."""
+        self._mark = None
+
+    def _settle(self, extra_ns: float) -> None:
+        self.spent_ns += extra_ns
+        if self._cost is None and _nanoseconds_compiling() == self._compiled_ns:
+            self.budget = 0.0  # nothing was compiled for it: the graph that runs does not see the probes
+        # The first sample's cost was the compilation; the next one is guessed at one step and measured.
+        self._cost = self._step_ns if self._cost is None else extra_ns
+
+    def __getstate__(self) -> dict[str, object]:
+        """Times since the last look belong to this process."""
+        return self.__dict__ | {"_mark": None, "_sampling": False}
+
+
+def _nanoseconds_compiling() -> int:
+    """Time that torch.compile has spent in this process, nanoseconds; 0 if it was never used or does not say."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    spent = getattr(dynamo, "cumulative_time_spent_ns", {})
+    return int(spent.get("entire_frame_compile", 0))
