@@ -1,7 +1,7 @@
 """Bandwidth of the statistics kernels against the same numbers from PyTorch's own operations, and the cost of a probe.
 
-``extra_info`` holds ``gb_per_s``: bytes of the input that must be read (and of the output that must be written) over the
-time.
+``extra_info`` holds ``gb_per_s``: bytes of the input that must be read (and of the output that must be written) over
+the time.
 """
 
 from __future__ import annotations
