@@ -105,21 +105,23 @@ class Lattice:
         if seeds_per_layer < 1:
             raise ValueError(f"seeds_per_layer must be at least 1, not {seeds_per_layer}")
         rows = num_layers * seeds_per_layer
-        storage = torch.zeros(layout_of(rows).total_bytes, dtype=torch.uint8)
-        fields = views(storage, rows)
-        fields["health_accumulator"].fill_(INITIAL_HEALTH)
-        fields["health_sample"].fill_(math.nan)
-        self.__setstate__(
-            {
-                "num_layers": num_layers,
-                "seeds_per_layer": seeds_per_layer,
-                "epoch": 0,
-                "version": 0,
-                "storage": storage.to(device),
-                "pending": False,
-                "changes": [],
-            }
-        )
+        # A tensor made in inference mode could never be written outside it.
+        with torch.inference_mode(False):
+            storage = torch.zeros(layout_of(rows).total_bytes, dtype=torch.uint8, device="cpu")
+            fields = views(storage, rows)
+            fields["health_accumulator"].fill_(INITIAL_HEALTH)
+            fields["health_sample"].fill_(math.nan)
+            self.__setstate__(
+                {
+                    "num_layers": num_layers,
+                    "seeds_per_layer": seeds_per_layer,
+                    "epoch": 0,
+                    "version": 0,
+                    "storage": storage.to(device),
+                    "pending": False,
+                    "changes": [],
+                }
+            )
 
     # -- memory ------------------------------------------------------------------------------------
 
@@ -148,7 +150,8 @@ class Lattice:
     def __deepcopy__(self, memo: dict[int, Any]) -> Lattice:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__setstate__({**self.__getstate__(), "storage": self.storage.clone()})
+        with torch.inference_mode(False):
+            twin.__setstate__({**self.__getstate__(), "storage": self.storage.clone()})
         return twin
 
     def __repr__(self) -> str:
@@ -162,7 +165,8 @@ class Lattice:
     def to(self, device: torch.device | str) -> Lattice:
         """Move in place: the layers' views follow. Waits for the device."""
         if torch.device(device) != self.device:
-            self._adopt(self.storage.to(device))
+            with torch.inference_mode(False):
+                self._adopt(self.storage.to(device))
         return self
 
     def layer(self, index: int) -> KasminaStateLayout:
@@ -297,8 +301,9 @@ class Lattice:
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the persistent fields, with ``layout`` (format, layers, seeds per layer, epoch) and ``crc``."""
         entries = {name: getattr(self, name).clone() for name in PERSISTENT}
-        entries["layout"] = torch.tensor([_FORMAT, self.num_layers, self.seeds_per_layer, self.epoch])
-        entries["crc"] = torch.tensor([self.crc()])
+        header = [_FORMAT, self.num_layers, self.seeds_per_layer, self.epoch]
+        entries["layout"] = torch.tensor(header, device="cpu")
+        entries["crc"] = torch.tensor([self.crc()], device="cpu")
         return entries
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:

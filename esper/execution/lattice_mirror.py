@@ -74,7 +74,7 @@ def take_snapshot(storage: Tensor, rows: int, epoch: int, buffer: Tensor | None 
     """
     on_gpu = storage.device.type == "cuda"
     if buffer is None:
-        buffer = torch.empty(layout_of(rows).persistent_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        buffer = torch.empty(layout_of(rows).persistent_bytes, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
     lattice_snapshot(storage, rows, buffer)
     event = None
     if on_gpu:
@@ -153,7 +153,7 @@ class AsyncMirror:
         self._writes = 0
         self._writes_asked = 0
         self._commanded: dict[int, int] = {}
-        copy = torch.empty(layout_of(rows).persistent_bytes, dtype=torch.uint8)
+        copy = torch.empty(layout_of(rows).persistent_bytes, dtype=torch.uint8, device="cpu")
         self.fields: Mapping[str, Array] = {name: field.numpy() for name, field in views(copy, rows).items()}
         self._copy = copy
         self.reload(storage)

@@ -62,6 +62,18 @@ def test_a_lattice_without_layers_works() -> None:
         lattice.layer(0)
 
 
+def test_surroundings_of_the_constructor_do_not_matter() -> None:
+    """A default device is for the user's model, and a lattice made in inference mode is written outside it."""
+    with torch.device("meta"), torch.inference_mode():
+        lattice = copy.deepcopy(Lattice(1, 2))
+    assert lattice.device == torch.device("cpu")
+    lattice.layer(0).submit_health(torch.tensor([0.0, math.nan]))
+    assert lattice.needs_step
+    lattice.step(3)
+    assert lattice.health_accumulator.tolist() == [float(np.float32(0.9)), 1.0]
+    assert lattice.last_update_epoch.tolist() == [3, 0]
+
+
 # -- commands --------------------------------------------------------------------------------------
 
 

@@ -85,7 +85,8 @@ def snapshot(storage: Tensor, rows: int, out: Tensor) -> None:
     """One copy of the persistent range into ``out`` (uint8 ``[persistent_bytes]``).
 
     The storage is packed already, so that PyTorch's copy (memcpy, or the copy engine) is the best kernel everywhere,
-    and the other backends register this same function. Into pinned memory the copy is asynchronous: record an event behind it, and read ``out`` when the event has passed.
+    and the other backends register this same function. Into pinned memory the copy is asynchronous: record an event
+    behind it, and read ``out`` when the event has passed.
     """
     size = layout_of(rows).persistent_bytes
     out[:size].copy_(storage[:size], non_blocking=True)
@@ -95,7 +96,7 @@ def snapshot(storage: Tensor, rows: int, out: Tensor) -> None:
 def _shift_tables(words: int) -> Tensor:
     """Four tables ``[256]`` (int64): the product of byte k's value with x^(32 words), for k from 0 to 3."""
     factor = crc32c.power(32 * words)
-    return torch.tensor([[crc32c.multiply(b << 8 * k, factor) for b in range(256)] for k in range(4)])
+    return torch.tensor([[crc32c.multiply(b << 8 * k, factor) for b in range(256)] for k in range(4)], device="cpu")
 
 
 def _times_power(values: Tensor, words: int) -> Tensor:

@@ -34,7 +34,7 @@ _STEP_CONSTANTS = {
 
 
 def _signed(values: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(torch.int32).to(device)
+    return torch.tensor(values, dtype=torch.int64, device="cpu").to(torch.int32).to(device)
 
 
 @lru_cache(maxsize=8)
