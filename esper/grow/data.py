@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -95,11 +95,17 @@ def load_npz(path: Path) -> Task:
     if not path.is_file():
         raise GrowError(f"{path}: not a file; --data takes an .npz file with arrays X and y")
     try:
-        archive = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise GrowError(f"{path}: not an .npz file (write one with numpy.savez(FILE, X=..., y=...))") from error
+        with path.open("rb") as file:
+            return _read_npz(file, path)
     except OSError as error:
         raise GrowError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _read_npz(file: BinaryIO, path: Path) -> Task:
+    try:
+        archive = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise GrowError(f"{path}: not an .npz file (write one with numpy.savez(FILE, X=..., y=...))") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise GrowError(
             f"{path}: holds a single array, not an .npz archive with X and y (numpy.savez(FILE, X=..., y=...))"

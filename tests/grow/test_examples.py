@@ -1,0 +1,48 @@
+"""The examples run and say what they promise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str, tmp_path: Path) -> str:
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", str(EXAMPLES / name)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_ten_lines(tmp_path: Path) -> None:
+    printed = run("ten_lines.py", tmp_path)
+    assert "seed awake: True" in printed
+    before, now = (float(part.split()[0]) for part in (printed.split("loss ")[1], printed.split("for, ")[1]))
+    assert now < before
+    # float32 sums of some ten terms of size one.
+    assert float(printed.split("off by ")[1]) < 1e-4
+
+
+def test_custom_blueprint(tmp_path: Path) -> None:
+    printed = run("custom_blueprint.py", tmp_path)
+    assert "keeps the network's function: True" in printed
+    assert "awake: True - same output: True" in printed
+    assert "loaded: True FOSSILIZED" in printed
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_every_example_is_tested(name: str) -> None:
+    assert name in Path(__file__).read_text()
