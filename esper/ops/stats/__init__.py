@@ -1,6 +1,7 @@
 """Statistics of activations: per feature, per seed's chunk, and the health that follows from them."""
 
-from esper.ops.stats import cpu, cuda, reference, triton  # after schema: each adds its functions to it
+from esper.ops.stats import cpu, cuda, reference, triton  # each adds its functions to the schema's ops
+from esper.ops.stats.activation import activate_with_stats
 from esper.ops.stats.schema import (
     ACTIVATIONS,
     CHUNK_FIELDS,
@@ -26,6 +27,7 @@ __all__ = [
     "Field",
     "HealthField",
     "act_stats",
+    "activate_with_stats",
     "channel_stats",
     "chunk_bounds",
     "cpu",
