@@ -362,7 +362,7 @@ def _stats_variant(dtype: str, act: int, direct: bool) -> tuple[object, ...]:
         "BLOCK_R": BLOCK_ROWS,
         "BLOCK_C": BLOCK_FEATURES_DOUBLE if dtype == "fp64" else BLOCK_FEATURES,
     }
-    return stats_kernel, pointers | dict.fromkeys(_SIZES, "i64"), constants, {"num_warps": 4}
+    return stats_kernel, pointers | dict.fromkeys(_SIZES, "i64"), constants, {"num_warps": 4, "enable_fp_fusion": False}
 
 
 _REDUCE = {
@@ -379,17 +379,23 @@ _REDUCE = {
 }
 
 AOT = [
-    *(_stats_variant(dtype, 0, direct) for dtype in ("fp32", "fp64", "bf16", "fp16") for direct in (False, True)),
+    *(_stats_variant(dtype, 0, False) for dtype in ("fp32", "fp64", "bf16", "fp16")),
+    *(_stats_variant(dtype, 0, True) for dtype in ("fp32", "fp64")),
     *(_stats_variant("fp32", act, False) for act in range(1, 7)),
-    *(_stats_variant(dtype, 2, False) for dtype in ("fp64", "bf16", "fp16")),
+    *(_stats_variant(dtype, 2, False) for dtype in ("fp64", "bf16")),
     *(
-        (reduce_kernel, _REDUCE, {"LAST": last, "FAN": FAN_IN, "BLOCK_C": 64}, {"num_warps": 2})
+        (
+            reduce_kernel,
+            _REDUCE,
+            {"LAST": last, "FAN": FAN_IN, "BLOCK_C": 64},
+            {"num_warps": 2, "enable_fp_fusion": False},
+        )
         for last in (False, True)
     ),
     (
         health_kernel,
         {"features": "*fp64", "chunks": "*fp64", "eps": "*fp64", "out": "*fp64", "channels": "i64", "seeds": "i64"},
         {"BLOCK_C": 128},
-        {"num_warps": 4},
+        {"num_warps": 4, "enable_fp_fusion": False},
     ),
 ]

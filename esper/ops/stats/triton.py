@@ -60,6 +60,7 @@ def _register() -> None:
                 FAN=fan_in,
                 BLOCK_C=_REDUCE_BLOCK,
                 num_warps=2,
+                enable_fp_fusion=False,
             )
             if groups == 1:
                 return
@@ -96,6 +97,7 @@ def _register() -> None:
                 BLOCK_R=block_rows,
                 BLOCK_C=kernels.BLOCK_FEATURES_DOUBLE if double else kernels.BLOCK_FEATURES,
                 num_warps=4,
+                enable_fp_fusion=False,
             )
             if not direct:
                 reduce_blocks(parts, blocks, features, chunks)
@@ -149,7 +151,15 @@ def _register() -> None:
             limit = limits[eps, features.device] = torch.full((1,), eps, dtype=torch.float64, device=features.device)
         with _on(features):
             kernels.health_kernel[(seeds,)](
-                features, chunks, limit, out, channels, seeds, BLOCK_C=_HEALTH_BLOCK, num_warps=4
+                features,
+                chunks,
+                limit,
+                out,
+                channels,
+                seeds,
+                BLOCK_C=_HEALTH_BLOCK,
+                num_warps=4,
+                enable_fp_fusion=False,
             )
         return out
 
