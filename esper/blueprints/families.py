@@ -92,18 +92,13 @@ def match(blueprint: Blueprint) -> Family:
     """The family the blueprint belongs to; ``graph`` when it is none of the fused ones."""
     nodes = {node.name: node for node in blueprint.order}
     last = nodes[blueprint.order[-1].inputs[0]]
-    # Sorted by how the families end: a pattern is read from the output back to the input, and must use every node once.
+    # A pattern is read from the output back to the input. It accounts for every node, because one that it did not meet
+    # would not reach the output.
     for pattern in (_elementwise, _conv, _gated, _bottleneck, _dense):
         found = pattern(last, nodes)
-        if found is not None and _size(found) == len(nodes):
+        if found is not None:
             return found
     return _GRAPH
-
-
-def _size(family: Family) -> int:
-    """The nodes that a family of this description is made of."""
-    product = family.name is FamilyName.GATED
-    return 2 + len(family.roles) + (family.activation is not None) + (family.norm is not None) + product
 
 
 def _bottleneck(up: Node, nodes: Mapping[str, Node]) -> Family | None:

@@ -119,6 +119,7 @@ def test_forms(nodes: tuple[Node, ...], family: str) -> None:
         (DOWN, linear("v", "x", "rank"), act("a", "d"), act("b", "v"), Node("m", "mul", ("a", "b")), linear("u", "m")),
         (DOWN, linear("v", "x", "rank"), act("a", "d"), Node("m", "add", ("a", "v")), linear("u", "m")),
         (DOWN, norm("n", "x"), linear("v", "n", "rank"), act("a", "d"), Node("m", "mul", ("a", "v")), linear("u", "m")),
+        (DOWN, norm("n", "x"), linear("v", "n", "rank"), act("a", "v"), Node("m", "mul", ("a", "d")), linear("u", "m")),
         (
             norm("n", "x"),
             norm("k", "x"),
