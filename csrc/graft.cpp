@@ -107,6 +107,54 @@ private:
     T *down_, *up_, *bias_;
 };
 
+// Whether the parameters of a bank are still the ones that were packed, where they were packed. Asked at every forward, so it is
+// asked here: a Python loop over eight parameters costs as much as the product of a small layer.
+class Guard {
+public:
+    Guard(const py::list& dicts, const py::list& keys, const py::list& parameters)
+        : data_ptr_(py::str("data_ptr")), version_(py::str("_version")) {
+        for (std::size_t i = 0; i < parameters.size(); ++i)
+            entries_.push_back({dicts[i], keys[i], parameters[i], 0});
+        for (Entry& entry : entries_) entry.address = address(entry);
+    }
+
+    bool whole() const {
+        for (const Entry& entry : entries_) {
+            PyObject* now = PyDict_GetItemWithError(entry.dict.ptr(), entry.key.ptr());
+            if (now == nullptr && PyErr_Occurred()) throw py::error_already_set();
+            if (now != entry.parameter.ptr() || address(entry) != entry.address) return false;
+        }
+        return true;
+    }
+
+    // The version counters, to be compared with those of another time.
+    py::bytes versions() const {
+        std::string result(entries_.size() * sizeof(long long), '\0');
+        long long* out = reinterpret_cast<long long*>(result.data());
+        for (const Entry& entry : entries_) {
+            const py::object value = py::reinterpret_steal<py::object>(PyObject_GetAttr(entry.parameter.ptr(), version_.ptr()));
+            if (!value) throw py::error_already_set();
+            *out++ = PyLong_AsLongLong(value.ptr());
+        }
+        return py::bytes(result);
+    }
+
+private:
+    struct Entry {
+        py::object dict, key, parameter;
+        unsigned long long address;
+    };
+
+    unsigned long long address(const Entry& entry) const {
+        const py::object value = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(entry.parameter.ptr(), data_ptr_.ptr()));
+        if (!value) throw py::error_already_set();
+        return PyLong_AsUnsignedLongLong(value.ptr());
+    }
+
+    std::vector<Entry> entries_;
+    py::str data_ptr_, version_;
+};
+
 template <typename T>
 void bind_bank(py::module_& m, const char* name) {
     using B = BoundBank<T>;
@@ -202,6 +250,10 @@ void check(int error, const char* what) {
 }  // namespace
 
 void bind_graft(py::module_& m) {
+    py::class_<Guard>(m, "GraftGuard", "Watches the parameters of a bank; see esper.execution.grafts.bank.")
+        .def(py::init<const py::list&, const py::list&, const py::list&>())
+        .def("whole", &Guard::whole)
+        .def("versions", &Guard::versions);
     bind_bank<float>(m, "GraftBankF32");
     bind_bank<double>(m, "GraftBankF64");
     m.def("graft_all_finite_f32", [](Address p, std::int64_t n) { return esper::graft::all_finite(as<const float>(p), n); });

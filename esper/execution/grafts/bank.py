@@ -33,8 +33,6 @@ _DTYPES = {torch.float32: "GraftBankF32", torch.float64: "GraftBankF64"}
 NATIVE_LIMIT = 1 << 23
 
 # C-level accessors: a Python loop over the parameters would cost as much as the product of a small layer.
-_data_ptr: Callable[[Any], int] = torch.Tensor.data_ptr
-_version: Callable[[Any], int] = torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
 _wants_grad: Callable[[Any], bool] = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _slot = dict.__getitem__
 _is = operator.is_
@@ -92,17 +90,18 @@ class _Run(torch.autograd.Function):
     """Attaches the gradient to a y that is computed already."""
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[Tensor, bytes, Bank], x: Tensor, h: Tensor, buffer: Tensor) -> Tensor:
-        y, ctx.table, ctx.bank = call
+    def forward(ctx: Any, call: tuple[Tensor, Bank, bytes], x: Tensor, h: Tensor, buffer: Tensor) -> Tensor:
+        y, bank, table = call
         ctx.save_for_backward(x)
-        ctx.versions = list(map(_version, ctx.bank.parameters))
+        ctx.call = bank, table, bank.versions()
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        bank: Bank = ctx.bank
-        if list(map(_version, bank.parameters)) != ctx.versions:
+        bank: Bank = ctx.call[0]
+        table: bytes = ctx.call[1]
+        if bank.versions() != ctx.call[2]:
             raise RuntimeError(
                 "a seed's parameters were modified in place between forward and backward, so its gradient cannot be "
                 "computed; "
@@ -110,8 +109,8 @@ class _Run(torch.autograd.Function):
             )
         _, want_x, want_h, want_weights = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return (None, *bank.differentiable_backward(x, gy, ctx.table, want_x, want_h, want_weights))
-        return (None, *bank.backward(x, gy, ctx.table, want_x, want_h, want_weights))
+            return (None, *bank.differentiable_backward(x, gy, table, want_x, want_h, want_weights))
+        return (None, *bank.backward(x, gy, table, want_x, want_h, want_weights))
 
 
 # What Function.apply does beyond this is for functorch, and costs 1 to 2 us; `usable` has excluded functorch.
@@ -172,7 +171,11 @@ class Bank:
         self._forward = self._native.forward
         self.weights = self.buffer
         self._attached = False
-        self._pointers = list(map(_data_ptr, self.parameters))
+        guard = module_.GraftGuard(self._dicts, self._keys, self.parameters)
+        #: Whether every parameter is still the one that was packed, and still lies in the buffer.
+        self.whole: Callable[[], bool] = guard.whole
+        #: Changes when a parameter is written to.
+        self.versions: Callable[[], bytes] = guard.versions
 
     @staticmethod
     def _weight(weights: SeedWeights, seed: BoundSeed, role: str) -> Tensor:
@@ -196,13 +199,6 @@ class Bank:
                 view = place.of(self.buffer)
                 view.copy_(parameter)
                 parameter.data = view
-
-    def whole(self) -> bool:
-        """Whether every parameter is still the one that was packed, and still lies in the buffer."""
-        return (
-            all(map(_is, map(_slot, self._dicts, self._keys), self.parameters))
-            and list(map(_data_ptr, self.parameters)) == self._pointers
-        )
 
     def swapped(self) -> bool:
         """Whether other tensors stand in the parameters' places, as under ``functional_call``."""
@@ -243,7 +239,7 @@ class Bank:
             return y
         if not self._attached and any(map(_wants_grad, self.parameters)):
             self._attach()
-        return _run((y, table, self), x, h, self.weights)
+        return _run((y, self, table), x, h, self.weights)
 
     def _attach(self) -> None:
         """Make ``weights`` a function of the parameters.
