@@ -6,12 +6,14 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+import esper
 import esper.optim
 from esper.optim import SEED_KEY, attach
 
@@ -373,3 +375,52 @@ def test_bad_arguments_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="'betas'"):
         attach(optimizer, growing, betas=(0.9, 0.99))
     assert esper.optim._BY_OPTIMIZER.get(optimizer, []) == []
+
+
+def test_with_a_real_model_through_waking_culling_and_loading(tmp_path: Path) -> None:
+    """The same with seeds that are fetched in the background, committed by step(), saved, and rebuilt."""
+    torch.manual_seed(0)
+    registry = str(tmp_path / "registry")
+
+    def host() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+    kernels = [
+        esper.compile("bottleneck", d_in=4, d_out=6, rank=2, registry=registry),
+        esper.compile("lowrank", d_in=6, d_out=2, rank=2, registry=registry),
+    ]
+    grown = esper.wrap(host(), registry=registry, preserve_original=False)
+    optimizer = torch.optim.AdamW(grown.parameters(), lr=0.01)
+    attach(optimizer, grown)
+
+    def step(m: esper.MorphableModel, o: torch.optim.Optimizer, x: torch.Tensor) -> None:
+        o.zero_grad()
+        m(x).square().sum().backward()
+        o.step()
+        m.step()
+
+    waking = [grown.request_kernel("2", 1, kernels[1]), grown.request_kernel("0", 0, kernels[0], ramp_steps=3)]
+    for outcome in waking:
+        while not outcome.done():
+            step(grown, optimizer, torch.randn(8, 4))
+    assert sorted(group[SEED_KEY] for group in optimizer.param_groups[1:]) == ["0#0", "2#1"]
+    for _ in range(3):
+        step(grown, optimizer, torch.randn(8, 4))
+    assert all(p in optimizer.state for p in grown.graft_parameters().values())
+
+    esper.save(grown, tmp_path / "m.safetensors")
+    again = esper.load(tmp_path / "m.safetensors", host(), registry=registry)
+    other = torch.optim.AdamW(again.parameters(), lr=0.5)
+    attach(other, again)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for x in torch.randn(3, 8, 4):
+        step(grown, optimizer, x)
+        step(again, other, x)
+    for (name, ours), (_, theirs) in zip(grown.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+    gone = list(grown.layer("2").grafts.seed_parameters(1).values())
+    grown.cull("2", 1)
+    assert [group.get(SEED_KEY) for group in optimizer.param_groups] == [None, "0#0"]
+    assert not [p for p in gone if p in optimizer.state]
+    step(grown, optimizer, torch.randn(8, 4))

@@ -22,7 +22,7 @@ __all__ = ["EXIT_BAD_INPUT", "EXIT_INTERRUPTED", "add_parser", "run"]
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-DEFAULT_EPOCHS = 150
+DEFAULT_EPOCHS = 160
 #: Seeds of the random generator over which mean and spread are taken.
 REPEATS = 5
 #: numpy and torch both take seeds up to here.

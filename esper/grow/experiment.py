@@ -35,7 +35,8 @@ NetworkName = Literal["host", "grown", "static"]
 #: In the order they are trained: the static network's size is known once the grown one is done.
 NETWORKS: tuple[NetworkName, ...] = ("host", "grown", "static")
 
-SEEDS_PER_LAYER = 4
+#: Two seeds watch two hidden units each; more would watch one, of which health can tell little.
+SEEDS_PER_LAYER = 2
 
 
 class Progress(Protocol):

@@ -170,6 +170,7 @@ class Grower:
         elif awake:
             self.model.cull(layer, seed_idx, cooldown_steps=1)
             self.culled += 1
+            self.policy.failed(trial.proposal.candidate)
         else:
             self._refuse(trial)
             return
@@ -179,6 +180,7 @@ class Grower:
 
     def _refuse(self, trial: _Trial) -> None:
         layer, seed_idx = trial.proposal.candidate.layer, trial.proposal.candidate.seed_idx
+        self.policy.failed(trial.proposal.candidate)
         reason = self.model.get_layer_stats(layer)["errors"].get(seed_idx, "no reason on record")
         self._emit(events.SeedRefused(self._seed, self._epoch, layer, seed_idx, str(reason)))
         self._back_to_watching()

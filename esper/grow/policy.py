@@ -1,8 +1,9 @@
 """The plain rule that grows a network: when to wake a seed, which one, and whether to keep it.
 
 - When: the validation loss has levelled off.
-- Which: the dormant seed with the worst health, seeds not sampled yet last; ties go to the one tried least, then to the
-  first by layer and index. What has been tried in a place and culled is not tried there again.
+- Which: the dormant seed with the worst health, among the layers in which the fewest seeds have failed; so a failure
+  sends the search elsewhere first. Seeds not sampled yet come last; ties go to the one tried least, then to the first by
+  layer and index. What has been tried in a place is not tried there again.
 - Keep: if the validation loss after the trial is below the one before it.
 """
 
@@ -40,7 +41,7 @@ class LevelOff:
     below ``min_gain`` counts as level.
     """
 
-    window: int = 6
+    window: int = 5
     min_gain: float = 0.03
     _values: list[float] = field(default_factory=list, repr=False)
 
@@ -70,16 +71,24 @@ class WorstHealthFirst:
     blueprints: Sequence[str]
     min_gain: float = 0.01
     _tried: dict[tuple[str, int], int] = field(default_factory=dict, repr=False)
+    _failures: dict[str, int] = field(default_factory=dict, repr=False)
 
     def choose(self, candidates: Iterable[Candidate]) -> Proposal | None:
         """The next seed to wake and with what, or None when everything has been tried. The choice counts as tried."""
         open_places = [c for c in candidates if self._attempts(c) < len(self.blueprints)]
         if not open_places:
             return None
-        chosen = min(open_places, key=lambda c: (_health_rank(c), self._attempts(c), c.layer, c.seed_idx))
+        chosen = min(
+            open_places,
+            key=lambda c: (self._failures.get(c.layer, 0), _health_rank(c), self._attempts(c), c.layer, c.seed_idx),
+        )
         attempt = self._attempts(chosen)
         self._tried[chosen.layer, chosen.seed_idx] = attempt + 1
         return Proposal(chosen, self.blueprints[attempt])
+
+    def failed(self, candidate: Candidate) -> None:
+        """Learn that a seed did not earn its place, or could not be woken."""
+        self._failures[candidate.layer] = self._failures.get(candidate.layer, 0) + 1
 
     def keep(self, loss_before: float, loss_after: float) -> bool:
         """Whether a seed has earned its place. A loss that is not finite has not."""

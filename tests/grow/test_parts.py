@@ -51,6 +51,22 @@ def test_worst_health_first_then_what_was_tried_least() -> None:
     ]
 
 
+def test_a_failure_sends_the_search_to_another_layer() -> None:
+    policy = WorstHealthFirst(("a",))
+    candidates = [Candidate("0", 0, 0.1), Candidate("0", 1, 0.2), Candidate("1", 0, 0.9)]
+    first = policy.choose(candidates)
+    assert first is not None
+    assert first.candidate == candidates[0]
+    policy.failed(first.candidate)
+    second = policy.choose(candidates)
+    assert second is not None
+    assert second.candidate == candidates[2]
+    policy.failed(second.candidate)
+    third = policy.choose(candidates)
+    assert third is not None
+    assert third.candidate == candidates[1]
+
+
 @pytest.mark.parametrize(
     ("before", "after", "kept"), [(1.0, 0.9, True), (1.0, 0.995, False), (1.0, 1.1, False), (1.0, math.nan, False)]
 )
