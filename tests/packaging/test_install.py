@@ -20,6 +20,22 @@ pytestmark = pytest.mark.packaging
 #: What every Linux has. No libcudart (linked in), no libtorch (not used while building).
 SYSTEM_LIBRARIES = {"libstdc++", "libgcc_s", "libm", "libc", "librt", "libpthread", "libdl", "ld-linux-x86-64"}
 
+#: Wraps, wakes a seed, trains one step.
+GROW = """
+import asyncio, sys, torch, esper
+network = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())
+model = esper.wrap(network, registry=sys.argv[1])
+kernel = esper.compile("lowrank", d_in=8, d_out=8, registry=sys.argv[1])
+assert asyncio.run(model.load_kernel("0", 1, kernel))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model(torch.randn(4, 8)).square().mean().backward()
+optimizer.step()
+model.step()
+assert model.get_model_stats()["active_seeds"] == 1
+model.close()
+print("grown")
+"""
+
 
 @pytest.fixture(scope="module")
 def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,7 +54,8 @@ def from_sdist(sdist: Path, new_environment: Callable[[], Environment]) -> Envir
     result = environment.install(sdist)
     assert result.returncode == 0, result.stdout + result.stderr
     # The log says what was decided about CUDA.
-    assert "esper: CUDA kernels with" in result.stdout or "esper: without CUDA kernels: " in result.stdout
+    log = result.stdout + result.stderr
+    assert "esper: CUDA kernels with" in log or "esper: without CUDA kernels: " in log
     return environment
 
 
@@ -105,12 +122,12 @@ def test_clone_install_without_cuda(without_cuda: Environment) -> None:
     assert native["cuda_reason"] == "esper._native was built without CUDA: ESPER_CUDA=0 at build time"  # type: ignore[index]
 
 
-def test_without_the_extension_it_works_and_says_so_once(without_cuda: Environment) -> None:
+def test_without_the_extension_it_works_and_says_so_once(without_cuda: Environment, tmp_path: Path) -> None:
     (library,) = (without_cuda.packages / "esper").glob("_native*.so")
     hidden = library.rename(library.with_name("hidden"))
     try:
         description = describe(without_cuda)
-        result = without_cuda.run("-c", "import esper.ops, esper.ops.registry, esper.ops.native")
+        result = without_cuda.run("-c", GROW, str(tmp_path / "registry"), ESPER_CACHE_DIR=str(tmp_path / "cache"))
         for_another = library.with_name("_native.cpython-27-x86_64-linux-gnu.so")
         hidden.rename(for_another)
         other = without_cuda.run("-c", "import esper.ops.native as n; print(n.reason())")
@@ -119,9 +136,12 @@ def test_without_the_extension_it_works_and_says_so_once(without_cuda: Environme
         hidden.rename(library)
     assert "was not built" in description["native"]["reason"]  # type: ignore[index]
     for operation in description["operations"]:  # type: ignore[attr-defined]
-        assert operation["devices"]["cpu"]["used"] == "reference"
-        assert "was not built" in operation["devices"]["cpu"]["rejected"]["cpu"]
-    assert result.returncode == 0
+        # The snapshot is one tensor copy on every backend.
+        if operation["name"] != "lattice_snapshot":
+            assert operation["devices"]["cpu"]["used"] == "reference"
+            assert "was not built" in operation["devices"]["cpu"]["rejected"]["cpu"]
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "grown"
     assert result.stderr.count("RuntimeWarning") == 1
     assert "esper._native was not built" in result.stderr
     assert "built for another Python (_native.cpython-27" in other.stdout
