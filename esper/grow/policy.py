@@ -2,8 +2,8 @@
 
 - When: the validation loss has levelled off.
 - Which: the dormant seed with the worst health, among the layers in which the fewest seeds have failed; so a failure
-  sends the search elsewhere first. Seeds not sampled yet come last; ties go to the one tried least, then to the first by
-  layer and index. What has been tried in a place is not tried there again.
+  sends the search elsewhere first. Seeds not sampled yet come last; ties go to the one tried least, then to the first
+  by layer and index. What has been tried in a place is not tried there again.
 - Keep: if the validation loss after the trial is below the one before it.
 """
 
