@@ -192,7 +192,8 @@ class Bank:
         self._slices.append(place)
 
     def _pack(self) -> None:
-        with torch.no_grad():
+        # Not inside inference mode, whose tensors no optimizer may write to later.
+        with torch.inference_mode(False), torch.no_grad():
             # Zeros, because a chunk-scoped seed leaves the rest of its rows of up empty.
             self.buffer = torch.zeros(self.size, dtype=self.dtype)
             for parameter, place in zip(self.parameters, self._slices, strict=True):

@@ -193,7 +193,7 @@ class GraftSet(nn.Module):
         if not self._bank_tried:
             self._bank_tried = True
             with torch.inference_mode(False):  # the buffer outlives this call, which may be in inference mode
-                self._bank = self._pack(h.dtype)
+                self._bank = self._pack()
             if self._bank is not None:
                 return self.forward(x, h)
         return self._eager(x, h)
@@ -210,10 +210,11 @@ class GraftSet(nn.Module):
         self._seeds = fitting
         self._layout = BlendLayout([seed.place for seed in fitting.values()], self.spec.d_out)
 
-    def _pack(self, dtype: torch.dtype) -> Bank | None:
+    def _pack(self) -> Bank | None:
         seeds = list(self._seeds.values())
         weights = [self._weights(seed_idx) for seed_idx in self._seeds]
         parameters = [p for w in weights for p in w.parameters()]
+        dtype = parameters[0].dtype if parameters else self._like.dtype
         same = all(p.dtype is dtype and p.device.type == "cpu" and type(p) is nn.Parameter for p in parameters)
         named = sum(len(list(w.parameters())) for w in weights) == sum(len(w.tensors()) for w in weights)
         if (

@@ -329,3 +329,33 @@ def test_a_misfit_on_an_activation_is_found_at_the_first_forward():
     assert grafts.state_layout.fault_flags.tolist() == [0, 1]  # until the lattice has counted three
     grafts.unbind(1)
     torch.testing.assert_close(grafts(x, x.relu()), y)
+
+
+def test_a_first_forward_in_inference_mode_leaves_seeds_trainable():
+    grafts = _grown()
+    x, h = _batch()
+    with torch.inference_mode():
+        grafts(x.detach(), h.detach())
+    optimizer = torch.optim.SGD(grafts.parameters(), lr=0.1)
+    grafts(x, h).pow(2).sum().backward()
+    optimizer.step()
+    _agrees(grafts)
+
+
+def test_a_first_forward_under_autocast_does_not_decide_for_good():
+    grafts = _grown()
+    x, h = _batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert grafts(x, h.bfloat16()).dtype is torch.bfloat16
+    assert grafts._bank is not None
+    _agrees(grafts)
+
+
+def test_checkpointing_recomputes_the_same():
+    from torch.utils.checkpoint import checkpoint
+
+    grafts = _grown()
+    x, h = _batch()
+    expected = gradients(grafts(x, h), [x, h, *parameters(grafts)])
+    got = gradients(checkpoint(grafts, x, h, use_reentrant=False), [x, h, *parameters(grafts)])
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
