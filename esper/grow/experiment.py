@@ -23,7 +23,7 @@ from esper.grow import events
 from esper.grow.catalogue import build_catalogue
 from esper.grow.data import Split, Task, prepare
 from esper.grow.errors import GrowError
-from esper.grow.grower import Grower, SeedTrace
+from esper.grow.grower import Catalogue, Grower, SeedTrace
 from esper.grow.model import build, count_parameters, host_width, width_for
 from esper.grow.trainer import EpochRecord, Interrupted, Trainer, evaluate
 from esper.optim import attach
@@ -105,12 +105,18 @@ class Experiment:
         Raises:
             Interrupted: ``stop`` said so. What is finished, and the network that was being trained, is in ``results``.
         """
+        # All kernels before any training: a registry that cannot be written to is found at once, and one that vanishes
+        # later costs the seeds that were to come from it, not the run.
+        catalogues = {
+            seed: build_catalogue(self._host(seed), self.registry, seeds_per_layer=SEEDS_PER_LAYER, seed=seed)
+            for seed in self.seeds
+        }
         for seed in self.seeds:
             split = prepare(self.task, seed=seed, device=self.device)
             if seed == self.seeds[0]:
                 self._started(split)
             self._train_plain("host", self._host(seed), split, seed)
-            grown = self._train_grown(split, seed)
+            grown = self._train_grown(split, seed, catalogues[seed])
             width = width_for(split.features, self.task.classes, grown.parameters)
             static = build(split.features, self.task.classes, width=width, seed=seed).to(self.device)
             self._train_plain("static", static, split, seed)
@@ -135,9 +141,8 @@ class Experiment:
     def _train_plain(self, network: NetworkName, model: nn.Module, split: Split, seed: int) -> NetworkResult:
         return self._train(network, model, Trainer(model, split, seed=seed), split, seed, None)
 
-    def _train_grown(self, split: Split, seed: int) -> NetworkResult:
+    def _train_grown(self, split: Split, seed: int, catalogue: Catalogue) -> NetworkResult:
         host = self._host(seed)
-        catalogue = build_catalogue(host, self.registry, seeds_per_layer=SEEDS_PER_LAYER, seed=seed)
         model = wrap(host, seeds_per_layer=SEEDS_PER_LAYER, preserve_original=False, registry=self.registry)
         try:
             self.layer_rows = [

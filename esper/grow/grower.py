@@ -128,10 +128,13 @@ class Grower:
     def finish(self) -> None:
         """End of training: a seed still on trial has not shown that it helps, and goes."""
         self._flush()
-        trial, self._trial = self._trial, None
-        if trial is not None and trial.outcome.done() and trial.outcome.result():
-            self._trial = trial
+        trial = self._trial
+        if trial is not None and not trial.outcome.done():
+            self._refuse(trial, "training ended before the kernel was there")
+        elif trial is not None and trial.outcome.result():
             self._judge(trial, keep=False)
+        elif trial is not None:
+            self._refuse(trial)
         self._stop_following()
 
     def _wake(self) -> None:
@@ -178,11 +181,12 @@ class Grower:
         self._emit(events.SeedJudged(self._seed, self._epoch, layer, seed_idx, verdict, trial.loss_before, after))
         self._back_to_watching()
 
-    def _refuse(self, trial: _Trial) -> None:
+    def _refuse(self, trial: _Trial, reason: str | None = None) -> None:
         layer, seed_idx = trial.proposal.candidate.layer, trial.proposal.candidate.seed_idx
         self.policy.failed(trial.proposal.candidate)
-        reason = self.model.get_layer_stats(layer)["errors"].get(seed_idx, "no reason on record")
-        self._emit(events.SeedRefused(self._seed, self._epoch, layer, seed_idx, str(reason)))
+        if reason is None:
+            reason = str(self.model.get_layer_stats(layer)["errors"].get(seed_idx, "no reason on record"))
+        self._emit(events.SeedRefused(self._seed, self._epoch, layer, seed_idx, reason))
         self._back_to_watching()
 
     def _back_to_watching(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import esper
-from esper.grow import cli
+from esper.grow import cli, experiment
 from esper.grow.model import build, host_width
 
 
@@ -177,6 +178,45 @@ def test_ctrl_c_while_growing_saves_the_checkpoint(
     # The seed on trial had not shown that it helps, so it was culled before saving.
     model = esper.load(out / report["runs"][1]["checkpoint"], build(2, 3, width=host_width(3), seed=0))
     assert not model.morphogenetic_active
+
+
+def test_a_registry_that_vanishes_costs_the_seeds_and_not_the_run(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "REPEATS", 1)
+    # What an earlier test fetched would be found on the disk.
+    monkeypatch.setenv("ESPER_CACHE_DIR", str(tmp_path / "cache"))
+    out, registry = tmp_path / "out", tmp_path / "kernels"
+    build_catalogue = experiment.build_catalogue
+
+    def build_and_lose(*args: Any, **kwargs: Any) -> Any:
+        catalogue = build_catalogue(*args, **kwargs)
+        shutil.rmtree(registry)
+        return catalogue
+
+    monkeypatch.setattr(experiment, "build_catalogue", build_and_lose)
+    assert run("--data", str(small), "--epochs", "50", "--out", str(out), "--registry", str(registry)) == 0
+    refused = [line for line in events_of(out) if line["event"] == "seed_refused"]
+    # So short a run may well end before the background has tried often enough to give up.
+    assert len(refused) == len([line for line in events_of(out) if line["event"] == "seed_requested"]) > 0
+    assert all(line["reason"] != "no reason on record" for line in refused)
+    # Nothing was ever woken, so the wrapped network ends as the host does, bit for bit.
+    runs = {run["network"]: run for run in json.loads((out / "report.json").read_text())["runs"]}
+    assert runs["grown"]["history"] == runs["host"]["history"]
+    assert runs["grown"]["parameters"] == runs["host"]["parameters"]
+
+
+def test_kernels_in_the_registry_are_used_again(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "REPEATS", 1)
+    registry = tmp_path / "kernels"
+    held = []
+    for out in ("first", "second"):
+        assert (
+            run("--data", str(small), "--epochs", "2", "--out", str(tmp_path / out), "--registry", str(registry)) == 0
+        )
+        held.append(sorted(path.relative_to(registry) for path in registry.rglob("*") if path.is_file()))
+    assert held[0] == held[1]
+    assert len(held[0]) > 0
 
 
 def test_interrupt_flag_gives_ctrl_c_back() -> None:
