@@ -163,7 +163,7 @@ class Monitor:
             # The layer did not run: nothing was measured, and an old probe must not fire among other work.
             probe.disarm()
         elif probe is not None:
-            self.pacer.probed(self._probe_ns)
+            self.pacer.probed(self._probe_ns, warm_up=probe.total <= 1)
         self._probe_ns = 0
 
     def _graph_due(self, n: int, now_ns: int) -> None:
@@ -221,8 +221,9 @@ class Monitor:
         """What watching cost so far.
 
         Returns:
-            samples, skipped (and last_skip, the reason of the last), spent_ns, elapsed_ns (the host's own time), share
-            (spent over elapsed), period (steps between probes), budget.
+            samples, skipped (and last_skip, the reason of the last), spent_ns, warm_up_ns (each layer's first probe,
+            not in spent_ns), elapsed_ns (the host's own time), share (spent over elapsed), period (steps between
+            probes), budget.
         """
         pacer = self.pacer
         return {
@@ -230,6 +231,7 @@ class Monitor:
             "skipped": self._skipped,
             "last_skip": self._last_skip,
             "spent_ns": int(pacer.spent_ns),
+            "warm_up_ns": int(pacer.warm_up_ns),
             "elapsed_ns": int(pacer.host_ns),
             "share": pacer.share,
             "period": pacer.period,
@@ -320,8 +322,9 @@ class _Probe:
         self.waiting = False
         try:
             self._observe(y)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            # Outputs without memory of their own (vmap, functional transforms), integers, scalars: not worth a run.
+        except Exception as error:
+            # Outputs without memory of their own (vmap, functional transforms), integers, scalars, a kernel that does
+            # not compile: watching is not worth a run, whatever went wrong with it.
             monitor._skip(f"{self.layer.layer_name}: {type(error).__name__}: {error}")
         monitor._probe_ns += monitor._clock() - start
 

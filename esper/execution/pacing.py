@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 from collections import deque
 
@@ -16,7 +17,7 @@ NEVER = 1 << 62
 HEADROOM = 0.6
 #: Steps without a probe at the start, to learn what a step takes.
 _WARM_UP_STEPS = 16
-#: Assumed cost of a probe before one was measured: a first call pays for imports, allocations and cold caches.
+#: Assumed cost of a probe before one was measured.
 _FIRST_PROBE_NS = 50_000.0
 #: Cost of a probe outside what is measured: calling into the slow path, swapping the forward, one more frame.
 _UNSEEN_NS = 3_000.0
@@ -24,6 +25,8 @@ _UNSEEN_NS = 3_000.0
 _LONGEST_PERIOD = 1 << 16
 #: The time of a step is the least mean over so many intervals: a pause of the user's is not the host's speed.
 _INTERVALS = 8
+#: The next probe will cost the median of so many.
+_COSTS = 5
 
 
 class ProbePacer:
@@ -53,7 +56,9 @@ class ProbePacer:
         self.host_ns = 0.0
         self.probes_ns = 0.0
         self.steps = 0
+        self.warm_up_ns = 0.0
         self._cost = _FIRST_PROBE_NS
+        self._costs: deque[float] = deque(maxlen=_COSTS)
         self._overhead = 0.0
         self._step_times: deque[float] = deque(maxlen=_INTERVALS)
         self._observed = 0.0
@@ -76,12 +81,21 @@ class ProbePacer:
         """Spent over the host's own time, 0 before the first measurement."""
         return self.spent_ns / self.host_ns if self.host_ns > 0 else 0.0
 
-    def probed(self, observed_ns: float) -> None:
-        """The last probe fired and took this long, arming not included."""
+    def probed(self, observed_ns: float, *, warm_up: bool = False) -> None:
+        """The last probe fired.
+
+        Args:
+            observed_ns: What it took, arming not included.
+            warm_up: It was its layer's first: memory was allocated, on a GPU a kernel loaded or even compiled. That is
+                the cost of starting, like an allocator's or an autotuner's, and is kept apart in ``warm_up_ns``.
+        """
         self._observed = observed_ns
-        cost = observed_ns + self._overhead + _UNSEEN_NS
-        # Up at once, down slowly: an underestimate overspends.
-        self._cost = cost if cost > self._cost else self._cost + (cost - self._cost) / 4
+        if warm_up:
+            self.warm_up_ns += observed_ns
+            return
+        self._costs.append(observed_ns + self._overhead + _UNSEEN_NS)
+        # The median: one probe that was interrupted says nothing about the next. The sum remembers it all the same.
+        self._cost = statistics.median(self._costs)
         self.probes_ns += observed_ns + _UNSEEN_NS
 
     def excuse(self, observed_ns: float) -> None:

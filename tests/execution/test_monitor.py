@@ -126,6 +126,27 @@ def test_the_budget_is_kept_and_used():
     assert rig.monitor.stats()["share"] <= 0.005 * HEADROOM * 1.01
 
 
+def test_what_a_layer_needs_to_start_is_kept_apart():
+    rig = Rig(layers=2, budget=0.005)
+    # Each layer's first probe compiles something for a second; later ones are ordinary, but for one that is held up.
+    while len(rig.probes) < 2:
+        rig.step(300_000, 10**9)
+    stats = rig.monitor.stats()
+    rig.host_ns = rig.monitor_ns = 0
+    rig.run(20_000, 300_000, 8_000)
+    assert rig.monitor.stats()["warm_up_ns"] == 2 * 10**9
+    assert stats["spent_ns"] < 10**6
+    assert len(rig.probes) > 100 and rig.share <= 0.005
+    before = rig.monitor.stats()["period"]
+    while all(layer.observer is None for layer in rig.layers):
+        rig.step(300_000, 8_000)
+    rig.step(300_000, 5 * 10**6)
+    rig.run(10_000, 300_000, 8_000)
+    # It is paid for, by waiting, and changes the period of nobody.
+    assert rig.monitor.stats()["period"] == before
+    assert rig.share <= 0.005
+
+
 def test_layers_take_turns():
     rig = Rig(layers=3, budget=0.05)
     rig.run(5_000, host_ns=300_000, probe_ns=8_000)
