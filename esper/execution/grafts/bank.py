@@ -51,7 +51,7 @@ def bank_eligible(seeds: Sequence[BoundSeed], dtype: torch.dtype, device: torch.
         bool(seeds)
         and device.type == "cpu"
         and dtype in _DTYPES
-        and native.load() is not None
+        and hasattr(native.load(), "GraftGuard")  # neither missing nor older than this package
         and all(s.family.name in ("lowrank", "bottleneck") and s.family.norm is None for s in seeds)
         and len({s.reads_input for s in seeds}) == 1
         and all(s.strided == (1, 1) for s in seeds)
