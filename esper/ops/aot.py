@@ -53,9 +53,7 @@ class Case:
     @property
     def variant(self) -> str:
         """What tells this case from the kernel's others: types of the pointers, and the constants."""
-        pointers = list(dict.fromkeys(kind[1:] for kind in self.signature.values() if kind.startswith("*")))
-        constants = [f"{name}={value}" for name, value in self.constexprs.items()]
-        return " ".join([",".join(pointers), *constants])
+        return " ".join([_pointers(self.signature), *(f"{name}={value}" for name, value in self.constexprs.items())])
 
 
 @dataclass(frozen=True)
@@ -102,14 +100,16 @@ def cases(module: ModuleType) -> list[Case]:
     found = []
     for kernel, signature, constexprs, *rest in getattr(module, "AOT", []):
         function = _unwrapped(kernel)
-        case = Case(function, signature, constexprs, rest[0] if rest else {}, allowed.get(function.__name__, ""))
+        name = function.__name__
+        spills = allowed.get(name, "") or allowed.get(f"{name} {_pointers(signature)}", "")
+        case = Case(function, signature, constexprs, rest[0] if rest else {}, spills)
         wanted = set(function.arg_names)
         given = [*signature, *constexprs]
-        odd = [name for name in given if name not in wanted or given.count(name) > 1]
+        odd = [argument for argument in given if argument not in wanted or given.count(argument) > 1]
         lacking = sorted(wanted - set(given))
         if odd or lacking:
             raise ValueError(
-                f"AOT of {module.__name__}: {function.__name__} takes {', '.join(function.arg_names)}; "
+                f"AOT of {module.__name__}: {name} takes {', '.join(function.arg_names)}; "
                 f"the entry lacks {lacking or 'nothing'}, and names {odd or 'nothing'} wrongly or twice"
             )
         found.append(case)
@@ -209,6 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_text(table))
         print("\n".join(problems), file=sys.stderr)
     return 1 if problems else 0
+
+
+def _pointers(signature: Mapping[str, str]) -> str:
+    """The types of the pointer arguments, each once: ``"fp32,bf16"``."""
+    return ",".join(dict.fromkeys(kind[1:] for kind in signature.values() if kind.startswith("*")))
 
 
 def _unwrapped(kernel: Any) -> Any:

@@ -101,6 +101,12 @@ LISTS = {
         "AOT_SPILLS = {'hungry_kernel': 'it is a test'}",
         None,
     ),
+    "hungry with a reason for other types": (
+        "hungry",
+        "AOT = [(hungry_kernel, {'x': '*fp32', 'y': '*fp32'}, {'N': 1024}, {'num_warps': 1, 'maxnreg': 24})]\n"
+        "AOT_SPILLS = {'hungry_kernel fp64': 'it is a test'}",
+        "hungry_kernel (fp32 N=1024) spills",
+    ),
     "argument missing": (
         "good",
         "AOT = [(good_kernel, {'x': '*fp32'}, {'BLOCK': 256})]",
