@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
 from torch import nn
 
 import esper
 from esper.core.model_wrapper import MorphableModel, find_targets, unwrap, wrap
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
 
 State = SeedLifecycleState
 
