@@ -80,7 +80,8 @@ def compare(
     each block, where it is in use.
 
     Args:
-        candidates: Callables by name; each is called many times and must leave things as it found them.
+        candidates: Callables by name; each is called many times and must leave things as it found them. One that keeps
+            time may have methods ``resume`` and ``pause``, called untimed around each of its turns.
         baseline: Name of the one that the others are divided by.
         rounds: How many rounds; at least 5. Odd numbers have a median that was measured.
         inner: Calls per block; None chooses so many that the fastest candidate's block takes 2 ms.
@@ -168,14 +169,21 @@ def _rounds(
         for _ in range(rounds):
             order.shuffle(names)
             for name in names:
-                candidates[name]()
-                times[name].append(_block(candidates[name], inner, clock, wait) / inner)
+                call = candidates[name]
+                getattr(call, "resume", _nothing)()
+                call()
+                times[name].append(_block(call, inner, clock, wait) / inner)
+                getattr(call, "pause", _nothing)()
             if collecting:
                 gc.collect(0)
     finally:
         if collecting:
             gc.enable()
     return times
+
+
+def _nothing() -> None:
+    """What a candidate without a sense of time does when its turn begins or ends."""
 
 
 def _block(call: Callable[[], object], inner: int, clock: Callable[[], int], wait: Callable[[], None]) -> int:

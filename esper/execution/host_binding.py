@@ -32,7 +32,7 @@ class HostBinding:
         self.host = host
         self._ancestors = tuple(ancestors)
         self._patched: Forward | None = host.__dict__.get("forward")
-        self._installed: str | None = None
+        self._owner: nn.Module | None = None
         self._hook: RemovableHandle | None = None
         self.base: Forward = self._own_forward()
 
@@ -43,7 +43,7 @@ class HostBinding:
         probe leaves them open, because closing one changes the rounding of the host's own result.
         """
         self.host.__dict__["forward"] = getattr(owner, method)
-        self._installed = method
+        self._owner = owner
         if closes_fast_path and self._ancestors and self._hook is None:
             # A forward hook on the host is what torch's fused encoder path checks for.
             self._hook = self.host.register_forward_hook(_leave_unchanged)
@@ -55,18 +55,14 @@ class HostBinding:
     def remove(self) -> None:
         """Give the host its own forward back."""
         current = self.host.__dict__.get("forward")
-        if self._installed is not None and getattr(current, "__name__", None) == self._installed:
+        # Somebody else may have put a forward in front of ours meanwhile: it is theirs to take away.
+        if self._owner is not None and getattr(current, "__self__", None) is self._owner:
             if self._patched is None:
                 del self.host.__dict__["forward"]
             else:
                 self.host.__dict__["forward"] = self._patched
-            self._installed = None
+            self._owner = None
         self._reopen()
-
-    @property
-    def installed(self) -> str | None:
-        """Name of the method that shadows the host's forward, or None."""
-        return self._installed
 
     def _own_forward(self) -> Forward:
         # Not `host.forward`: that would find the shadow when this runs during unpickling.

@@ -139,7 +139,7 @@ class Monitor:
         if self._closed or not self._probes or not pacer.enabled:
             return NEVER
         start = self._clock()
-        self._settle()
+        self._settle(eager)
         if not eager:
             self._graph_due(n, start)
         else:
@@ -149,7 +149,7 @@ class Monitor:
             pacer.finish(n, self._clock())
         return pacer.due
 
-    def _settle(self) -> None:
+    def _settle(self, eager: bool) -> None:
         """Close the books on the last probe."""
         probe, self._armed = self._armed, None
         if self._requested:
@@ -158,7 +158,8 @@ class Monitor:
             for other in self._probes:
                 if other.waiting:
                     other.disarm()
-                    other.count_traced()
+                    if not eager:
+                        other.count_traced()
         elif probe is not None and probe.waiting:
             # The layer did not run: nothing was measured, and an old probe must not fire among other work.
             probe.disarm()

@@ -117,6 +117,22 @@ class Rig:
         return self.monitor_ns / self.host_ns
 
 
+@pytest.fixture(autouse=True)
+def nothing_disturbed(monkeypatch):
+    """The rig's probes disturb nothing beyond what its clock shows; one test says otherwise."""
+    monkeypatch.setattr(pacing, "_UNSEEN_NS", 3_000.0)
+
+
+def test_what_the_clock_does_not_see_is_paid_for_too(monkeypatch):
+    seen = Rig(budget=0.005)
+    seen.run(20_000, host_ns=300_000, probe_ns=8_000)
+    monkeypatch.undo()
+    rig = Rig(budget=0.005)
+    rig.run(20_000, host_ns=300_000, probe_ns=8_000)
+    assert 2 < len(rig.probes) < len(seen.probes) / 3
+    assert rig.share + len(rig.probes) * pacing._UNSEEN_NS / rig.host_ns <= 0.005
+
+
 def test_the_budget_is_kept_and_used():
     rig = Rig(budget=0.005)
     rig.run(20_000, host_ns=300_000, probe_ns=8_000)

@@ -47,9 +47,9 @@ class TestPhase2ExecutionPipeline:
 
         bare = python_calls(lambda: host(x))
         wrapped = python_calls(lambda: model(x))
-        # One call more than the host: asking whether a graph is being traced, where nothing may be counted.
-        assert sum(wrapped.values()) == sum(bare.values()) + 1
-        assert sum(count for name, count in wrapped.items() if name.endswith(":is_dynamo_compiling")) == 1
+        # nn.Module's two frames for the root are replaced by one, which asks whether a graph is being traced: no more
+        # calls than the host alone.
+        assert sum(wrapped.values()) <= sum(bare.values())
         ours = {name: count for name, count in wrapped.items() if "/esper/" in name}
         assert [name.rpartition(":")[2] for name in ours] == ["MorphableModel.__call__"]
         assert set(ours.values()) == {1}
