@@ -22,9 +22,10 @@ class Workload:
         return self.name
 
     def make(self) -> tuple[nn.Module, Tensor]:
-        """The network and one batch, the same at every call."""
+        """The network and one batch, the same at every call, on the GPU where there is one."""
         torch.manual_seed(0)
-        return self.build(), torch.randn(self.shape)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return self.build().to(device), torch.randn(self.shape).to(device)
 
 
 def mlp(width: int) -> nn.Module:

@@ -35,11 +35,10 @@ _State = SeedLifecycleState
 class _Counters:
     """Execution counts. Slots: an attribute of an ``nn.Module`` costs twenty times as much to set."""
 
-    __slots__ = ("executions", "seed_executions")
+    __slots__ = ("executions",)
 
     def __init__(self) -> None:
         self.executions = 0
-        self.seed_executions = 0
 
 
 class KasminaLayer(nn.Module):
@@ -166,15 +165,11 @@ class KasminaLayer(nn.Module):
     # -- the forwards that may shadow the host's ---------------------------------------------------
 
     def _awake_forward(self, input: Tensor) -> Tensor:
-        h: Tensor = self._binding.base(input)
-        if _tracing():
-            return self._grafts.forward(input, h)
-        return self._blend(input, h)
+        return self._blend(input, self._binding.base(input))
 
     def _awake_attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         h, weights = self._binding.base(query, *args, **kwargs)
-        y = self._grafts.forward(query, h) if _tracing() else self._blend(query, h)
-        return y, weights
+        return self._blend(query, h), weights
 
     def _probe_forward(self, *args: Any, **kwargs: Any) -> Any:
         awake = self._awake_method()
@@ -198,11 +193,12 @@ class KasminaLayer(nn.Module):
         return result
 
     def _blend(self, x: Tensor, h: Tensor) -> Tensor:
-        counters = self._counters
-        counters.executions += 1
-        if counters.executions % LATENCY_PERIOD:
-            return self._grafts.forward(x, h)
-        return self._timed_blend(x, h)
+        if not _tracing():  # a counter that changes would recompile the graph
+            counters = self._counters
+            counters.executions += 1
+            if not counters.executions % LATENCY_PERIOD:
+                return self._timed_blend(x, h)
+        return self._grafts.forward(x, h)
 
     def _timed_blend(self, x: Tensor, h: Tensor) -> Tensor:
         if h.is_cuda:
