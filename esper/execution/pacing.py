@@ -20,8 +20,8 @@ _WARM_UP_STEPS = 16
 #: Assumed cost of a probe before one was measured.
 _FIRST_PROBE_NS = 50_000.0
 #: Cost of a probe that the clock around it does not see. Most of it is that the forwards after it find caches and
-#: branch history disturbed: with 20 to 100 steps between probes, runs with and without them differed by about 90 us a probe
-#: more than the clock had counted (measured on a server CPU, networks of 80 and 360 us a forward).
+#: branch history disturbed: with 20 to 100 steps between probes, runs with and without them differed by about 90 us a
+#: probe more than the clock had counted (measured on a server CPU, networks of 80 and 360 us a forward).
 _UNSEEN_NS = 100_000.0
 #: The controller looks again after so many steps at most, however long the period.
 _LONGEST_PERIOD = 1 << 16
