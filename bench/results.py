@@ -96,20 +96,36 @@ def check(latest: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def table(results: Mapping[str, Any]) -> str:
+    """The ratios as a table in Markdown: a row for each measurement, a column for each candidate."""
+    names = list(dict.fromkeys(name for rows in results["ratios"].values() for name in rows))
+    lines = ["| measurement | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for key, rows in results["ratios"].items():
+        cells = [
+            f"{rows[name]['ratio']:.3f} [{rows[name]['low']:.3f}, {rows[name]['high']:.3f}]" if name in rows else ""
+            for name in names
+        ]
+        lines.append(f"| {key} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def stored_path() -> Path:
     """The stored ratios for this kind of machine: with a GPU and without are two kinds."""
     return FOLDER / ("gpu.json" if torch.cuda.is_available() else "cpu.json")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: ``check`` or ``keep``."""
+    """Command line: ``check``, ``keep`` or ``table``."""
     parser = argparse.ArgumentParser(prog="python -m bench.results", description=__doc__)
-    parser.add_argument("action", choices=["check", "keep"])
+    parser.add_argument("action", choices=["check", "keep", "table"])
     action = parser.parse_args(argv).action
     if not LATEST.exists():
         print(f"{LATEST} is missing: run the benchmarks first (make bench)", file=sys.stderr)
         return 1
     latest = json.loads(LATEST.read_text())
+    if action == "table":
+        print(table(latest))
+        return 0
     if action == "keep":
         stored_path().write_text(json.dumps(latest, indent=1, sort_keys=True) + "\n")
         return 0

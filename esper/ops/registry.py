@@ -282,7 +282,8 @@ def _announce_fallback(op: Op, device_type: str, selection: Selection) -> None:
 
     On a CPU the only fast backend is ``esper._native``, whose absence :mod:`esper.ops.native` announces itself.
     """
-    order = _preference(device_type)
+    # A backend that was never written for this operation is none that could have run it.
+    order = [b for b in _preference(device_type) if b in op._kernels or b in op._reasons]
     if device_type == "cpu" or selection.backend is order[0] or forced_backend() is not None:
         return
     faster = order[: order.index(selection.backend)]
