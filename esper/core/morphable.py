@@ -115,6 +115,9 @@ class MorphableModel(HostNames):
         # Not a look-up in the table of submodules, which costs more than the rest of a call.
         self.__dict__["_host"] = self.wrapped_model
         self._host_call = self.wrapped_model._call_impl
+        # torch.compile asks the instance for its __call__ (a plain call asks the class): it gets the host, so that the graph
+        # is guarded by what the host's own would be.
+        self.__dict__["__call__"] = _calling(self.wrapped_model)
         self._lock = threading.Lock()
         self._fetched: deque[_Fetched] = deque()
         self._growth_callbacks: dict[int, GrowthCallback] = {}
@@ -451,7 +454,15 @@ class MorphableModel(HostNames):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what belongs to this process: locks, requests under way, callbacks."""
         state = dict(self.__dict__)
-        for name in ("_host", "_host_call", "_lock", "_fetched", "_growth_callbacks", "_compiled_call_impl"):
+        for name in (
+            "__call__",
+            "_host",
+            "_host_call",
+            "_lock",
+            "_fetched",
+            "_growth_callbacks",
+            "_compiled_call_impl",
+        ):
             state.pop(name, None)
         return state
 
@@ -467,6 +478,13 @@ class MorphableModel(HostNames):
         memo[id(self)] = twin
         twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
         return twin
+
+
+def _calling(host: nn.Module) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return host(*args, **kwargs)
+
+    return call
 
 
 def _common_lattice(layers: Mapping[str, KasminaLayer]) -> Lattice:

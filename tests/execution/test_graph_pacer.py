@@ -63,6 +63,15 @@ def test_samples_stay_within_the_budget_and_get_rarer_when_they_cost_more(monkey
     assert waits[-1] > 5 * waits[1]
 
 
+def test_looks_are_as_far_apart_as_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    for step_ns in (50_000, 5_000_000):
+        pacer = GraphPacer(0.005)
+        pacer.look(0, 0)
+        pacer.look(16, 16 * step_ns)
+        # A look and what it disturbs, some 150 us, stay under a tenth of the budget.
+        assert 150_000 <= 0.1 * 0.01 * pacer.period * step_ns <= 400_000
+
+
 def test_a_graph_that_does_not_see_the_probes_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(GraphPacer(0.005), monkeypatch)
     host.until_sample()
