@@ -115,8 +115,8 @@ class MorphableModel(HostNames):
         # Not a look-up in the table of submodules, which costs more than the rest of a call.
         self.__dict__["_host"] = self.wrapped_model
         self._host_call = self.wrapped_model._call_impl
-        # torch.compile asks the instance for its __call__ (a plain call asks the class): it gets the host, so that the graph
-        # is guarded by what the host's own would be.
+        # torch.compile asks the instance for its __call__ (a plain call asks the class): it gets the host, so that the
+        # graph is guarded by what the host's own would be.
         self.__dict__["__call__"] = _calling(self.wrapped_model)
         self._lock = threading.Lock()
         self._fetched: deque[_Fetched] = deque()
