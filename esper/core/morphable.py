@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
@@ -54,7 +53,7 @@ class _Clock:
         self.seen_calls = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Fetched:
     """What the background loop hands to the training thread."""
 
@@ -118,7 +117,7 @@ class MorphableModel(HostNames):
         # torch.compile asks the instance for its __call__ (a plain call asks the class): it gets the host, so that the
         # graph is guarded by what the host's own would be.
         self.__dict__["__call__"] = _calling(self.wrapped_model)
-        self._lock = threading.Lock()
+        self._requested: set[_Fetched] = set()
         self._fetched: deque[_Fetched] = deque()
         self._growth_callbacks: dict[int, GrowthCallback] = {}
         self._closed = False
@@ -200,8 +199,9 @@ class MorphableModel(HostNames):
         for row, _, new in self.lattice.poll():
             if new == _State.ERROR_RECOVERY:
                 layers[row // per_layer].on_fault_limit(row % per_layer)
-        for layer in layers:
-            layer.poll_latency()
+        if self.lattice.device.type == "cuda":
+            for layer in layers:
+                layer.poll_latency()
 
     def _monitor_due(self, clock: _Clock) -> int:
         # Without a counted call since the last time the model runs inside a compiled or captured graph, where arming
@@ -257,6 +257,7 @@ class MorphableModel(HostNames):
         outcome: Future[bool] = Future()
         fetch = background.submit(layer.kernel_cache.load_kernel(artifact_id))
         item = _Fetched(layer, seed_idx, artifact_id, alpha, ramp_steps, fetch, outcome)
+        self._requested.add(item)
 
         def hand_over(_: object) -> None:
             self._fetched.append(item)
@@ -267,6 +268,9 @@ class MorphableModel(HostNames):
 
     def _commit(self, item: _Fetched) -> None:
         layer, seed_idx = item.layer, item.seed_idx
+        self._requested.discard(item)
+        if self._closed:
+            return  # close() has cancelled it and put its seed back to sleep
         if not item.outcome.set_running_or_notify_cancel():
             layer.refuse(seed_idx, f"{item.artifact_id}: the request was cancelled", bad=False)
             return
@@ -377,8 +381,10 @@ class MorphableModel(HostNames):
             for seed_idx in range(layer.num_seeds):
                 if layer.state_layout.state_of(seed_idx) is _State.LOADING:
                     layer.refuse(seed_idx, "the model was closed while it was loading", bad=False)
-        while self._fetched:
-            self._fetched.popleft().outcome.cancel()
+        # Whoever waits for a request hears of it now, not when a registry that hangs has timed out.
+        for item in self._requested:
+            item.outcome.cancel()
+        self._requested.clear()
 
     # -- statistics --------------------------------------------------------------------------------
 
@@ -458,7 +464,7 @@ class MorphableModel(HostNames):
             "__call__",
             "_host",
             "_host_call",
-            "_lock",
+            "_requested",
             "_fetched",
             "_growth_callbacks",
             "_compiled_call_impl",

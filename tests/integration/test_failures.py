@@ -254,5 +254,7 @@ def test_registry_that_hangs_never_stops_training(monkeypatch: pytest.MonkeyPatc
     assert not future.done()
     assert run.layer.state_layout.state_of(0) is State.LOADING
     run.model.close()
+    # Nobody waits for what will not come.
+    assert future.cancelled()
     assert run.layer.state_layout.state_of(0) is State.DORMANT
     run.assert_host_runs_on()

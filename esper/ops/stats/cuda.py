@@ -9,7 +9,12 @@ from torch import Tensor
 
 from esper.ops import native
 from esper.ops.registry import implements, unavailable
-from esper.ops.stats.schema import ACTIVATIONS, CHUNK_FIELDS, FEATURE_FIELDS, HEALTH_FIELDS, merge_check
+from esper.ops.stats.schema import (
+    ACTIVATIONS,
+    HEALTH_FIELDS,
+    empty_accumulators,
+    merge_check,
+)
 from esper.ops.stats.views import DTYPE_CODES, View, sample, view3, view_pair
 
 _OPS = ("channel_stats", "act_stats", "observe", "stats_merge", "seed_health")
@@ -17,15 +22,6 @@ _OPS = ("channel_stats", "act_stats", "observe", "stats_merge", "seed_health")
 
 def _stream(x: Tensor) -> int:
     return int(torch.cuda.current_stream(x.device).cuda_stream)
-
-
-def _empty(x: Tensor, channels: int, seeds: int) -> tuple[Tensor, Tensor]:
-    if seeds < 1:
-        raise ValueError(f"seeds is {seeds}; a layer has at least one")
-    return (
-        torch.zeros((FEATURE_FIELDS, channels), dtype=torch.float64, device=x.device),
-        torch.zeros((CHUNK_FIELDS, seeds), dtype=torch.float64, device=x.device),
-    )
 
 
 def _register(module: Any) -> None:
@@ -56,7 +52,7 @@ def _register(module: Any) -> None:
     @implements("channel_stats", "cuda")
     def channel_stats(x: Tensor, seeds: int, channel_dim: int) -> tuple[Tensor, Tensor]:
         base, view = view3(x, channel_dim)
-        features, chunks = _empty(x, view.channels, seeds)
+        features, chunks = empty_accumulators(x, view.channels, seeds)
         accumulate(base, view, base, view, 0, features, chunks)
         return features, chunks
 
@@ -65,7 +61,7 @@ def _register(module: Any) -> None:
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
         base, view, y, y_view = view_pair(x, channel_dim)
-        features, chunks = _empty(x, view.channels, seeds)
+        features, chunks = empty_accumulators(x, view.channels, seeds)
         accumulate(base, view, y, y_view, ACTIVATIONS[activation], features, chunks)
         return y, features, chunks
 

@@ -32,6 +32,7 @@ __all__ = [
     "act_stats",
     "channel_stats",
     "chunk_bounds",
+    "empty_accumulators",
     "merge_check",
     "observe",
     "seed_health",
@@ -81,6 +82,20 @@ ACTIVATIONS = {"relu": 1, "gelu": 2, "gelu_tanh": 3, "tanh": 4, "sigmoid": 5, "s
 def chunk_bounds(seed: int, channels: int, seeds: int) -> tuple[int, int]:
     """The half-open range of features that ``seed`` of ``seeds`` watches."""
     return seed * channels // seeds, (seed + 1) * channels // seeds
+
+
+def empty_accumulators(x: Tensor, channels: int, seeds: int) -> tuple[Tensor, Tensor]:
+    """Accumulators of nothing yet, float64 on the device of ``x``: features ``[5, channels]``, chunks ``[4, seeds]``.
+
+    Raises:
+        ValueError: there are no seeds.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}; a layer has at least one")
+    return (
+        torch.zeros((FEATURE_FIELDS, channels), dtype=torch.float64, device=x.device),
+        torch.zeros((CHUNK_FIELDS, seeds), dtype=torch.float64, device=x.device),
+    )
 
 
 def merge_check(features: Tensor, chunks: Tensor, channels: int, seeds: int) -> None:

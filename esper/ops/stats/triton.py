@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from esper.ops.registry import implements, unavailable
-from esper.ops.stats.schema import ACTIVATIONS, CHUNK_FIELDS, FEATURE_FIELDS, HEALTH_FIELDS, merge_check
+from esper.ops.stats.schema import (
+    ACTIVATIONS,
+    CHUNK_FIELDS,
+    FEATURE_FIELDS,
+    HEALTH_FIELDS,
+    empty_accumulators,
+    merge_check,
+)
 from esper.ops.stats.views import View, sample, view3, view_pair
 
 _OPS = ("channel_stats", "act_stats", "observe", "stats_merge", "seed_health")
@@ -30,14 +37,6 @@ def _register() -> None:
     from esper.kernels import stats as kernels
 
     block_rows, fan_in = kernels.BLOCK_ROWS, kernels.FAN_IN
-
-    def empty(x: Tensor, channels: int, seeds: int) -> tuple[Tensor, Tensor]:
-        if seeds < 1:
-            raise ValueError(f"seeds is {seeds}; a layer has at least one")
-        return (
-            torch.zeros((FEATURE_FIELDS, channels), dtype=torch.float64, device=x.device),
-            torch.zeros((CHUNK_FIELDS, seeds), dtype=torch.float64, device=x.device),
-        )
 
     def reduce_blocks(parts: tuple[Tensor, Tensor], count: int, features: Tensor, chunks: Tensor) -> None:
         """Join ``count`` blocks level by level; the last level merges into the accumulators."""
@@ -105,7 +104,7 @@ def _register() -> None:
     @implements("channel_stats", "triton")
     def channel_stats(x: Tensor, seeds: int, channel_dim: int) -> tuple[Tensor, Tensor]:
         base, view = view3(x.detach(), channel_dim)
-        features, chunks = empty(x, view.channels, seeds)
+        features, chunks = empty_accumulators(x, view.channels, seeds)
         launch(base, view, base, view, 0, features, chunks)
         return features, chunks
 
@@ -114,7 +113,7 @@ def _register() -> None:
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
         base, view, y, y_view = view_pair(x, channel_dim)
-        features, chunks = empty(x, view.channels, seeds)
+        features, chunks = empty_accumulators(x, view.channels, seeds)
         launch(base, view, y, y_view, ACTIVATIONS[activation], features, chunks)
         return y, features, chunks
 
