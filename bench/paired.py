@@ -8,6 +8,10 @@ round times every candidate, in an order drawn anew, and only times of the same 
 slow for a whole round cancels. The result is the median of these ratios, which a few disturbed rounds cannot move, with
 a percentile bootstrap interval of that median (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter
 13).
+
+Some of the noise stays the same as long as a process lives: where its memory lies, in which order its graphs were
+compiled. More rounds do not remove it; :func:`compare_in_processes` starts several processes and takes the spread
+between them for the error.
 """
 
 from __future__ import annotations
@@ -15,7 +19,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import math
+import multiprocessing
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Ratio", "compare", "median_interval", "write"]
+__all__ = ["Ratio", "compare", "compare_in_processes", "mean_interval", "median_interval", "write"]
 
 #: Confidence level of every interval.
 LEVEL = 0.95
@@ -33,6 +40,8 @@ LEVEL = 0.95
 #: ns).
 BLOCK_SECONDS = 2e-3
 _RESAMPLES = 4000
+#: Two-sided 95 % quantile of Student's t by degrees of freedom, from 1.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,11 @@ class Ratio:
     """Time of a candidate over time of the baseline.
 
     Attributes:
-        median: Median of the rounds' ratios.
-        low: Lower end of the 95 % bootstrap interval of that median.
+        median: Median of the rounds' ratios (of several processes: the mean of their medians).
+        low: Lower end of its 95 % interval.
         high: Its upper end.
         rounds: Number of rounds.
-        inner: Calls timed together, in each round.
+        inner: Calls timed in each round.
         seconds: Median time of one call of the candidate.
         baseline_seconds: Median time of one call of the baseline.
     """
@@ -67,6 +76,7 @@ def compare(
     *,
     rounds: int = 201,
     inner: int | None = None,
+    turns: int = 1,
     seconds: float | None = 30.0,
     warmup: int = 3,
     seed: int = 0,
@@ -85,6 +95,8 @@ def compare(
         baseline: Name of the one that the others are divided by.
         rounds: How many rounds; at least 5. Odd numbers have a median that was measured.
         inner: Calls per block; None chooses so many that the fastest candidate's block takes 2 ms.
+        turns: Blocks that each candidate runs in a round, in turn with the others; their times are added up. Many short
+            blocks cancel more of the machine's drift than a long one, and rare costs still fall into every round.
         seconds: Fewer rounds (never under 31, or ``rounds`` if that is less) are run when this time would be exceeded;
             None for no limit.
         warmup: Calls of each candidate before anything is timed.
@@ -96,7 +108,7 @@ def compare(
         A ratio for each candidate but the baseline.
 
     Raises:
-        ValueError: for an unknown baseline, no candidate beside it, too few rounds or an ``inner`` below 1.
+        ValueError: for an unknown baseline, no candidate beside it, too few rounds, or ``inner`` or ``turns`` below 1.
     """
     if baseline not in candidates:
         raise ValueError(f"baseline {baseline!r} is not among the candidates: {', '.join(candidates)}")
@@ -106,6 +118,8 @@ def compare(
         raise ValueError(f"{rounds} rounds tell nothing of their spread; use at least 5")
     if inner is not None and inner < 1:
         raise ValueError(f"inner must be at least 1, not {inner}")
+    if turns < 1:
+        raise ValueError(f"turns must be at least 1, not {turns}")
 
     wait = _waiter()
     rough = {
@@ -114,11 +128,11 @@ def compare(
     if inner is None:
         inner = max(1, round(BLOCK_SECONDS * 1e9 / max(1.0, min(rough.values()))))
     if seconds is not None:
-        round_seconds = sum(rough.values()) * (inner + 1) * 1e-9
+        round_seconds = sum(rough.values()) * (inner + 1) * turns * 1e-9
         rounds = min(rounds, max(31, int(seconds / max(round_seconds, 1e-9))))
 
-    times = _rounds(candidates, rounds, inner, random.Random(seed), clock, wait)
-    ratios = {name: _ratio(mine, times[baseline], inner, seed) for name, mine in times.items() if name != baseline}
+    times = _rounds(candidates, rounds, inner, turns, random.Random(seed), clock, wait)
+    ratios = {name: _ratio(mine, times[baseline], inner * turns, seed) for name, mine in times.items() if name != baseline}
     if path is not None:
         write(path, ratios, baseline=baseline)
     return ratios
@@ -142,6 +156,36 @@ def median_interval(values: Sequence[float], *, level: float = LEVEL, seed: int 
     return float(np.median(data)), float(low), float(high)
 
 
+def compare_in_processes(
+    measure: Callable[..., Mapping[str, Ratio]], *args: Any, processes: int = 5
+) -> dict[str, Ratio]:
+    """Run ``measure(*args, seed)`` in fresh processes, one after the other, and pool what they found.
+
+    Args:
+        measure: A function that can be imported by name, returning :func:`compare`'s result; a candidate that some
+            processes leave out is pooled over the others.
+        args: Its arguments, picklable; the number of the process (from 0) follows them.
+        processes: How many; at least 1.
+
+    Returns:
+        For each candidate the mean over the processes of their medians with Student's interval, which takes only the
+        spread between processes for the error (one process alone: that process's own ratio).
+    """
+    found: dict[str, list[Ratio]] = {}
+    for number in range(processes):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            for name, ratio in pool.apply(measure, (*args, number)).items():
+                found.setdefault(name, []).append(ratio)
+    return {name: _pool(ratios) for name, ratios in found.items()}
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of a few independent measurements (2 to 16) and Student's 95 % interval: (mean, low, high)."""
+    mean = statistics.fmean(values)
+    reach = _STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - reach, mean + reach
+
+
 def write(path: str | os.PathLike[str], ratios: Mapping[str, Ratio], **facts: Any) -> None:
     """Write ratios and any other JSON values to ``path``, in one step: a reader sees all of the file or the old one."""
     target = Path(path)
@@ -156,6 +200,7 @@ def _rounds(
     candidates: Mapping[str, Callable[[], object]],
     rounds: int,
     inner: int,
+    turns: int,
     order: random.Random,
     clock: Callable[[], int],
     wait: Callable[[], None],
@@ -167,13 +212,17 @@ def _rounds(
     gc.disable()
     try:
         for _ in range(rounds):
-            order.shuffle(names)
-            for name in names:
-                call = candidates[name]
-                getattr(call, "resume", _nothing)()
-                call()
-                times[name].append(_block(call, inner, clock, wait) / inner)
-                getattr(call, "pause", _nothing)()
+            spent = dict.fromkeys(names, 0)
+            for _ in range(turns):
+                order.shuffle(names)
+                for name in names:
+                    call = candidates[name]
+                    getattr(call, "resume", _nothing)()
+                    call()
+                    spent[name] += _block(call, inner, clock, wait)
+                    getattr(call, "pause", _nothing)()
+            for name, nanoseconds in spent.items():
+                times[name].append(nanoseconds / (inner * turns))
             if collecting:
                 gc.collect(0)
     finally:
@@ -207,6 +256,21 @@ def _ratio(mine: Sequence[float], theirs: Sequence[float], inner: int, seed: int
         inner,
         float(np.median(mine)) * to_seconds,
         float(np.median(theirs)) * to_seconds,
+    )
+
+
+def _pool(ratios: Sequence[Ratio]) -> Ratio:
+    if len(ratios) == 1:
+        return ratios[0]
+    mean, low, high = mean_interval([ratio.median for ratio in ratios])
+    return Ratio(
+        mean,
+        low,
+        high,
+        sum(ratio.rounds for ratio in ratios),
+        ratios[0].inner,
+        statistics.median(ratio.seconds for ratio in ratios),
+        statistics.median(ratio.baseline_seconds for ratio in ratios),
     )
 
 

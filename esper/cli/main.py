@@ -20,6 +20,12 @@ COMMANDS = {
     "grow": ("esper.grow.cli", "train a network that grows, and compare it with ones that do not"),
     "compile": ("esper.cli.compile", "compile a blueprint to a kernel artifact"),
     "inspect": ("esper.cli.inspect", "show what is in an artifact"),
+    "keygen": ("esper.cli.keygen", "make a key pair for signing artifacts"),
+    "sign": ("esper.cli.sign", "sign an artifact"),
+    "verify": ("esper.cli.verify", "check an artifact's hashes, blueprint and signatures"),
+    "urza": ("esper.cli.urza", "run and administer the registry service"),
+    "tezzeret": ("esper.cli.tezzeret", "run the compile worker, or hand it a blueprint"),
+    "demo": ("esper.cli.demo", "show the whole pipeline at work on this machine"),
     "env": ("esper.cli.env", "show versions, devices, and which backend every operation uses"),
     "bench": ("esper.cli.bench", "run the benchmarks of a checkout"),
 }
