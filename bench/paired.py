@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import math
 import multiprocessing
+import os
 import random
 import statistics
 import sys
@@ -132,7 +132,9 @@ def compare(
         rounds = min(rounds, max(31, int(seconds / max(round_seconds, 1e-9))))
 
     times = _rounds(candidates, rounds, inner, turns, random.Random(seed), clock, wait)
-    ratios = {name: _ratio(mine, times[baseline], inner * turns, seed) for name, mine in times.items() if name != baseline}
+    ratios = {
+        name: _ratio(mine, times[baseline], inner * turns, seed) for name, mine in times.items() if name != baseline
+    }
     if path is not None:
         write(path, ratios, baseline=baseline)
     return ratios

@@ -1,12 +1,15 @@
 """What a dormant model costs: wrapped over bare, monitoring on.
 
 Each workload is timed for the bare network, the network wrapped by Esper (``step()`` after every forward), a bare
-forward hook on every Linear, and PEFT with its adapters disabled. All candidates alternate within every round, over
-the same weights. "again" is the bare network a second time: its distance from 1 is what the machine cannot tell apart.
+forward hook on every Linear, and PEFT with its adapters disabled. All candidates alternate within every round.
 
-The limit is half a percent and two instances of one network, two compiled ones above all, differ by up to one within a
-process. So every row is measured in several fresh processes, in each of which the candidates are made and compiled in
-another order; the result is the mean over the processes (see paired.py).
+Wrapping in place leaves a network as it was, so the bare network and the wrapped one are the same modules over the same
+memory, called by themselves and through Esper: what distinguishes two instances (addresses, compiled copies) cancels.
+"again" is another instance that Esper never touched: it tells whether wrapping changed the host itself, and its scatter
+is what two instances of one network differ by.
+
+Some differences last as long as a process does. So every row is measured in several fresh processes, in each of which
+the candidates are made and compiled in another order; the result is the mean over the processes (see paired.py).
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ def candidates(workload: Workload, mode: str, number: int) -> dict[str, Callable
         found["hook"] = _hooked(same_weights(bare))
         if mode == "eager" and (peft := _disabled_adapters(same_weights(bare))) is not None:
             found["peft disabled"] = peft
-    model = esper.wrap(same_weights(bare), preserve_original=False)
+    model = esper.wrap(bare, preserve_original=False)
     found["wrapped"] = model
     if mode == "compiled":
         torch._dynamo.reset()

@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+void bind_clock(pybind11::module_& m);
+void bind_driver(pybind11::module_& m);
 void bind_lattice(pybind11::module_& m);
 void bind_stats(pybind11::module_& m);
 void bind_graft(pybind11::module_& m);

@@ -15,6 +15,8 @@ PYBIND11_MODULE(_native, m) {
     m.attr("cuda_archs") = ESPER_CUDA_ARCHS;
     m.attr("cuda_toolkit") = ESPER_CUDA_TOOLKIT;
     m.attr("cuda_reason") = ESPER_CUDA_REASON;
+    bind_clock(m);
+    bind_driver(m);
     bind_lattice(m);
     bind_stats(m);
     bind_graft(m);

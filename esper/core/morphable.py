@@ -12,14 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
 
 from esper.contracts.errors import ArtifactError
+from esper.core.clock import Clock, make_clock
 from esper.core.naming import GRAFT_PREFIX, GraftTree, HostNames
 from esper.execution import background
 from esper.execution.kasmina_layer import GrowthCallback, GrowthEvent, KasminaLayer
@@ -32,25 +27,12 @@ __all__ = ["MorphableModel"]
 
 _State = SeedLifecycleState
 _tracing = torch.compiler.is_dynamo_compiling
-_jit_tracing = torch._C._get_tracing_state
 
 #: Cost of a step() with nothing due, in nanoseconds; the monitor's budget pays for it too. A counted call costs no more
 #: than the host's own.
 FIXED_NS_PER_STEP = 100.0
 
 _NEVER = 1 << 62
-
-
-class _Clock:
-    """Counts forwards and steps. Slots: an attribute of an ``nn.Module`` costs twenty times as much to set."""
-
-    __slots__ = ("calls", "due", "seen_calls", "steps")
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.steps = 0
-        self.due = 0
-        self.seen_calls = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,13 +88,11 @@ class MorphableModel(HostNames):
             list(self.kasmina_layers.values()), self.lattice, budget=monitor_budget, fixed_ns_per_step=FIXED_NS_PER_STEP
         )
         self._telemetry = any(layer.telemetry_enabled for layer in self.kasmina_layers.values())
-        self._clock = _Clock()
+        self._clock = make_clock()
         self._start()
 
     def _start(self) -> None:
         """What belongs to one process and one copy: called on construction, copying and unpickling."""
-        # Not a look-up in the table of submodules, which costs more than the rest of a call.
-        self.__dict__["_host"] = self.wrapped_model
         self._host_call = self.wrapped_model._call_impl
         # torch.compile asks the instance for its __call__ (a plain call asks the class): it gets the host, so that the
         # graph is guarded by what the host's own would be.
@@ -124,6 +104,11 @@ class MorphableModel(HostNames):
         # A copy is not compiled: torch drops the compiled call of a module that is copied or pickled.
         self._compiled = False
         clock = self._clock
+        clock.host, clock.host_call, clock.plain = self.wrapped_model, self._host_call, True
+        clock.on_due = self._on_due
+        # The instance's step is the clock's own, which saves a frame; a subclass that has its own keeps it.
+        if type(self).step is MorphableModel.step:
+            self.__dict__["step"] = clock.tick
         for layer in self.kasmina_layers.values():
             layer._forwards = self._count_forwards
             layer._growth_callbacks.append(self._on_growth)
@@ -136,23 +121,7 @@ class MorphableModel(HostNames):
         """Call the host; arguments and result are its own. Hooks of the host and of this module run."""
         if _tracing():
             return self._host_call(*args, **kwargs)  # a counter that changes would recompile the graph
-        self._clock.calls += 1
-        host = self._host
-        # What nn.Module asks before it calls forward, asked here, saves a frame: it pays for counting and for step().
-        if (
-            self._compiled
-            or host._forward_hooks
-            or host._forward_pre_hooks
-            or host._backward_hooks
-            or host._backward_pre_hooks
-            or _global_forward_hooks
-            or _global_forward_pre_hooks
-            or _global_backward_hooks
-            or _global_backward_pre_hooks
-            or _jit_tracing()
-        ):
-            return self._host_call(*args, **kwargs)
-        return host.forward(*args, **kwargs)
+        return self._clock(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's forward; arguments and result are its own."""
@@ -161,8 +130,9 @@ class MorphableModel(HostNames):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the host in place, as ``nn.Module.compile``."""
         self.wrapped_model.compile(*args, **kwargs)
-        self._host_call = self.wrapped_model.__call__
+        self._host_call = self._clock.host_call = self.wrapped_model.__call__
         self._compiled = True
+        self._clock.plain = False
 
     def step(self) -> None:
         """Do what is due between two training steps: ramps, faults, finished loads, samples. Never waits.
@@ -170,16 +140,13 @@ class MorphableModel(HostNames):
         Costs about 0.1 us when nothing is due. An error here would break a run, so what goes wrong with a seed is put
         on record in :meth:`get_layer_stats` instead.
         """
-        clock = self._clock
-        clock.steps += 1
-        if clock.steps >= clock.due:
-            self._on_due(clock)
+        self._clock.tick()
 
     def _touch(self) -> None:
         # Something changed by command: the next step has work.
         self._clock.due = 0
 
-    def _on_due(self, clock: _Clock) -> None:
+    def _on_due(self, clock: Clock) -> None:
         clock.due = _NEVER
         while self._fetched:
             self._commit(self._fetched.popleft())
@@ -203,7 +170,7 @@ class MorphableModel(HostNames):
             for layer in layers:
                 layer.poll_latency()
 
-    def _monitor_due(self, clock: _Clock) -> int:
+    def _monitor_due(self, clock: Clock) -> int:
         # Without a counted call since the last time the model runs inside a compiled or captured graph, where arming
         # single layers would compile a graph for each.
         eager = clock.calls != clock.seen_calls and not self._compiled
@@ -460,9 +427,10 @@ class MorphableModel(HostNames):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what belongs to this process: locks, requests under way, callbacks."""
         state = dict(self.__dict__)
+        state["_clock"] = (self._clock.calls, self._clock.steps)
         for name in (
             "__call__",
-            "_host",
+            "step",
             "_host_call",
             "_requested",
             "_fetched",
@@ -473,7 +441,7 @@ class MorphableModel(HostNames):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state | {"_clock": make_clock(*state["_clock"])})
         self._start()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MorphableModel:

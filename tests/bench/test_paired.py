@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.paired import compare, median_interval
+from bench.paired import Ratio, compare, compare_in_processes, mean_interval, median_interval
 
 
 class World:
@@ -131,3 +132,38 @@ def test_result_is_written(tmp_path: Path) -> None:
 def test_what_is_refused(names: str, baseline: str, options: dict[str, int], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         compare({n: lambda: None for n in names}, baseline, **options)
+
+
+def test_turns_of_a_round_are_added_up_and_cancel_drift() -> None:
+    world = World()
+    candidates = {"bare": world.candidate("bare", 100_000), "slower": world.candidate("slower", 103_000)}
+    ratio = compare(candidates, "bare", rounds=21, inner=5, turns=8, clock=world.clock)["slower"]
+    # Per round 8 blocks and the 8 untimed calls before them; besides three warm-up calls of each.
+    assert world.calls.count("bare") == 3 + 21 * 8 * 6
+    assert (ratio.rounds, ratio.inner) == (21, 40)
+    assert abs(ratio.median / 1.03 - 1) < 0.001
+    with pytest.raises(ValueError, match="turns must be at least 1, not 0"):
+        compare(candidates, "bare", turns=0, clock=world.clock)
+
+
+def test_students_interval() -> None:
+    # By hand: mean 3, standard deviation sqrt(2.5), t = 2.776 at 4 degrees of freedom.
+    mean, low, high = mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3.0
+    assert (high - low) / 2 == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
+
+
+def in_process(base: float, number: int) -> dict[str, Ratio]:
+    found = {"wrapped": Ratio(base + number / 100, 0.9, 1.1, 5, 7, 2e-3 * os.getpid(), 1e-3)}
+    return found | ({"first": Ratio(2.0, 1.9, 2.1, 5, 7, 1e-3, 1e-3)} if number == 0 else {})
+
+
+def test_processes_are_pooled_and_are_processes() -> None:
+    pooled = compare_in_processes(in_process, 1.0, processes=3)
+    wrapped = pooled["wrapped"]
+    assert wrapped.median == pytest.approx(1.01)
+    assert wrapped.high - wrapped.median == pytest.approx(4.303 * 0.01 / math.sqrt(3))
+    assert (wrapped.rounds, wrapped.inner, wrapped.baseline_seconds) == (15, 7, 1e-3)
+    assert wrapped.seconds != 2e-3 * os.getpid()
+    # Measured in one process alone: that process's own interval.
+    assert pooled["first"] == Ratio(2.0, 1.9, 2.1, 5, 7, 1e-3, 1e-3)

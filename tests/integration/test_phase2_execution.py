@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import esper
+from esper.ops import native
 
 
 def python_calls(run: Any) -> Counter[str]:
@@ -54,8 +55,10 @@ class TestPhase2ExecutionPipeline:
         assert [name.rpartition(":")[2] for name in ours] == ["MorphableModel.__call__"]
         assert set(ours.values()) == {1}
 
-        idle = python_calls(model.step)
-        assert sum(count for name, count in idle.items() if "/esper/" in name) == 1
+        # The clock is in C: a step with nothing due enters no Python function. (In Python, where the extension is
+        # missing, it is one; tests/core/test_clock.py.)
+        assert native.load() is not None
+        assert python_calls(model.step) == Counter()
 
         # Nothing recorded, launched or allocated by Esper either: the operators are the host's.
         def operators(net: Any) -> list[str]:

@@ -1,0 +1,103 @@
+"""The clock of a wrapped model: forwards and training steps, and when something is due.
+
+Both are counted on every step, while the host's forward has just driven everything else out of the caches; so the
+extension has a clock in C (csrc/clock.cpp), and :class:`Clock` is the same in Python for where it is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+
+from esper.ops import native
+
+__all__ = ["Clock", "make_clock"]
+
+_GLOBAL_HOOKS = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
+_jit_tracing = torch._C._get_tracing_state
+
+
+class Clock:
+    """Counts forwards and steps. Slots: an attribute of an ``nn.Module`` costs twenty times as much to set.
+
+    Calling it counts a forward and calls the host: by ``forward`` where ``plain`` is true and no hook is registered,
+    which saves the frames of ``nn.Module.__call__``; else by ``host_call``.
+
+    Attributes:
+        calls: Forwards so far.
+        steps: Training steps so far.
+        due: The step at which ``on_due`` is called next.
+        seen_calls: ``calls`` when somebody last looked.
+        on_due: Called with the clock when a step is due.
+        host: The module that a call goes to.
+        host_call: Its full call.
+        tracing: Gives None unless ``torch.jit`` is tracing.
+        plain: Whether ``forward`` may be called directly when no hook is there.
+        watched: Tables of global hooks.
+    """
+
+    __slots__ = (
+        "calls",
+        "due",
+        "host",
+        "host_call",
+        "on_due",
+        "plain",
+        "seen_calls",
+        "steps",
+        "tracing",
+        "watched",
+    )
+
+    host: nn.Module
+    host_call: Callable[..., Any]
+    on_due: Callable[[Any], None]
+    tracing: Callable[[], Any]
+    watched: tuple[dict[int, Any], ...]
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.steps = 0
+        self.due = 0
+        self.seen_calls = 0
+        self.plain = False
+
+    def tick(self) -> None:
+        """Count a training step; call ``on_due`` if it is due."""
+        self.steps += 1
+        if self.steps >= self.due:
+            self.on_due(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Count a forward and call the host."""
+        self.calls += 1
+        host = self.host
+        if (
+            not self.plain
+            or host._forward_hooks
+            or host._forward_pre_hooks
+            or host._backward_hooks
+            or host._backward_pre_hooks
+            or any(self.watched)
+            or self.tracing()
+        ):
+            return self.host_call(*args, **kwargs)
+        return host.forward(*args, **kwargs)
+
+
+def make_clock(calls: int = 0, steps: int = 0) -> Clock:
+    """A clock, the extension's where it is there, that has counted so much already."""
+    module = native.load()
+    clock: Clock = Clock() if module is None else module.Clock()
+    clock.calls, clock.steps = calls, steps
+    clock.watched, clock.tracing = _GLOBAL_HOOKS, _jit_tracing
+    return clock
