@@ -1,0 +1,90 @@
+"""Where jobs come from: what a worker needs of a queue, whichever kind it is."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from esper.contracts.errors import EsperError
+from esper.services.tezzeret.job import CompileJob, CompileResult
+
+__all__ = ["DEFAULT_LEASE_S", "DEFAULT_MAX_ATTEMPTS", "Backoff", "Claim", "JobQueue", "QueueUnavailableError"]
+
+#: A job whose worker has not been heard of for so long is given to another.
+DEFAULT_LEASE_S: Final = 60.0
+#: A job that ended so many workers, or so many attempts, is INVALID.
+DEFAULT_MAX_ATTEMPTS: Final = 3
+
+
+class QueueUnavailableError(EsperError, ConnectionError):
+    """The queue did not answer, or refused us. May pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job that is ours for the length of a lease.
+
+    Attributes:
+        job: What to do.
+        attempt: 1 for a job that was never handed out before.
+        token: The queue's own name for it.
+        trace_id: Of the request that it came from.
+    """
+
+    job: CompileJob
+    attempt: int
+    token: str
+    trace_id: str
+
+
+class JobQueue(Protocol):
+    """A source of jobs that several workers share. Every coroutine may raise :class:`QueueUnavailableError`.
+
+    A job is handed out to one worker at a time. Whoever stops renewing loses it to another, so a job may be done twice,
+    but never gets lost; publishing an artifact twice changes nothing.
+    """
+
+    @property
+    def url(self) -> str:
+        """Where the queue is, for messages; without credentials."""
+
+    async def claim(self, wait_s: float) -> Claim | None:
+        """The next job, or None when there is none within about ``wait_s`` seconds."""
+
+    async def renew(self, claim: Claim) -> bool:
+        """Start the lease anew; False when the job is no longer ours."""
+
+    async def finish(self, claim: Claim, result: CompileResult) -> bool:
+        """Announce the result and take the job out of the queue; False when it was no longer ours to finish."""
+
+    async def retry(self, claim: Claim, log: str, delay_s: float) -> None:
+        """Let it be tried again, by anyone, after ``delay_s``; this attempt counts."""
+
+    async def hand_back(self, claim: Claim) -> None:
+        """Let another have it at once; this attempt does not count, where the queue can help it."""
+
+    async def close(self) -> None:
+        """Let go of connections; jobs that were not handed back come free when their lease runs out."""
+
+
+class Backoff:
+    """Pauses that double from ``first_s`` to ``longest_s``, each drawn at random from its upper half.
+
+    So workers that lost one server do not all come back in the same moment.
+    """
+
+    def __init__(self, first_s: float, longest_s: float) -> None:
+        self._first_s, self._longest_s = first_s, longest_s
+        self._random = random.Random()
+        self._failures = 0
+
+    def next(self) -> float:
+        """Seconds to wait after one more failure."""
+        pause = min(self._longest_s, self._first_s * 2.0 ** min(self._failures, 32))
+        self._failures += 1
+        return self._random.uniform(pause / 2, pause)
+
+    def reset(self) -> None:
+        """It worked."""
+        self._failures = 0

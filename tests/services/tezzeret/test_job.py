@@ -1,0 +1,88 @@
+"""Jobs and results as data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from esper.services.tezzeret.job import MAX_LOG_CHARS, CompileJob, CompileResult, JobError, JobStatus
+
+BLUEPRINT = {"schema": 1, "nodes": []}
+
+
+def job(**changes) -> CompileJob:
+    return CompileJob(**{"blueprint": BLUEPRINT, "d_in": 6, "d_out": 4, **changes})
+
+
+def result(**changes) -> CompileResult:
+    return CompileResult(**{"job_id": "j", "status": "COMPILED", "artifact_id": "a", "blueprint_hash": "b", **changes})
+
+
+def test_round_trips():
+    sent = job(seed=3, architectures=["sm_80", "sm_90"], tags=["small"], dtype="bfloat16", pipeline="standard")
+    assert CompileJob.from_payload(json.loads(json.dumps(sent.to_payload()))) == sent
+    done = result(log="fine", attempts=2)
+    assert done.status is JobStatus.COMPILED
+    assert CompileResult.from_payload(json.loads(json.dumps(done.to_payload()))) == done
+
+
+def test_defaults_and_names():
+    read = CompileJob.from_payload({"job_id": "x", "blueprint": {}, "d_in": 1, "d_out": 2})
+    assert (read.seed, read.dtype, read.pipeline, read.architectures, read.tags) == (0, "float32", "fast", (), ())
+    assert job().job_id != job().job_id
+
+
+def test_of_a_log_the_end_is_kept():
+    assert result(log="a" * MAX_LOG_CHARS + "end").log.endswith("aend")
+    assert len(result(log="a" * 3 * MAX_LOG_CHARS).log) == MAX_LOG_CHARS
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"blueprint": "lowrank"}, "job.blueprint is a str; need an object"),
+        ({"d_in": "6"}, "job.d_in is '6'"),
+        ({"d_in": True}, "job.d_in is True"),
+        ({"d_out": -1}, "job.d_out is -1"),
+        ({"seed": 1 << 63}, "job.seed"),
+        ({"dtype": ""}, "job.dtype is ''"),
+        ({"pipeline": 1}, "job.pipeline is 1"),
+        ({"job_id": "a\x1b[2J"}, "job.job_id"),
+        ({"architectures": "sm_90"}, "job.architectures is 'sm_90'; need a list"),
+        ({"architectures": [90]}, "job.architectures is 90"),
+        ({"tags": ["x"] * 33}, "at most 32"),
+    ],
+)
+def test_refused_jobs(changes, said):
+    with pytest.raises(JobError, match=said):
+        job(**changes)
+    with pytest.raises(JobError, match=said):
+        CompileJob.from_payload({**job().to_payload(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"status": "fine"}, "result.status is 'fine'; known: COMPILED, INVALID"),
+        ({"status": "INVALID"}, "contradicts itself"),
+        ({"artifact_id": None}, "contradicts itself"),
+        ({"attempts": "1"}, "result.attempts is '1'"),
+        ({"log": None}, "result.log is a NoneType"),
+        ({"job_id": None}, "result.job_id is None"),
+    ],
+)
+def test_refused_results(changes, said):
+    with pytest.raises(JobError, match=said):
+        CompileResult.from_payload({**result().to_payload(), **changes})
+
+
+def test_fields():
+    with pytest.raises(JobError, match="the job lacks d_in, job_id"):
+        CompileJob.from_payload({"blueprint": {}, "d_out": 1})
+    with pytest.raises(JobError, match="the job has unknown fields: command"):
+        CompileJob.from_payload({**job().to_payload(), "command": "rm"})
+    with pytest.raises(JobError, match="an object, not list"):
+        CompileJob.from_payload([])
+    with pytest.raises(JobError, match="the result lacks log"):
+        CompileResult.from_payload({key: value for key, value in result().to_payload().items() if key != "log"})
