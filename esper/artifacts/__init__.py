@@ -4,9 +4,11 @@ Between the blueprints and contracts below and execution and services above: bot
 import the other.
 """
 
-from esper.artifacts.artifact import Artifact
+from esper.artifacts.artifact import Artifact, Binary
 from esper.artifacts.file_registry import FileRegistry
+from esper.artifacts.keyring import KeyRing
+from esper.artifacts.keys import PublicKey, SigningKey
 from esper.artifacts.locate import open_registry
 from esper.artifacts.pack import pack
 
-__all__ = ["Artifact", "FileRegistry", "open_registry", "pack"]
+__all__ = ["Artifact", "Binary", "FileRegistry", "KeyRing", "PublicKey", "SigningKey", "open_registry", "pack"]

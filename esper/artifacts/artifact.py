@@ -1,7 +1,9 @@
 """An artifact opened: every claim checked against the bytes, then the tensors handed out without a copy.
 
-Order of the checks: size, outer form, manifest, hashes, blueprint, tensors against what the blueprint needs, finite
-values. No tensor is handed out, and nothing is computed from one, before its hash agreed.
+Order of the checks: size, outer form, signatures, manifest, hashes, blueprint, tensors against what the blueprint
+needs, finite values. No tensor or binary is handed out, and nothing is computed from one, before its hash agreed.
+
+PyTorch is loaded when the first artifact is opened, not with this module: much that reads artifacts never opens one.
 """
 
 from __future__ import annotations
@@ -9,15 +11,25 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import torch
-
+from esper.artifacts.head import (
+    DEFAULT_MAX_BYTES,
+    check_declared,
+    hash_file,
+    manifest_text,
+    read_bytes,
+    read_manifest,
+    same_names,
+    signatures_of,
+)
+from esper.artifacts.keyring import KeyRing, TrustedKeys
 from esper.artifacts.text import describe_manifest
+from esper.artifacts.trust import SignatureCheck, check_signatures, decide, resolve_policy, why_untrusted
 from esper.blueprints.canonical import blueprint_hash
 from esper.blueprints.families import Family, match
 from esper.blueprints.ir import Blueprint, from_json
@@ -26,14 +38,30 @@ from esper.contracts import container
 from esper.contracts.container import Container
 from esper.contracts.errors import ArtifactError, BlueprintError
 from esper.contracts.ids import ArtifactId, kernel_id
-from esper.contracts.manifest import METADATA_KEY, Manifest
+from esper.contracts.manifest import BinaryEntry, Manifest
 
-__all__ = ["DEFAULT_MAX_BYTES", "Artifact", "hash_file", "read_bytes", "read_manifest"]
+if TYPE_CHECKING:
+    import torch
 
-#: Largest file opened unless told otherwise: 1 GiB.
-DEFAULT_MAX_BYTES: Final = 1 << 30
+__all__ = ["DEFAULT_MAX_BYTES", "Artifact", "Binary", "hash_file", "read_bytes", "read_manifest"]
+
 #: Elements looked at in one call: too few for torch to spread over the cores, which belong to the training.
 _PIECE: Final = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """A GPU binary that a trusted key vouches for.
+
+    Attributes:
+        name: Of its tensor in the file.
+        entry: What the manifest says about it.
+        data: Its bytes, a read-only view of the file's; not aligned to anything.
+    """
+
+    name: str
+    entry: BinaryEntry
+    data: memoryview
 
 
 class Artifact:
@@ -45,12 +73,23 @@ class Artifact:
         resolved: The blueprint at the artifact's ``d_in`` and ``d_out``: widths and tensor shapes.
         sha256: SHA-256 of the file, 64 hex digits.
         nbytes: Length of the file in bytes.
+        signatures: Every signature in the file and what became of it.
+        trusted: Whether a trusted key signed it.
     """
 
-    def __init__(self, data: bytes | bytearray, held: Container, manifest: Manifest, sha256: str) -> None:
+    def __init__(
+        self,
+        data: bytes | bytearray,
+        held: Container,
+        manifest: Manifest,
+        sha256: str,
+        signatures: Sequence[SignatureCheck] = (),
+    ) -> None:
         self._data = data
         self._container = held
-        self.manifest = manifest
+        self.signatures = tuple(signatures)
+        self.trusted = any(check.trusted for check in self.signatures)
+        self.manifest = manifest if self.trusted else _with_note(manifest, self.signatures)
         self.sha256 = sha256
         self.nbytes = held.size
         self.blueprint, self.resolved = _check_blueprint(manifest)
@@ -60,35 +99,47 @@ class Artifact:
     def open(
         cls,
         source: str | os.PathLike[str] | bytes | bytearray | memoryview,
-        trusted_keys: Collection[str] | None = None,
+        trusted_keys: TrustedKeys = None,
         *,
+        policy: str | None = None,
         max_bytes: int = DEFAULT_MAX_BYTES,
     ) -> Artifact:
         """Read and verify an artifact; nothing in it is ever executed, imported or unpickled.
 
         Args:
             source: A path, or the file's bytes.
-            trusted_keys: Keys whose GPU binaries may be used. This version reads no artifact that carries binaries, so
-                there is nothing for a key to allow; weights and blueprint never need one, their hashes vouch for them.
+            trusted_keys: Keys whose GPU binaries may be used: a :class:`~esper.artifacts.KeyRing`, keys, or paths and
+                texts as :meth:`KeyRing.load <esper.artifacts.KeyRing.load>` takes them. None means
+                ``ESPER_TRUSTED_KEYS``, read only if there is a signature to check.
+            policy: ``standard``: weights and blueprint are vouched for by their hashes, binaries that no trusted key
+                signed are ignored, with the reason in :attr:`notes`. ``strict``: an artifact that no trusted key
+                signed is refused. None means ``ESPER_TRUST_POLICY``, else ``standard``.
             max_bytes: Largest file accepted; checked before anything is read.
 
         Returns:
             The artifact. Peak memory is at most twice the file's size (once, when opened from a path).
 
         Raises:
-            ArtifactError: whatever the bytes, if they are not a sound artifact; the message says what was found.
+            ArtifactError: whatever the bytes, if they are not a sound artifact; the message says what was found. A
+                signature that names a trusted key and does not verify is always one.
+            TrustError: the trusted keys or the policy, not the artifact, are at fault.
         """
-        del trusted_keys
         if isinstance(source, bytes):
-            return cls._verify(source, "the artifact", max_bytes)
+            return cls._verify(source, "the artifact", max_bytes, trusted_keys, policy)
         if isinstance(source, (bytearray, memoryview)):
             # The caller could still change these after the check.
-            return cls._verify(bytes(source), "the artifact", max_bytes)
-        return cls._verify(read_bytes(Path(source), max_bytes), str(source), max_bytes)
+            return cls._verify(bytes(source), "the artifact", max_bytes, trusted_keys, policy)
+        return cls._verify(read_bytes(Path(source), max_bytes), str(source), max_bytes, trusted_keys, policy)
 
     @classmethod
     def adopt(
-        cls, data: bytes | bytearray, *, sha256: str | None = None, max_bytes: int = DEFAULT_MAX_BYTES
+        cls,
+        data: bytes | bytearray,
+        *,
+        sha256: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        trusted_keys: TrustedKeys = None,
+        policy: str | None = None,
     ) -> Artifact:
         """As :meth:`open`, for bytes that the caller gives away: of a bytearray the tensors are views, without a copy.
 
@@ -96,26 +147,37 @@ class Artifact:
             data: The file's bytes; nobody else may write to them.
             sha256: Their SHA-256 where the caller has just computed it.
             max_bytes: Largest file accepted.
+            trusted_keys: As for :meth:`open`.
+            policy: As for :meth:`open`.
         """
-        return cls._verify(data, "the artifact", max_bytes, sha256)
+        return cls._verify(data, "the artifact", max_bytes, trusted_keys, policy, sha256)
 
     @classmethod
-    def _verify(cls, data: bytes | bytearray, what: str, max_bytes: int, sha256: str | None = None) -> Artifact:
+    def _verify(
+        cls,
+        data: bytes | bytearray,
+        what: str,
+        max_bytes: int,
+        trusted_keys: TrustedKeys,
+        policy: str | None,
+        sha256: str | None = None,
+    ) -> Artifact:
+        policy = resolve_policy(policy)
         try:
             if len(data) > max_bytes:
                 raise ArtifactError(f"{len(data)} bytes are more than the limit of {max_bytes}")
-            held = container.parse(memoryview(data), len(data))
-            manifest = _manifest(held)
-            _check_declared(held, manifest)
             view = memoryview(data)
-            for name, span in held.tensors.items():
-                found = hashlib.sha256(view[span.begin : span.end]).hexdigest()
-                declared = manifest.tensors[name].sha256
-                if found != declared:
-                    raise ArtifactError(
-                        f"tensor {name!a}: SHA-256 is {found}, the manifest says {declared}: the file was altered"
-                    )
-            artifact = cls(data, held, manifest, sha256 or hashlib.sha256(view).hexdigest())
+            held = container.parse(view, len(data))
+            text = manifest_text(held)
+            signatures = signatures_of(held)
+            # Nobody pays for reading keys where there is nothing to check with them.
+            keys = KeyRing.of(trusted_keys) if signatures else KeyRing()
+            checks = check_signatures(text, signatures, keys)
+            decide(checks, policy)
+            manifest = Manifest.from_json(text)
+            check_declared(held, manifest)
+            _check_hashes(view, held, manifest)
+            artifact = cls(data, held, manifest, sha256 or hashlib.sha256(view).hexdigest(), checks)
             artifact._check_finite()
         except ArtifactError as error:
             raise ArtifactError(f"{what}: {error}") from None
@@ -152,6 +214,8 @@ class Artifact:
 
         All calls give views of the same memory: copy before writing.
         """
+        import torch
+
         data = self._writable
         return {
             name: torch.frombuffer(
@@ -160,8 +224,25 @@ class Artifact:
                 count=(span.end - span.begin) // container.ITEMSIZES[span.dtype],
                 offset=span.begin,
             ).view(span.shape)
-            for name, span in self._container.tensors.items()
+            for name, span in ((name, self._container.tensors[name]) for name in self.manifest.tensors)
         }
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was passed over and why: GPU binaries that no trusted key signed."""
+        return self.manifest.notes
+
+    @property
+    def binaries(self) -> tuple[Binary, ...]:
+        """The GPU binaries, by name; none unless a trusted key signed the artifact (:attr:`notes` says why)."""
+        if not self.trusted:
+            return ()
+        view = memoryview(self._data).toreadonly()
+        spans = self._container.tensors
+        return tuple(
+            Binary(name, entry, view[spans[name].begin : spans[name].end])
+            for name, entry in sorted(self.manifest.binaries.items())
+        )
 
     @cached_property
     def _writable(self) -> bytearray:
@@ -171,6 +252,8 @@ class Artifact:
         return self._data
 
     def _check_finite(self) -> None:
+        import torch
+
         for name, tensor in self.tensors().items():
             for piece in torch.split(tensor.view(-1), _PIECE):
                 # aminmax passes NaN on and allocates nothing, where isfinite would make a mask of every tensor.
@@ -182,91 +265,25 @@ class Artifact:
         return f"Artifact({self.artifact_id}, {describe_manifest(self.manifest)})"
 
 
-def read_bytes(path: Path, max_bytes: int) -> bytearray:
-    """A regular file's bytes, its size checked first.
-
-    Raises:
-        ArtifactError: if it is missing, not a regular file, larger than ``max_bytes``, or changing under the reader.
-    """
-    try:
-        # Non-blocking, so that a pipe in the place of a file cannot hang the reader before it is recognised.
-        with open(
-            path, "rb", buffering=0, opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-        ) as file:
-            size = _regular_size(file.fileno(), path, max_bytes)
-            data = bytearray(size)
-            view, got = memoryview(data), 0
-            while got < size and (step := file.readinto(view[got:])):
-                got += step
-            if got < size or file.read(1):
-                raise ArtifactError(f"{path}: its size changed while it was read")
-            return data
-    except (OSError, ValueError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+def _with_note(manifest: Manifest, signatures: Sequence[SignatureCheck]) -> Manifest:
+    """The manifest with a note on the binaries that nobody trusted vouches for; what it declares stays on record."""
+    if not manifest.binaries:
+        return manifest
+    count = len(manifest.binaries)
+    note = f"{count} GPU {'binary is' if count == 1 else 'binaries are'} ignored: {why_untrusted(signatures)}"
+    return replace(manifest, notes=(*manifest.notes, note))
 
 
-def read_manifest(path: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> tuple[Manifest, int]:
-    """The manifest of a file and the file's size, without reading a weight; only the header is checked.
-
-    Raises:
-        ArtifactError: if the header or the manifest is not sound.
-    """
-    try:
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
-            size = _regular_size(file.fileno(), path, max_bytes)
-            prefix = file.read(8)
-            head = prefix + file.read(container.header_size(prefix, size))
-        held = container.parse(head, size)
-        manifest = _manifest(held)
-        _check_declared(held, manifest)
-    except ArtifactError as error:
-        raise ArtifactError(f"{path}: {error}") from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    return manifest, size
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits, read piece by piece.
-
-    Raises:
-        ArtifactError: if it cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _regular_size(descriptor: int, path: Path, max_bytes: int) -> int:
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
-        raise ArtifactError(f"{path}: not a regular file")
-    if found.st_size > max_bytes:
-        raise ArtifactError(f"{path}: {found.st_size} bytes are more than the limit of {max_bytes}")
-    return found.st_size
-
-
-def _manifest(held: Container) -> Manifest:
-    text = held.metadata.get(METADATA_KEY)
-    if text is None:
-        raise ArtifactError(f"a safetensors file, but no artifact: its metadata has no {METADATA_KEY!r}")
-    return Manifest.from_json(text)
-
-
-def _check_declared(held: Container, manifest: Manifest) -> None:
-    """The manifest and the header describe the same tensors."""
-    _same_names(held.tensors, manifest.tensors, "in the file", "in the manifest")
-    for name, entry in manifest.tensors.items():
-        span = held.tensors[name]
-        if entry.shape != span.shape or entry.dtype != span.dtype:
-            raise ArtifactError(
-                f"tensor {name!a}: the header says {span.dtype} {list(span.shape)}, "
-                f"the manifest {entry.dtype} {list(entry.shape)}"
-            )
+def _check_hashes(view: memoryview, held: Container, manifest: Manifest) -> None:
+    """Every tensor and binary has the SHA-256 that the manifest says, trusted or not."""
+    for kind, entries in (("tensor", manifest.tensors), ("binary", manifest.binaries)):
+        for name, entry in entries.items():
+            span = held.tensors[name]
+            found = hashlib.sha256(view[span.begin : span.end]).hexdigest()
+            if found != entry.sha256:
+                raise ArtifactError(
+                    f"{kind} {name!a}: SHA-256 is {found}, the manifest says {entry.sha256}: the file was altered"
+                )
 
 
 def _check_blueprint(manifest: Manifest) -> tuple[Blueprint, Resolved]:
@@ -282,7 +299,7 @@ def _check_blueprint(manifest: Manifest) -> tuple[Blueprint, Resolved]:
 
 def _check_needed(resolved: Resolved, manifest: Manifest) -> None:
     """The tensors are those the blueprint needs at these sizes, no more and no fewer."""
-    _same_names(manifest.tensors, resolved.tensors, "in the file", "in the blueprint")
+    same_names(manifest.tensors, resolved.tensors, "in the file", "in the blueprint")
     for name, shape in resolved.tensors.items():
         found = manifest.tensors[name].shape
         if found != shape:
@@ -290,9 +307,3 @@ def _check_needed(resolved: Resolved, manifest: Manifest) -> None:
                 f"tensor {name!a} has shape {list(found)}; the blueprint needs {list(shape)} "
                 f"with d_in={manifest.d_in}, d_out={manifest.d_out}"
             )
-
-
-def _same_names(a: Mapping[str, object], b: Mapping[str, object], in_a: str, in_b: str) -> None:
-    for extra, here, there in ((a.keys() - b.keys(), in_a, in_b), (b.keys() - a.keys(), in_b, in_a)):
-        if extra:
-            raise ArtifactError(f"tensor {min(extra)!a} is {here} but not {there}")

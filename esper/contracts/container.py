@@ -16,18 +16,35 @@ from typing import Any, Final
 from esper.contracts import strict_json
 from esper.contracts.errors import ArtifactError
 
-__all__ = ["DTYPES", "ITEMSIZES", "MAX_HEADER_BYTES", "Container", "TensorSpan", "build", "header_size", "parse"]
+__all__ = [
+    "BINARY_DTYPE",
+    "BINARY_PREFIX",
+    "DTYPES",
+    "ITEMSIZES",
+    "MAX_HEADER_BYTES",
+    "Container",
+    "TensorSpan",
+    "build",
+    "header_size",
+    "parse",
+    "with_metadata",
+]
 
-#: The format's dtype codes that an artifact may contain: name in torch, bytes per element.
+#: The format's dtype codes that weights may have: name in torch, bytes per element.
 DTYPES: Final[Mapping[str, tuple[str, int]]] = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
     "F16": ("float16", 2),
     "BF16": ("bfloat16", 2),
 }
-_CODES: Final = {name: code for code, (name, _) in DTYPES.items()}
+#: Names of GPU binaries begin with this; they, and nothing else, are bytes without a type.
+BINARY_PREFIX: Final = "gpu/"
+BINARY_DTYPE: Final = "uint8"
+_BINARY_CODE: Final = "U8"
 #: Bytes per element by torch's name.
 ITEMSIZES: Final[Mapping[str, int]] = dict(DTYPES.values())
+_BINARY_DTYPES: Final[Mapping[str, tuple[str, int]]] = {_BINARY_CODE: (BINARY_DTYPE, 1)}
+_CODES: Final = {name: code for code, (name, _) in {**DTYPES, **_BINARY_DTYPES}.items()}
 
 MAX_HEADER_BYTES: Final = 1 << 20
 MAX_TENSORS: Final = 512
@@ -90,12 +107,12 @@ def parse(head: bytes | bytearray | memoryview, total: int) -> Container:
         ArtifactError: with the first thing found wrong.
     """
     length = header_size(bytes(head[:_PREFIX]), total)
-    text = bytes(head[_PREFIX : _PREFIX + length])
-    if len(text) < length:
-        raise ArtifactError(f"the header has {len(text)} of its {length} bytes: the file is truncated")
-    if text[:1] != b"{":
+    raw = memoryview(head)[_PREFIX : _PREFIX + length]
+    if len(raw) < length:
+        raise ArtifactError(f"the header has {len(raw)} of its {length} bytes: the file is truncated")
+    if raw[0] != ord("{"):
         raise ArtifactError("the header does not begin with '{': not a safetensors file")
-    header = strict_json.loads(text, what="the header", max_bytes=MAX_HEADER_BYTES)
+    header = strict_json.loads(_ascii(raw), what="the header", max_bytes=MAX_HEADER_BYTES)
     if not isinstance(header, dict):
         raise ArtifactError("the header is not a JSON object")
     metadata = _metadata(header.pop("__metadata__", {}))
@@ -112,27 +129,63 @@ def build(metadata: Mapping[str, str], tensors: Mapping[str, tuple[str, tuple[in
 
     Args:
         metadata: Text by key.
-        tensors: ``(dtype by torch's name, shape, little-endian row-major bytes)`` by name.
+        tensors: ``(dtype by torch's name, shape, little-endian row-major bytes)`` by name; GPU binaries, named
+            ``gpu/...``, have dtype ``uint8``.
 
     Raises:
         ArtifactError: if the result would not pass :func:`parse`.
     """
     for name, (dtype, _, _) in tensors.items():
-        if dtype not in _CODES:
-            raise ArtifactError(f"tensor {name!a}: dtype {dtype} cannot be stored; possible: {', '.join(_CODES)}")
+        possible = (BINARY_DTYPE,) if name.startswith(BINARY_PREFIX) else ITEMSIZES
+        if dtype not in possible:
+            raise ArtifactError(f"tensor {name!a}: dtype {dtype} cannot be stored; possible: {', '.join(possible)}")
     # Wide elements first: every tensor then starts at a multiple of its element size without padding between them.
-    order = sorted(tensors, key=lambda name: (-ITEMSIZES[tensors[name][0]], name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
+    order = sorted(tensors, key=lambda name: (-ITEMSIZES.get(tensors[name][0], 1), name))
+    spans, offset = {}, 0
     for name in order:
         dtype, shape, data = tensors[name]
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + len(data)]}
+        spans[name] = TensorSpan(dtype, shape, offset, offset + len(data))
         offset += len(data)
+    return b"".join([_head(metadata, spans, offset), *(tensors[name][2] for name in order)])
+
+
+def with_metadata(data: bytes | bytearray | memoryview, metadata: Mapping[str, str]) -> bytes:
+    """The same tensors, byte for byte, under other metadata.
+
+    Raises:
+        ArtifactError: if ``data`` does not pass :func:`parse`, or the result would not.
+    """
+    held = parse(data, len(data))
+    spans = {
+        name: TensorSpan(span.dtype, span.shape, span.begin - held.data_begin, span.end - held.data_begin)
+        for name, span in held.tensors.items()
+    }
+    body = memoryview(data)[held.data_begin :]
+    return b"".join([_head(metadata, spans, len(body)), body])
+
+
+def _head(metadata: Mapping[str, str], spans: Mapping[str, TensorSpan], data_size: int) -> bytes:
+    """Length and header of a file whose data these spans, counted from its first byte, describe."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for name, span in spans.items():
+        header[name] = {
+            "dtype": _CODES[span.dtype],
+            "shape": list(span.shape),
+            "data_offsets": [span.begin, span.end],
+        }
     text = strict_json.canonical(header).encode("ascii")
     text += b" " * (-(_PREFIX + len(text)) % _ALIGN)
     head = len(text).to_bytes(_PREFIX, "little") + text
-    parse(head, len(head) + offset)
-    return b"".join([head, *(tensors[name][2] for name in order)])
+    parse(head, len(head) + data_size)
+    return head
+
+
+def _ascii(raw: memoryview) -> str:
+    """The header as text. :func:`build` escapes what is not ASCII, and ASCII takes one byte a character in memory."""
+    try:
+        return str(raw, "ascii")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"the header is not ASCII: {error.reason} at byte {error.start}") from None
 
 
 def _metadata(value: Any) -> dict[str, str]:
@@ -151,9 +204,10 @@ def _tensor(name: str, entry: Any, data_begin: int, total: int) -> TensorSpan:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ArtifactError(f"{where}: expected an object with exactly dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in DTYPES:
-        raise ArtifactError(f"{where}: dtype {code!a:.40} is not one of {', '.join(DTYPES)}")
-    dtype, itemsize = DTYPES[code]
+    possible = _BINARY_DTYPES if name.startswith(BINARY_PREFIX) else DTYPES
+    if not isinstance(code, str) or code not in possible:
+        raise ArtifactError(f"{where}: dtype {code!a:.40} is not one of {', '.join(possible)}")
+    dtype, itemsize = possible[code]
     if not isinstance(shape, list) or len(shape) > MAX_DIMS:
         raise ArtifactError(f"{where}: shape must be a list of at most {MAX_DIMS} sizes")
     if any(type(size) is not int or not 1 <= size <= MAX_DIM for size in shape):

@@ -1,8 +1,8 @@
 """The manifest: what an artifact says about itself, as JSON in the file's metadata.
 
 Everything in it is a claim until :mod:`esper.artifacts` has checked it against the bytes and the blueprint. Reading is
-strict: exactly the keys below, each of its type. Keys that a later version defines are treated as :data:`RESERVED`
-says.
+strict: exactly the keys below, each of its type. ``binaries`` alone may be missing, and is where there are none: an
+artifact without GPU binaries is the same file whether or not its writer knows of them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from esper.contracts import strict_json
+from esper.contracts.binary_entry import BinaryEntry, read_binaries, target_of
 from esper.contracts.container import DTYPES
 from esper.contracts.errors import ArtifactError
-from esper.contracts.ids import check_sha256
+from esper.contracts.fields import integer, mapping, sha256, text_map, word
 
-__all__ = ["FORMAT_VERSION", "METADATA_KEY", "Manifest", "TensorEntry"]
+__all__ = ["FORMAT_VERSION", "METADATA_KEY", "BinaryEntry", "Manifest", "TensorEntry"]
 
 FORMAT_VERSION: Final = 1
 KNOWN_VERSIONS: Final = (1,)
@@ -25,12 +26,6 @@ KNOWN_VERSIONS: Final = (1,)
 METADATA_KEY: Final = "esper.manifest"
 MAX_BYTES: Final = 1 << 19
 MAX_SIZE: Final = 1 << 20
-
-#: Keys that this version knows by name only: either a note on record, or a refusal, never a guess.
-RESERVED: Final[Mapping[str, tuple[bool, str]]] = {
-    "signatures": (True, "signatures are not checked by this version; the hashes are"),
-    "binaries": (False, "it carries GPU binaries, which this version cannot check; compile it with pipeline='fast'"),
-}
 
 _DTYPE_NAMES: Final = tuple(name for name, _ in DTYPES.values())
 _TARGET: Final = re.compile(r"[a-z0-9_]{1,32}")
@@ -58,13 +53,14 @@ class Manifest:
         d_in: Features the sub-network reads.
         d_out: Features it changes.
         family: Name of the fused family that runs it, or ``graph``.
-        target: What it was built for; ``any`` without GPU binaries.
+        target: What it was built for: ``any`` without GPU binaries, else their architectures, such as ``sm_80_sm_90``.
         pipeline: The pipeline that built it.
         seed: Seed of the initial weights.
-        tensors: Every tensor in the file, by name.
+        tensors: Every weight in the file, by name.
         tools: Versions of what built it, by name.
         provenance: Free text by key: who, from what, why. Nothing is read from it.
-        notes: What the reader passed over and why (not in the file).
+        binaries: Every GPU binary in the file, by the name of its tensor.
+        notes: What the reader passed over and why (not in the file), such as GPU binaries that nobody trusted signed.
     """
 
     blueprint: Mapping[str, Any]
@@ -78,10 +74,12 @@ class Manifest:
     tensors: Mapping[str, TensorEntry]
     tools: Mapping[str, str]
     provenance: Mapping[str, str] = field(default_factory=dict)
+    binaries: Mapping[str, BinaryEntry] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The manifest as canonical JSON."""
+        binaries = {name: entry.to_dict() for name, entry in self.binaries.items()}
         return strict_json.canonical(
             {
                 "format": FORMAT_VERSION,
@@ -99,6 +97,7 @@ class Manifest:
                 },
                 "tools": dict(self.tools),
                 "provenance": dict(self.provenance),
+                **({"binaries": binaries} if binaries else {}),
             }
         )
 
@@ -116,61 +115,21 @@ class Manifest:
         if type(version) is not int or version not in KNOWN_VERSIONS:
             known = ", ".join(map(str, KNOWN_VERSIONS))
             raise ArtifactError(f"unknown artifact format version {version!a:.40}; this Esper knows: {known}")
-        notes = []
-        for key, (ignorable, reason) in RESERVED.items():
-            if data.pop(key, None) is None:
-                continue
-            if not ignorable:
-                raise ArtifactError(f"the artifact cannot be used: {reason}")
-            notes.append(reason)
+        binaries = read_binaries("binaries", data.pop("binaries")) if "binaries" in data else {}
         missing, unknown = sorted(_READERS.keys() - data.keys()), sorted(data.keys() - _READERS.keys())
         if missing:
             raise ArtifactError(f"the manifest has no key {missing[0]!r}")
         if unknown:
             raise ArtifactError(f"the manifest has an unknown key {unknown[0][:80]!a}; it may be of a newer Esper")
-        return cls(**{key: read(key, data[key]) for key, read in _READERS.items()}, notes=tuple(notes))
-
-
-def _object(key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ArtifactError(f"manifest: {key} is {type(value).__name__}, not an object")
-    return value
-
-
-def _text_map(key: str, value: Any) -> dict[str, str]:
-    for name, text in _object(key, value).items():
-        if not isinstance(text, str):
-            raise ArtifactError(f"manifest: {key}[{name[:40]!a}] is {type(text).__name__}, not text")
-    return dict(value)
-
-
-def _integer(low: int, high: int) -> Callable[[str, Any], int]:
-    def read(key: str, value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise ArtifactError(f"manifest: {key} is {value!a:.40}, not an integer from {low} to {high}")
-        return value
-
-    return read
-
-
-def _word(pattern: re.Pattern[str]) -> Callable[[str, Any], str]:
-    def read(key: str, value: Any) -> str:
-        if not isinstance(value, str) or not pattern.fullmatch(value):
-            raise ArtifactError(f"manifest: {key} is {value!a:.40}, which does not match {pattern.pattern}")
-        return value
-
-    return read
-
-
-def _sha256(key: str, value: Any) -> str:
-    try:
-        return check_sha256(value)
-    except ValueError as error:
-        raise ArtifactError(f"manifest: {key}: {error}") from None
+        manifest = cls(**{key: read(key, data[key]) for key, read in _READERS.items()}, binaries=binaries)
+        built_for = target_of(entry.arch for entry in binaries.values())
+        if manifest.target != built_for:
+            raise ArtifactError(f"manifest: target is {manifest.target!a}, its binaries say {built_for!a}")
+        return manifest
 
 
 def _tensors(key: str, value: Any) -> dict[str, TensorEntry]:
-    return {name: _entry(f"{key}[{name[:80]!a}]", entry) for name, entry in _object(key, value).items()}
+    return {name: _entry(f"{key}[{name[:80]!a}]", entry) for name, entry in mapping(key, value).items()}
 
 
 def _entry(where: str, value: Any) -> TensorEntry:
@@ -181,19 +140,19 @@ def _entry(where: str, value: Any) -> TensorEntry:
         raise ArtifactError(f"manifest: {where}: shape must be a list of integers")
     if not isinstance(dtype, str) or dtype not in _DTYPE_NAMES:
         raise ArtifactError(f"manifest: {where}: dtype {dtype!a:.40} is not one of {', '.join(_DTYPE_NAMES)}")
-    return TensorEntry(tuple(shape), dtype, _sha256(where, value["sha256"]))
+    return TensorEntry(tuple(shape), dtype, sha256(where, value["sha256"]))
 
 
 _READERS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
-    "blueprint": _object,
-    "blueprint_hash": _sha256,
-    "d_in": _integer(1, MAX_SIZE),
-    "d_out": _integer(1, MAX_SIZE),
-    "family": _word(_FAMILY),
-    "target": _word(_TARGET),
-    "pipeline": _word(_PIPELINE),
-    "seed": _integer(-(1 << 63), (1 << 63) - 1),
+    "blueprint": mapping,
+    "blueprint_hash": sha256,
+    "d_in": integer(1, MAX_SIZE),
+    "d_out": integer(1, MAX_SIZE),
+    "family": word(_FAMILY),
+    "target": word(_TARGET),
+    "pipeline": word(_PIPELINE),
+    "seed": integer(-(1 << 63), (1 << 63) - 1),
     "tensors": _tensors,
-    "tools": _text_map,
-    "provenance": _text_map,
+    "tools": text_map,
+    "provenance": text_map,
 }

@@ -89,7 +89,8 @@ def test_too_short_for_a_length(prefix):
         (file([1]), "does not begin with"),
         (file(b"  {}", raw=True), "does not begin with"),
         (file(b"\x80\x04K\x01.", raw=True), "does not begin with"),  # a pickle
-        (file(b"{\xff}", raw=True), "not UTF-8"),
+        (file(b"{\xff}", raw=True), "not ASCII"),
+        (file('{"ä":1}'.encode(), raw=True), "not ASCII"),
         (file(b'{"a":1,"a":2}', raw=True), "duplicate key"),
         (file({"__metadata__": [1]}), "__metadata__ is not"),
         (file({"__metadata__": {"a": 1}}), "int, not text"),

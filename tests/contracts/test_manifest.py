@@ -1,4 +1,4 @@
-"""The manifest: strict reading, canonical writing, reserved keys."""
+"""The manifest: strict reading, canonical writing, the table of GPU binaries."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper.contracts.binary_entry import target_of
 from esper.contracts.errors import ArtifactError
-from esper.contracts.manifest import Manifest, TensorEntry
+from esper.contracts.manifest import BinaryEntry, Manifest, TensorEntry
 
 
 def manifest(**changes: object) -> Manifest:
@@ -94,11 +95,145 @@ def test_unknown_keys_are_refused():
         Manifest.from_json(edited(surprise=1))
 
 
-def test_binaries_are_refused_and_signatures_passed_over_with_a_note():
-    with pytest.raises(ArtifactError, match="GPU binaries"):
-        Manifest.from_json(edited(binaries={"sm_90": "x"}))
-    read = Manifest.from_json(edited(signatures=[{"key": "x"}]))
-    assert read.notes == ("signatures are not checked by this version; the hashes are",)
+def binary(**changes: object) -> BinaryEntry:
+    facts = {
+        "arch": "sm_90",
+        "dtype": "bf16",
+        "direction": "forward",
+        "kernel": "bank_kernel",
+        "symbol": "bank_kernel",
+        "signature": (("x", "*bf16"), ("n", "i32"), ("scale", "fp32")),
+        "constants": {"BLOCK": 64, "EXACT": True, "EPS": 1e-5, "ACTIVATION": "gelu", "NOTHING": None},
+        "num_warps": 4,
+        "shared": 4096,
+        "registers": 96,
+        "spills": 0,
+        "tools": {"triton": "3.9.0", "ptxas": "13.0.88"},
+        "sha256": "ef" * 32,
+        "size": 10_000,
+    }
+    return BinaryEntry(**{**facts, **changes})
+
+
+NAME = "gpu/sm_90/bf16/forward"
+
+
+def with_binary(**changes: object) -> str:
+    """The JSON of a manifest with one binary, whose keys are replaced, or removed where the value is ``...``."""
+    data = json.loads(manifest(target="sm_90", binaries={NAME: binary()}).to_json())
+    entry = data["binaries"][NAME] | changes
+    data["binaries"][NAME] = {key: value for key, value in entry.items() if value is not ...}
+    return json.dumps(data)
+
+
+def test_binaries_come_back_as_they_were():
+    names = {
+        NAME + "/bank_kernel": binary(),
+    }
+    names["gpu/sm_80/fp32/backward"] = binary(arch="sm_80", dtype="fp32", direction="backward", signature=())
+    given = manifest(target="sm_80_sm_90", binaries=names)
+    assert Manifest.from_json(given.to_json()) == given
+
+
+def test_without_binaries_the_manifest_has_no_such_key():
+    assert "binaries" not in json.loads(manifest().to_json())
+    with pytest.raises(ArtifactError, match="binaries has 0 entries"):
+        Manifest.from_json(edited(binaries={}))
+    for value in (None, [], "gpu", 1):
+        with pytest.raises(ArtifactError, match="binaries is .*not an object"):
+            Manifest.from_json(edited(binaries=value))
+
+
+@pytest.mark.parametrize("key", [*json.loads(with_binary())["binaries"][NAME]])
+def test_every_key_of_a_binary_is_needed(key):
+    with pytest.raises(ArtifactError, match=f"has no key '{key}'"):
+        Manifest.from_json(with_binary(**{key: ...}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("arch", "sm_9"),
+        ("arch", "sm_90/.."),
+        ("arch", 90),
+        ("dtype", "float32"),
+        ("direction", "sideways"),
+        ("kernel", "a b"),
+        ("kernel", "class"),
+        ("kernel", None),
+        ("symbol", ""),
+        ("symbol", "a\n"),
+        ("signature", {"x": "i32"}),
+        ("signature", [["x"]]),
+        ("signature", [["x", "i32", 1]]),
+        ("signature", [["x", "**i32"]]),
+        ("signature", [["x", "i32"], ["x", "i32"]]),
+        ("signature", [["x-y", "i32"]]),
+        ("signature", [[f"x{i}", "i32"] for i in range(129)]),
+        ("constants", []),
+        ("constants", {"A": [1]}),
+        ("constants", {"A": {}}),
+        ("constants", {"A b": 1}),
+        ("constants", {"A": 2**63}),
+        ("constants", {"A": "x" * 257}),
+        ("num_warps", 3),
+        ("num_warps", 64),
+        ("num_warps", True),
+        ("shared", -1),
+        ("shared", 2**21),
+        ("registers", 256),
+        ("registers", 1.0),
+        ("spills", None),
+        ("tools", {"triton": 3}),
+        ("sha256", "EF" * 32),
+        ("size", 0),
+        ("size", 2**30),
+    ],
+)
+def test_wrong_values_in_a_binary_name_the_key(key, value):
+    with pytest.raises(ArtifactError, match=key):
+        Manifest.from_json(with_binary(**{key: value}))
+
+
+def test_unknown_keys_of_a_binary_are_refused():
+    with pytest.raises(ArtifactError, match="unknown key 'surprise'"):
+        Manifest.from_json(with_binary(surprise=1))
+
+
+@pytest.mark.parametrize("change", [{"arch": "sm_80"}, {"dtype": "fp16"}, {"direction": "backward"}])
+def test_the_name_of_a_binary_agrees_with_its_entry(change):
+    with pytest.raises(ArtifactError, match=r"describes gpu/.*not a tensor of this name"):
+        Manifest.from_json(with_binary(**change))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "gpu/", "gpu/sm_90/bf16/forward/", NAME + "/other", NAME + "/bank_kernel/x", "GPU/sm_90/bf16/forward"]
+)
+def test_other_names_of_binaries(name):
+    data = json.loads(with_binary())
+    data["binaries"] = {name: data["binaries"][NAME]}
+    with pytest.raises(ArtifactError, match="not a tensor of this name"):
+        Manifest.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("target", ["any", "sm_80", "sm_90_sm_90", "sm_80_sm_90"])
+def test_the_target_agrees_with_the_binaries(target):
+    data = json.loads(with_binary()) | {"target": target}
+    with pytest.raises(ArtifactError, match="target is"):
+        Manifest.from_json(json.dumps(data))
+    with pytest.raises(ArtifactError, match="target is 'sm_90', its binaries say 'any'"):
+        Manifest.from_json(edited(target="sm_90"))
+
+
+def test_targets_are_ordered_by_number():
+    assert target_of(["sm_100", "sm_90a", "sm_80", "sm_90", "sm_80"]) == "sm_80_sm_90_sm_90a_sm_100"
+    assert target_of([]) == "any"
+
+
+def test_too_many_binaries():
+    entry = json.loads(with_binary())["binaries"][NAME]
+    with pytest.raises(ArtifactError, match="binaries has 129 entries"):
+        Manifest.from_json(edited(binaries={f"gpu/{i}": {**entry, "signature": []} for i in range(129)}))
 
 
 @pytest.mark.parametrize("text", ["[]", "1", '"x"', "null", "{", "\x00"])
@@ -118,6 +253,15 @@ _json = st.recursive(
 def test_fuzz_values(key, value):
     try:
         read = Manifest.from_json(edited(**{key: value}))
+    except ArtifactError:
+        return
+    assert Manifest.from_json(read.to_json()) == read
+
+
+@given(st.sampled_from([*json.loads(with_binary())["binaries"][NAME]]), _json)
+def test_fuzz_values_of_binaries(key, value):
+    try:
+        read = Manifest.from_json(with_binary(**{key: value}))
     except ArtifactError:
         return
     assert Manifest.from_json(read.to_json()) == read
