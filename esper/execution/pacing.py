@@ -12,9 +12,10 @@ __all__ = ["NEVER", "GraphPacer", "ProbePacer"]
 #: A step that does not come.
 NEVER = 1 << 62
 
-#: Of what the budget leaves after the fixed cost, this much is spent; the rest is for what cannot be measured from
-#: inside (caches that a probe disturbs, a noisy clock).
-HEADROOM = 0.4
+#: Of what the budget leaves after the fixed cost, this much is spent. The rest is for what cannot be measured from
+#: inside: above all that counting, which takes 0.1 us in a loop, takes 1 to 2 us after a forward that has emptied the
+#: caches (on a slow server CPU 0.3 % of a forward of 570 us); then caches that a probe disturbs, and a noisy clock.
+HEADROOM = 0.2
 #: Steps without a probe at the start, to learn what a step takes.
 _WARM_UP_STEPS = 16
 #: Assumed cost of a probe before one was measured.
