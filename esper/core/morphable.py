@@ -323,7 +323,8 @@ class MorphableModel(HostNames):
 
         ``callback(event, layer_name, seed_idx, parameters)`` gets the event "bound" or "unbound".
 
-        It runs on the thread that commits, inside :meth:`step` or :meth:`load_kernel`. Returns a function that ends it.
+        It runs on the thread that commits, inside :meth:`step` or :meth:`load_kernel`. If it raises, training goes on:
+        a seed that was to be bound stays dormant, and the reason is on record. Returns a function that ends it.
         """
         key = id(callback)
         self._growth_callbacks[key] = callback
@@ -333,8 +334,14 @@ class MorphableModel(HostNames):
         self, event: GrowthEvent, layer_name: str, seed_idx: int, parameters: dict[str, nn.Parameter]
     ) -> None:
         self._clock.due = 0
+        failure: Exception | None = None
         for callback in tuple(self._growth_callbacks.values()):
-            callback(event, layer_name, seed_idx, parameters)
+            try:
+                callback(event, layer_name, seed_idx, parameters)
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def graft_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of all awake seeds, by the names they have in :meth:`named_parameters`."""

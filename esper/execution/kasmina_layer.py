@@ -374,7 +374,12 @@ class KasminaLayer(nn.Module):
         self._artifacts[seed_idx] = kernel.artifact_id
         self._failures.pop(seed_idx, None)
         self._refresh()
-        self._announce("bound", seed_idx, self.grafts.seed_parameters(seed_idx))
+        failure = self._announce("bound", seed_idx, self.grafts.seed_parameters(seed_idx))
+        if failure is not None:
+            # Whoever was to train the new parameters may not have them: better no seed than one that never learns.
+            self.release(seed_idx, _State.DORMANT)
+            self._failures[seed_idx] = f"{kernel.artifact_id}: {failure}"
+            return False
         return True
 
     def refuse(self, seed_idx: int, reason: str, *, bad: bool) -> bool:
@@ -419,12 +424,20 @@ class KasminaLayer(nn.Module):
         if seed_idx in self.grafts.bound:
             parameters = self.grafts.seed_parameters(seed_idx)
             self.grafts.unbind(seed_idx)
-            self._artifacts.pop(seed_idx, None)
-            self._announce("unbound", seed_idx, parameters)
+            artifact = self._artifacts.pop(seed_idx, "kernel")
+            failure = self._announce("unbound", seed_idx, parameters)
+            if failure is not None:
+                self._failures[seed_idx] = f"{artifact}: {failure}"
 
-    def _announce(self, event: GrowthEvent, seed_idx: int, parameters: dict[str, nn.Parameter]) -> None:
+    def _announce(self, event: GrowthEvent, seed_idx: int, parameters: dict[str, nn.Parameter]) -> str | None:
+        """Tell all callbacks, whatever one of them does; the first error in words, for the record."""
+        failure = None
         for callback in tuple(self._growth_callbacks):
-            callback(event, self.layer_name, seed_idx, parameters)
+            try:
+                callback(event, self.layer_name, seed_idx, parameters)
+            except Exception as error:
+                failure = failure or f"a growth callback failed at {event!r}: {type(error).__name__}: {error}"
+        return failure
 
     # -- statistics --------------------------------------------------------------------------------
 

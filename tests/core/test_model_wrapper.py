@@ -4,6 +4,7 @@ names."""
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 
 import pytest
@@ -285,6 +286,39 @@ class TestMorphableModel:
         end()
         asyncio.run(model.load_kernel("0", 3, kernel))
         assert events == [("bound", "0", 2, 2), ("unbound", "0", 2, 2)]
+
+    def test_a_growth_callback_that_raises_leaves_the_seed_dormant_and_the_run_going(
+        self, model: MorphableModel, kernel: str
+    ) -> None:
+        import asyncio
+
+        events: list[str] = []
+
+        def fail(event: str, *_: object) -> None:
+            raise RuntimeError(f"no room at {event}")
+
+        end = model.on_growth(fail)
+        model.on_growth(lambda event, *_: events.append(event))
+        future = model.request_kernel("0", 1, kernel)
+        deadline = time.monotonic() + 30
+        while not future.done() and time.monotonic() < deadline:
+            model.step()
+            time.sleep(0.001)
+        assert future.result(timeout=0) is False
+        # The others were told of both; nothing of the seed is left on the path.
+        assert events == ["bound", "unbound"]
+        layer = model.layer("0")
+        assert layer.state_layout.state_of(1) is SeedLifecycleState.DORMANT
+        assert "forward" not in model.wrapped_model[0].__dict__
+        assert not model.graft_parameters()
+        assert "RuntimeError: no room at bound" in layer.get_layer_stats()["errors"][1]
+        # Culling goes through, too, and the reason is on record.
+        end()
+        assert asyncio.run(model.load_kernel("0", 1, kernel))
+        model.on_growth(fail)
+        model.cull("0", 1)
+        assert layer.state_layout.state_of(1) is SeedLifecycleState.CULLED
+        assert "no room at unbound" in layer.get_layer_stats()["errors"][1]
 
     def test_set_seed_alpha(self, model: MorphableModel) -> None:
         model.set_seed_alpha("0", 0, 7.0)
