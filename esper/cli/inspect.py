@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from esper.contracts.errors import KernelNotFoundError
-from esper.contracts.ids import ArtifactId, kernel_id, parse_artifact_id
+from esper.cli.sources import find, printable, table
+from esper.contracts.ids import ArtifactId, kernel_id
 
 if TYPE_CHECKING:
     from esper.contracts.manifest import Manifest
@@ -26,25 +24,35 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--registry", metavar="URL", help="where to look an id up (default ESPER_REGISTRY, else the user's)"
     )
+    parser.add_argument(
+        "--trusted-keys",
+        metavar="KEYS",
+        help="files, folders or ed25519:<base64>, separated by colons (default ESPER_TRUSTED_KEYS)",
+    )
     parser.add_argument("--verify", action="store_true", help="also check every hash, the blueprint and the weights")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the manifest; with ``--verify`` a bad artifact ends in an error."""
-    from esper.artifacts.artifact import Artifact, hash_file, read_manifest
+    from esper.artifacts.keyring import KeyRing
     from esper.artifacts.text import dtype_of, parameter_count
+    from esper.artifacts.trust import check_signatures
 
-    path = _locate(args.artifact, args.registry)
-    manifest, size = read_manifest(path)
-    sha256 = hash_file(path)
+    source = find(args.artifact, args.registry)
+    head = source.head()
+    manifest, sha256 = head.manifest, source.sha256()
+    keys = KeyRing.load(args.trusted_keys) if head.signatures else KeyRing()
+    checks = check_signatures(head.text, head.signatures, keys)
     if args.verify:
-        Artifact.open(path)
+        from esper.artifacts.artifact import Artifact
+
+        Artifact.adopt(source.read(), trusted_keys=keys)
     identity = str(ArtifactId.of(manifest.blueprint_hash, manifest.target, manifest.pipeline, sha256))
     facts: dict[str, Any] = {
         "artifact_id": identity,
-        "file": str(path),
-        "bytes": size,
+        "file": source.place,
+        "bytes": head.container.size,
         "sha256": sha256,
         "kernel_id": kernel_id(sha256),
         "blueprint": manifest.blueprint.get("name"),
@@ -60,32 +68,17 @@ def run(args: argparse.Namespace) -> int:
         "pipeline": manifest.pipeline,
         "tools": dict(manifest.tools),
         "provenance": dict(manifest.provenance),
-        "notes": list(manifest.notes),
+        "signatures": {check.key_id: str(check.state) for check in checks},
         "verified": bool(args.verify),
     }
     tensors = {name: {"shape": list(entry.shape), "dtype": entry.dtype} for name, entry in manifest.tensors.items()}
     if args.json:
-        print(json.dumps({**facts, "tensors": tensors, "nodes": manifest.blueprint.get("nodes")}, indent=2))
+        binaries = {name: entry.to_dict() for name, entry in manifest.binaries.items()}
+        nodes = manifest.blueprint.get("nodes")
+        print(json.dumps({**facts, "tensors": tensors, "binaries": binaries, "nodes": nodes}, indent=2))
     else:
-        print("\n".join([*_lines(facts), *_graph(manifest), *_tensors(manifest)]))
+        print("\n".join([*_lines(facts), *_graph(manifest), *_tensors(manifest), *_binaries(manifest)]))
     return 0
-
-
-def _locate(given: str, registry: str | None) -> Path:
-    """The file: the path given, or where the registry keeps the id given."""
-    from esper.artifacts import FileRegistry, open_registry
-
-    path = Path(given)
-    if path.exists():
-        return path
-    try:
-        parse_artifact_id(given)
-    except ValueError:
-        raise KernelNotFoundError(f"{given}: no such file, and not an artifact id") from None
-    client = open_registry(registry)
-    if not isinstance(client, FileRegistry):
-        raise ValueError(f"{client.url}: only file:// registries can be looked into")
-    return client.blob_path(given)
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
@@ -96,16 +89,10 @@ def _lines(facts: dict[str, Any]) -> list[str]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        return _printable(", ".join(f"{key} {item}" for key, item in value.items()))
+        return printable(", ".join(f"{key} {item}" for key, item in value.items()))
     if isinstance(value, list):
-        return _printable("; ".join(map(str, value)))
-    return ("no", "yes")[value] if isinstance(value, bool) else _printable(value)
-
-
-def _printable(value: Any) -> str:
-    """Text from an artifact as it may go to a terminal: no control characters."""
-    text = str(value)
-    return text if text.isprintable() else ascii(text)
+        return printable("; ".join(map(str, value)))
+    return ("no", "yes")[value] if isinstance(value, bool) else printable(value)
 
 
 def _graph(manifest: Manifest) -> list[str]:
@@ -124,7 +111,7 @@ def _graph(manifest: Manifest) -> list[str]:
                 " ".join(f"{key}={value}" for key, value in rest.items()),
             )
         )
-    return ["", *_table(("node", "op", "inputs", "attributes"), rows)] if rows else []
+    return ["", *table(("node", "op", "inputs", "attributes"), rows)] if rows else []
 
 
 def _tensors(manifest: Manifest) -> list[str]:
@@ -132,10 +119,13 @@ def _tensors(manifest: Manifest) -> list[str]:
         (name, entry.dtype, "x".join(map(str, entry.shape)) or "scalar", entry.sha256[:16])
         for name, entry in manifest.tensors.items()
     ]
-    return ["", *_table(("tensor", "dtype", "shape", "sha256"), rows)] if rows else []
+    return ["", *table(("tensor", "dtype", "shape", "sha256"), rows)] if rows else []
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    cells = [list(head), *([_printable(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+def _binaries(manifest: Manifest) -> list[str]:
+    rows = [
+        (name, entry.kernel, entry.size, entry.registers, entry.spills, entry.shared, entry.num_warps)
+        for name, entry in manifest.binaries.items()
+    ]
+    head = ("binary", "kernel", "bytes", "registers", "spills", "shared", "warps")
+    return ["", *table(head, rows)] if rows else []

@@ -140,7 +140,7 @@ def test_without_binaries_the_manifest_has_no_such_key():
     with pytest.raises(ArtifactError, match="binaries has 0 entries"):
         Manifest.from_json(edited(binaries={}))
     for value in (None, [], "gpu", 1):
-        with pytest.raises(ArtifactError, match="binaries is .*not an object"):
+        with pytest.raises(ArtifactError, match=r"binaries is .*not an object"):
             Manifest.from_json(edited(binaries=value))
 
 
