@@ -63,34 +63,34 @@ Kind parse(const std::string& name, const std::string& type) {
                           "'; a launch passes pointers ('*bf16'), i1 to i64, u1 to u64, fp32 and fp64");
 }
 
+// What became of an argument. Unfit is no mistake: the kernel was compiled for other values, and a caller that can compile anew
+// takes its own way.
+enum class Put { done, unfit, error };
+
+// The compiler was told that pointers are aligned so, and uses instructions that fault where they are not.
+constexpr std::uint64_t kAlignment = 16;
+
 template <typename T>
-bool put_integer(PyObject* value, void* slot, const Argument& argument) {
+Put put_integer(PyObject* value, void* slot) {
     int overflow = 0;
-    long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
-    if (number == -1 && overflow == 0 && PyErr_Occurred()) return false;
-    T stored;
-    if constexpr (sizeof(T) == 8 && !std::numeric_limits<T>::is_signed) {
-        if (overflow > 0) {
-            const unsigned long long large = PyLong_AsUnsignedLongLong(value);
-            if (large == static_cast<unsigned long long>(-1) && PyErr_Occurred()) return false;
-            stored = static_cast<T>(large);
-            std::memcpy(slot, &stored, sizeof stored);
-            return true;
+    const long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    if (number == -1 && overflow == 0 && PyErr_Occurred()) return Put::error;
+    T stored = static_cast<T>(number);
+    if (overflow != 0) {
+        if (overflow < 0 || sizeof(T) < 8 || std::numeric_limits<T>::is_signed) return Put::unfit;
+        stored = static_cast<T>(PyLong_AsUnsignedLongLong(value));
+        if (PyErr_Occurred()) {
+            PyErr_Clear();
+            return Put::unfit;
         }
-    }
-    stored = static_cast<T>(number);
-    const bool fits = overflow == 0 && (std::numeric_limits<T>::is_signed || number >= 0) &&
-                      static_cast<long long>(stored) == number;
-    if (!fits) {
-        PyErr_Format(PyExc_OverflowError, "argument '%s': %R does not fit in %s", argument.name.c_str(), value,
-                     argument.type.c_str());
-        return false;
+    } else if (static_cast<long long>(stored) != number || (!std::numeric_limits<T>::is_signed && number < 0)) {
+        return Put::unfit;
     }
     std::memcpy(slot, &stored, sizeof stored);
-    return true;
+    return Put::done;
 }
 
-bool put_pointer(PyObject* value, void* slot) {
+Put put_pointer(PyObject* value, void* slot) {
     std::uint64_t address = 0;
     if (value != Py_None) {
         PyObject* number = value;
@@ -98,44 +98,43 @@ bool put_pointer(PyObject* value, void* slot) {
             Py_INCREF(number);
         } else {
             number = PyObject_VectorcallMethod(data_ptr_name, &value, 1, nullptr);
-            if (number == nullptr) return false;
+            if (number == nullptr) return Put::error;
         }
         address = PyLong_AsUnsignedLongLong(number);
         Py_DECREF(number);
-        if (address == static_cast<std::uint64_t>(-1) && PyErr_Occurred()) return false;
+        if (address == static_cast<std::uint64_t>(-1) && PyErr_Occurred()) return Put::error;
     }
     std::memcpy(slot, &address, sizeof address);
-    return true;
+    return address % kAlignment == 0 ? Put::done : Put::unfit;
 }
 
-bool put(PyObject* value, void* slot, const Argument& argument) {
+Put put(PyObject* value, void* slot, const Argument& argument) {
     switch (argument.kind) {
         case Kind::pointer: return put_pointer(value, slot);
-        case Kind::i8: return put_integer<std::int8_t>(value, slot, argument);
-        case Kind::i16: return put_integer<std::int16_t>(value, slot, argument);
-        case Kind::i32: return put_integer<std::int32_t>(value, slot, argument);
-        case Kind::i64: return put_integer<std::int64_t>(value, slot, argument);
-        case Kind::u8: return put_integer<std::uint8_t>(value, slot, argument);
-        case Kind::u16: return put_integer<std::uint16_t>(value, slot, argument);
-        case Kind::u32: return put_integer<std::uint32_t>(value, slot, argument);
-        case Kind::u64: return put_integer<std::uint64_t>(value, slot, argument);
+        case Kind::i8: return put_integer<std::int8_t>(value, slot);
+        case Kind::i16: return put_integer<std::int16_t>(value, slot);
+        case Kind::i32: return put_integer<std::int32_t>(value, slot);
+        case Kind::i64: return put_integer<std::int64_t>(value, slot);
+        case Kind::u8: return put_integer<std::uint8_t>(value, slot);
+        case Kind::u16: return put_integer<std::uint16_t>(value, slot);
+        case Kind::u32: return put_integer<std::uint32_t>(value, slot);
+        case Kind::u64: return put_integer<std::uint64_t>(value, slot);
         case Kind::fp32:
         case Kind::fp64: break;
     }
     const double number = PyFloat_AsDouble(value);
-    if (number == -1.0 && PyErr_Occurred()) return false;
+    if (number == -1.0 && PyErr_Occurred()) return Put::error;
     if (argument.kind == Kind::fp64) {
         std::memcpy(slot, &number, sizeof number);
     } else {
         const float narrow = static_cast<float>(number);
         std::memcpy(slot, &narrow, sizeof narrow);
     }
-    return true;
+    return Put::done;
 }
 
 // Names the argument in what the conversion complained about.
 void blame(const Plan& plan, const Argument& argument, PyObject* value) {
-    if (PyErr_ExceptionMatches(PyExc_OverflowError) && argument.kind != Kind::pointer) return;
     PyErr_Clear();
     PyErr_Format(PyExc_TypeError, "%s: argument '%s' is %.200s, which is no %s", plan.function.name().c_str(),
                  argument.name.c_str(), Py_TYPE(value)->tp_name,
@@ -158,7 +157,7 @@ PyObject* launch(PyObject* self, PyObject* const* values, std::size_t flags, PyO
     for (int axis = 0; axis < 3; ++axis) {
         const unsigned long size = PyLong_AsUnsignedLong(values[axis]);
         if (size == static_cast<unsigned long>(-1) && PyErr_Occurred()) return nullptr;
-        if (size == 0) Py_RETURN_NONE;  // an empty grid is no launch; the driver would refuse it
+        if (size == 0) Py_RETURN_TRUE;  // an empty grid is no launch; the driver would refuse it
         if (size > 0x7fffffffUL) {
             PyErr_Format(PyExc_OverflowError, "%s: a grid of %R is too large", plan.function.name().c_str(), values[axis]);
             return nullptr;
@@ -175,7 +174,9 @@ PyObject* launch(PyObject* self, PyObject* const* values, std::size_t flags, PyO
     for (const Argument& argument : plan.arguments) {
         PyObject* value = values[kBefore + slot];
         addresses[slot] = &slots[slot];
-        if (!put(value, &slots[slot], argument)) {
+        const Put outcome = put(value, &slots[slot], argument);
+        if (outcome == Put::unfit) Py_RETURN_FALSE;
+        if (outcome == Put::error) {
             blame(plan, argument, value);
             return nullptr;
         }
@@ -206,7 +207,7 @@ PyObject* launch(PyObject* self, PyObject* const* values, std::size_t flags, PyO
         PyErr_Format(error_type, "%s: %s", plan.function.name().c_str(), broken.c_str());
         return nullptr;
     }
-    Py_RETURN_NONE;
+    Py_RETURN_TRUE;
 }
 
 PyObject* represent(PyObject* self) {
@@ -247,7 +248,8 @@ py::object make_launcher(const std::shared_ptr<Function>& function, const std::v
 void make_type() {
     Py_SET_REFCNT(reinterpret_cast<PyObject*>(&launcher_type), 1);
     launcher_type.tp_name = "esper._native.Launcher";
-    launcher_type.tp_doc = "Launches one kernel: launcher(grid_x, grid_y, grid_z, stream, *arguments).";
+    launcher_type.tp_doc = "Launches one kernel: launcher(grid_x, grid_y, grid_z, stream, *arguments) -> bool. False: the "
+                           "kernel was not compiled for these values, and nothing was launched.";
     launcher_type.tp_basicsize = sizeof(Launcher);
     launcher_type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION;
     launcher_type.tp_vectorcall_offset = offsetof(Launcher, call);

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-__all__ = ["ARCHITECTURES", "Case", "Resources", "cases", "check", "compile_case", "main", "missing"]
+__all__ = ["ARCHITECTURES", "Case", "Compiled", "Resources", "cases", "check", "compile_case", "main", "missing"]
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -83,6 +83,23 @@ class Resources:
     cubin_bytes: int
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """One case for one architecture.
+
+    Attributes:
+        resources: What it takes.
+        symbol: Name of its entry point in the machine code.
+        cubin: The machine code.
+        metadata: What Triton says about it (``triton.compiler``'s ``KernelMetadata``).
+    """
+
+    resources: Resources
+    symbol: str
+    cubin: bytes
+    metadata: Any
+
+
 def modules() -> Iterator[ModuleType]:
     """Every module under ``esper.kernels``, imported."""
     package = importlib.import_module("esper.kernels")
@@ -129,8 +146,14 @@ def missing(module: ModuleType) -> list[str]:
     return [name for name in launched if name not in listed]
 
 
-def compile_case(case: Case, arch: int) -> Resources:
+def compile_case(case: Case, arch: int, *, line_info: bool = True) -> Compiled:
     """Compile one case for one architecture, without a GPU.
+
+    Args:
+        case: What to compile.
+        arch: Compute capability times ten.
+        line_info: Whether the machine code says which source lines it came from. Without, the same case and tools give
+            the same bytes wherever the sources lie.
 
     Raises:
         Exception: whatever Triton raises when the kernel does not compile.
@@ -151,8 +174,10 @@ def compile_case(case: Case, arch: int) -> Resources:
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
+        knobs.compilation.disable_line_info = not line_info
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
-    return Resources(
+    cubin = bytes(compiled.asm["cubin"])
+    resources = Resources(
         kernel=case.name,
         variant=case.variant,
         arch=arch,
@@ -161,8 +186,9 @@ def compile_case(case: Case, arch: int) -> Resources:
         spill_loads=_number(r"(\d+) bytes spill loads", log.getvalue()),
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
-        cubin_bytes=len(compiled.asm["cubin"]),
+        cubin_bytes=len(cubin),
     )
+    return Compiled(resources, compiled.metadata.name, cubin, compiled.metadata)
 
 
 def check(architectures: Sequence[int] = ARCHITECTURES) -> tuple[list[Resources], list[str]]:
@@ -178,7 +204,7 @@ def check(architectures: Sequence[int] = ARCHITECTURES) -> tuple[list[Resources]
         for case in cases(module):
             for arch in architectures:
                 try:
-                    row = compile_case(case, arch)
+                    row = compile_case(case, arch).resources
                 except Exception as error:
                     # The compiler raises many things; all of them mean that this kernel does not compile.
                     problems.append(f"{case.name} ({case.variant}) does not compile for sm_{arch}: {error!r}")

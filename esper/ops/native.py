@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-__all__ = ["cuda_reason", "load", "reason"]
+__all__ = ["cuda_reason", "driver", "driver_reason", "load", "reason"]
 
 
 def _import() -> tuple[ModuleType | None, str]:
@@ -48,3 +50,25 @@ def cuda_reason() -> str:
     import torch
 
     return "" if torch.cuda.is_available() else "no CUDA device is visible"
+
+
+@lru_cache(maxsize=1)
+def _driver() -> tuple[Any, str]:
+    if _module is None:
+        return None, _reason
+    try:
+        driver = _module.Driver()
+        count = driver.device_count()
+    except _module.DriverError as error:
+        return None, str(error)
+    return (driver, "") if count else (None, "the CUDA driver sees no device")
+
+
+def driver() -> Any:
+    """The CUDA driver (``esper._native.Driver``), opened at the first call; None: :func:`driver_reason` says why."""
+    return _driver()[0]
+
+
+def driver_reason() -> str:
+    """Why :func:`driver` gave None; "" when it did not."""
+    return _driver()[1]
