@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from esper.artifacts import pack
+from esper.artifacts import SigningKey, pack
 from esper.blueprints import get, initialise
-from esper.contracts.manifest import METADATA_KEY
+from esper.contracts.manifest import METADATA_KEY, BinaryEntry
 
 
 def sample(seed: int = 0, *, d_in: int = 6, d_out: int = 4, rank: int = 2, dtype: torch.dtype = torch.float32) -> bytes:
@@ -20,6 +20,57 @@ def sample(seed: int = 0, *, d_in: int = 6, d_out: int = 4, rank: int = 2, dtype
     blueprint = get("bottleneck", rank=rank)
     weights = initialise(blueprint, d_in, d_out, seed, dtype)
     return pack(blueprint, weights, d_in=d_in, d_out=d_out, seed=seed)
+
+
+#: The same keys on every run, so that signed samples have the same bytes. Their secrets are no secrets.
+ALICE = SigningKey.from_bytes(bytes(range(32)))
+MALLORY = SigningKey.from_bytes(bytes(range(1, 33)))
+
+
+def binary(code: bytes, **changes: Any) -> tuple[BinaryEntry, bytes]:
+    """An entry that fits these bytes, and the bytes."""
+    facts: dict[str, Any] = {
+        "arch": "sm_90",
+        "dtype": "bf16",
+        "direction": "forward",
+        "kernel": "bank_kernel",
+        "symbol": "bank_kernel",
+        "signature": (("x", "*bf16"), ("n", "i32")),
+        "constants": {"BLOCK": 64},
+        "num_warps": 4,
+        "shared": 4096,
+        "registers": 96,
+        "spills": 0,
+        "tools": {"triton": "3.9.0", "ptxas": "13.0.88"},
+        "sha256": hashlib.sha256(code).hexdigest(),
+        "size": len(code),
+    }
+    return BinaryEntry(**{**facts, **changes}), code
+
+
+def sample_binaries() -> dict[str, tuple[BinaryEntry, bytes]]:
+    """Three binaries for two architectures; their code is none."""
+    return {
+        "gpu/sm_80/bf16/forward": binary(b"\x7fELF" + b"80 forward", arch="sm_80"),
+        "gpu/sm_90/bf16/forward": binary(b"\x7fELF" + b"90 forward"),
+        "gpu/sm_90/bf16/backward/bank_kernel": binary(b"\x7fELF" + b"90 back", direction="backward"),
+    }
+
+
+def sample_with_binaries(sign_with: SigningKey | None = None) -> bytes:
+    """:func:`sample` with :func:`sample_binaries`, signed or not."""
+    blueprint = get("bottleneck", rank=2)
+    weights = initialise(blueprint, 6, 4, 0)
+    return pack(
+        blueprint,
+        weights,
+        d_in=6,
+        d_out=4,
+        seed=0,
+        pipeline="standard",
+        binaries=sample_binaries(),
+        sign_with=sign_with,
+    )
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:

@@ -125,6 +125,9 @@ def test_too_short_for_a_length(prefix):
         (padded({"a": entry()}, b"\0" * 9), "1 bytes at the end"),
         (padded({}, b"\0"), "1 bytes at the end"),
         (padded({"a": entry((1,), (0, 2), "F16"), "b": entry(offsets=[2, 10])}, b"\0" * 10), "multiple of its 4-byte"),
+        (file({"gpu/a": entry(dtype="F32")}, b"\0" * 8), "dtype 'F32' is not one of U8"),
+        (file({"gpu": entry((8,), dtype="U8")}, b"\0" * 8), "dtype 'U8' is not one of F64"),
+        (file({"a/gpu/b": entry((8,), dtype="U8")}, b"\0" * 8), "dtype 'U8' is not one of F64"),
         (file({f"t{i}": {} for i in range(513)}), "513 tensors"),
     ],
 )
@@ -143,6 +146,32 @@ def test_misaligned_data_section():
 def test_a_dtype_that_cannot_be_stored():
     with pytest.raises(ArtifactError, match="int64 cannot be stored"):
         container.build({}, {"a": ("int64", (1,), b"\0" * 8)})
+
+
+def test_bytes_are_for_binaries_only():
+    data = container.build({"k": "v"}, {"gpu/b": ("uint8", (3,), b"abc"), "a": ("float16", (1,), b"\0\0")})
+    held = parse(data)
+    assert {name: (span.dtype, span.shape) for name, span in held.tensors.items()} == {
+        "a": ("float16", (1,)),
+        "gpu/b": ("uint8", (3,)),
+    }
+    assert data.endswith(b"\0\0abc")
+    assert safetensors.numpy.load(data)["gpu/b"].tobytes() == b"abc"
+    for name, dtype in (("a", "uint8"), ("gpu/b", "float32")):
+        with pytest.raises(ArtifactError, match=f"{dtype} cannot be stored"):
+            container.build({}, {name: (dtype, (4,), b"\0" * 4)})
+
+
+def test_other_metadata_over_the_same_tensors():
+    given = {name: (a.dtype.name, a.shape, a.tobytes()) for name, a in arrays().items()}
+    data = container.build({"k": "v"}, given)
+    changed = container.with_metadata(data, {"other": "x" * 100})
+    assert changed == container.build({"other": "x" * 100}, given)
+    assert container.with_metadata(changed, {"k": "v"}) == data
+    foreign = safetensors.numpy.save(arrays(), metadata={"k": "v"})
+    assert safetensors.numpy.load(container.with_metadata(foreign, {}))["b"].tobytes() == arrays()["b"].tobytes()
+    with pytest.raises(ArtifactError, match="truncated"):
+        container.with_metadata(data[:20], {})
 
 
 def test_build_checks_what_it_writes():
