@@ -15,11 +15,12 @@ __all__ = ["open_registry"]
 
 
 def open_registry(where: str | os.PathLike[str] | RegistryClient | None = None) -> RegistryClient:
-    """The registry that ``where`` means; opening touches no file.
+    """The registry that ``where`` means; opening touches no file and no network.
 
     Args:
-        where: A client, which is returned as it is; a ``file://`` URL or a path; or None for ``ESPER_REGISTRY``, and
-            where that is not set, ``$XDG_DATA_HOME/esper/registry`` (``~/.local/share/esper/registry``).
+        where: A client, which is returned as it is; an ``http(s)://`` URL, where Urza answers; a ``file://`` URL or a
+            path; or None for ``ESPER_REGISTRY``, and where that is not set, ``$XDG_DATA_HOME/esper/registry``
+            (``~/.local/share/esper/registry``).
 
     Raises:
         RegistryURLError: for a URL of a kind that this version does not read; credentials are masked in the message.
@@ -39,8 +40,13 @@ def open_registry(where: str | os.PathLike[str] | RegistryClient | None = None) 
         )
     if "://" not in where:
         if not where.strip():
-            raise RegistryURLError("the registry's URL is empty; give a path or a file:// URL")
+            raise RegistryURLError("the registry's URL is empty; give a path, a file:// or an http:// URL")
         return FileRegistry(where)
+    if where.partition("://")[0].lower() in ("http", "https"):
+        # Imported when it is needed: httpx takes a tenth of a second.
+        from esper.artifacts.http_registry import HttpRegistry
+
+        return HttpRegistry(where)
     return FileRegistry(_file_url(where))
 
 
@@ -50,13 +56,10 @@ def _file_url(url: str) -> Path:
         parts = urlsplit(url)
     except ValueError as error:
         raise RegistryURLError(f"registry {shown} is not a URL: {error}") from None
-    if parts.scheme in ("http", "https"):
-        raise RegistryURLError(
-            f"registry {shown}: this version of Esper reads file:// registries only (a folder, shared if need be); "
-            "registries over HTTP come with Urza"
-        )
     if parts.scheme != "file":
-        raise RegistryURLError(f"registry {shown}: unknown scheme {parts.scheme!r}; expected file:// or a path")
+        raise RegistryURLError(
+            f"registry {shown}: unknown scheme {parts.scheme!r}; expected http://, https://, file:// or a path"
+        )
     if parts.netloc not in ("", "localhost"):
         raise RegistryURLError(f"registry {shown} names a host; write file:///absolute/path with three slashes")
     if not parts.path.strip("/"):

@@ -77,4 +77,14 @@ class KernelNotFoundError(EsperError, LookupError):
 
 
 class RegistryUnavailableError(EsperError, ConnectionError):
-    """The registry did not answer: its folder is gone, it cannot be reached, or access was denied. May pass."""
+    """The registry did not answer: its folder is gone, it cannot be reached, or access was denied. May pass.
+
+    Attributes:
+        retryable: Whether asking again soon may help; False where somebody has to change something first.
+        retry_after_s: Seconds the registry asked to be left alone, where it said so.
+    """
+
+    def __init__(self, message: str, *, retryable: bool = True, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+        self.retry_after_s = retry_after_s

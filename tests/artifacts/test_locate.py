@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from esper.artifacts import FileRegistry, open_registry
+from esper.artifacts.http_registry import HttpRegistry
 from esper.contracts.errors import EsperError
+from esper.contracts.registry import RegistryClient
 
 
 @pytest.mark.parametrize(
@@ -54,8 +56,12 @@ def test_a_client_is_itself():
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("https://user:secret@host/x", "reads file:// registries only"),
-        ("http://host?token=secret", "reads file:// registries only"),
+        ("http://host?token=secret", "leave out the query"),
+        ("http://host#secret", "leave out the query"),
+        ("http://:secret@", "not of the form"),
+        ("http://:secret@host:99999", "not a URL"),
+        ("http://:sec ret@host", "characters that no token has"),
+        ("http://:secret%0aX: y@host", "characters that no token has"),
         ("s3://secret@bucket/x", "unknown scheme 's3'"),
         ("file://host/a", "names a host"),
         ("file://secret@host/a", "names a host"),
@@ -70,6 +76,24 @@ def test_urls_refused_without_their_secrets(url, message):
         open_registry(url)
     assert isinstance(caught.value, ValueError)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "url"),
+    [
+        ("http://host:8470", "http://host:8470"),
+        ("https://host/", "https://host"),
+        ("HTTPS://:secret@host/urza/", "https://host/urza"),
+        ("http://secret@host/api/v1/", "http://host"),
+        ("http://:secret@[::1]:80", "http://[::1]:80"),
+    ],
+)
+def test_urls_of_urza(where, url):
+    client = open_registry(where)
+    assert isinstance(client, HttpRegistry)
+    assert isinstance(client, RegistryClient)
+    assert client.url == url
+    assert "secret" not in repr(client)
 
 
 @pytest.mark.parametrize("where", [3, b"/a", object(), ["/a"]])

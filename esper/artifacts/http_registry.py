@@ -1,0 +1,250 @@
+"""Urza's client: what ``http://`` and ``https://`` registries mean."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+from urllib.parse import quote, unquote, urlencode, urlsplit
+
+from esper.artifacts.artifact import DEFAULT_MAX_BYTES, Artifact
+from esper.artifacts.backoff import Backoff
+from esper.artifacts.http_access import TOKEN_VARIABLE, Access, HttpTimes
+from esper.artifacts.http_download import Source, download
+from esper.artifacts.text import summarise
+from esper.artifacts.workers import run_blocking
+from esper.contracts import strict_json
+from esper.contracts.errors import ArtifactError, KernelNotFoundError, RegistryUnavailableError
+from esper.contracts.ids import check_sha256, parse_artifact_id
+from esper.contracts.manifest import Manifest
+from esper.contracts.registry import ArtifactSummary, RegistryURLError, mask_credentials
+
+__all__ = ["HttpRegistry", "HttpTimes"]
+
+_API: Final = "/api/v1"
+_DOCUMENT_BYTES: Final = 1 << 20
+_PAGE: Final = 200
+_MAX_LISTED: Final = 1_000_000
+_PUBLISH_TRIES: Final = 4
+
+
+class HttpRegistry:
+    """A registry served by ``esper urza serve``, or by anything that speaks its API.
+
+    All coroutines run on any event loop; each loop keeps its own connections alive and closes them when it ends. No
+    message, log line or ``repr`` shows the token or the signature of a URL. A pickle holds the URL without the token:
+    whoever unpickles it brings ``ESPER_REGISTRY_TOKEN``.
+
+    Args:
+        url: ``http://host:port``, with a path where the registry sits behind a prefix. A token may stand in the place
+            of the password, ``http://:TOKEN@host``.
+        token: Bearer token; None means the one in the URL, else ``ESPER_REGISTRY_TOKEN``, else none. It is sent to the
+            URL's origin only, never to a blob store or along a redirect to another host.
+        times: How long things may take.
+        backoff_s: Bound of the first pause before a download that broke off is taken up, or an upload sent again.
+        patience_s: Longest pause that the registry may ask for with ``Retry-After``.
+
+    Raises:
+        RegistryURLError: the URL is none, or has a query; or the token cannot be one. Neither shows in the message.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        times: HttpTimes | None = None,
+        backoff_s: float = 0.1,
+        patience_s: float = 30.0,
+    ) -> None:
+        self._url, in_url = _split(url)
+        held = token if token is not None else in_url if in_url is not None else os.environ.get(TOKEN_VARIABLE) or None
+        if held is not None and (not held.isascii() or not held.isprintable() or not held or " " in held):
+            raise RegistryURLError(f"registry {self._url}: the token has characters that no token has")
+        self._times = times or HttpTimes()
+        self._backoff_s, self._patience_s = backoff_s, patience_s
+        self._backoff = Backoff(backoff_s, patience_s)
+        self._access = Access(self._url, held, self._times)
+
+    @property
+    def url(self) -> str:
+        """Where the registry is, without credentials."""
+        return self._url
+
+    async def fetch(self, artifact_id: str, *, max_bytes: int = DEFAULT_MAX_BYTES) -> bytearray:
+        """The artifact's bytes: metadata first, then the blob from where the metadata says.
+
+        A download that breaks off is taken up where it ended, a few times.
+
+        Raises:
+            KernelNotFoundError: it is not there.
+            RegistryUnavailableError: the registry did not answer, or not in time, or refuses access.
+            ArtifactError: it is larger than ``max_bytes`` (found before it is read), or is not what was announced.
+        """
+        try:
+            async with asyncio.timeout(self._times.fetch_s):
+                source = await self._locate(artifact_id)
+                if source.size > max_bytes:
+                    raise ArtifactError(f"{artifact_id} has {source.size} bytes, more than the limit of {max_bytes}")
+                return await download(self._access, source, self._backoff, lambda: self._locate(artifact_id))
+        except TimeoutError:
+            raise RegistryUnavailableError(
+                f"{artifact_id} did not arrive from {self._url} within {self._times.fetch_s:g} s"
+            ) from None
+
+    async def publish(self, data: bytes) -> str:
+        """Verify an artifact here and upload it; uploading it again changes nothing.
+
+        Returns:
+            The artifact's id.
+
+        Raises:
+            ArtifactError: the bytes are no artifact, or the registry refuses them.
+            RegistryUnavailableError: it could not be stored; sending it again is safe.
+        """
+        artifact = await run_blocking(Artifact.open, data)
+        headers = {"X-Esper-SHA256": artifact.sha256, "Content-Type": "application/octet-stream"}
+        for attempt in range(_PUBLISH_TRIES):
+            try:
+                answer = await self._upload(data, headers, artifact.artifact_id)
+                break
+            except RegistryUnavailableError as error:
+                pause = self._backoff.pause_s(attempt, error.retry_after_s)
+                if not error.retryable or attempt == _PUBLISH_TRIES - 1 or pause is None:
+                    raise
+                await asyncio.sleep(pause)
+        if not isinstance(answer, dict) or answer.get("artifact_id") != artifact.artifact_id:
+            raise RegistryUnavailableError(
+                f"{self._url} stored {artifact.artifact_id} under another name, so it is not of this version of Esper",
+                retryable=False,
+            )
+        return artifact.artifact_id
+
+    async def list(self, *, prefix: str = "") -> Sequence[ArtifactSummary]:
+        """What there is, sorted by id, fetched page by page."""
+        found: dict[str, ArtifactSummary] = {}
+        cursor: str | None = None
+        seen: set[str] = set()
+        while True:
+            query = (
+                {"limit": str(_PAGE)} | ({"prefix": prefix} if prefix else {}) | ({"cursor": cursor} if cursor else {})
+            )
+            page = await self._access.get_json(self._api("/kernels?" + urlencode(query)), "the list", _DOCUMENT_BYTES)
+            with _reading(self._url, "the list"):
+                lines = [_summary(item) for item in page["items"]]
+                cursor = page["next_cursor"]
+                if cursor is not None and (not isinstance(cursor, str) or cursor in seen):
+                    raise ValueError("its pages lead in a circle")
+            found.update((line.artifact_id, line) for line in lines)
+            if cursor is None:
+                return [found[artifact_id] for artifact_id in sorted(found)]
+            seen.add(cursor)
+            if len(found) > _MAX_LISTED:
+                raise RegistryUnavailableError(f"{self._url} lists more than {_MAX_LISTED} artifacts; give a prefix")
+
+    async def describe(self, artifact_id: str) -> ArtifactSummary:
+        """One artifact's facts from its metadata; errors as for :meth:`fetch`."""
+        document = await self._metadata(artifact_id)
+        with _reading(self._url, artifact_id):
+            return _summary(document)
+
+    async def aclose(self) -> None:
+        """Close the running loop's connections now, rather than when the loop ends."""
+        await self._access.pools.aclose()
+
+    async def _metadata(self, artifact_id: str) -> dict[str, Any]:
+        try:
+            version = parse_artifact_id(artifact_id).version
+        except ValueError as error:
+            raise KernelNotFoundError(str(error)) from None
+        document = await self._access.get_json(self._api(f"/kernels/{artifact_id}"), artifact_id, _DOCUMENT_BYTES)
+        with _reading(self._url, artifact_id):
+            if check_sha256(document["sha256"])[:8] != version or document["artifact_id"] != artifact_id:
+                raise ArtifactError(f"{artifact_id}: the registry {self._url} describes another artifact")
+        return document  # type: ignore[no-any-return]
+
+    async def _locate(self, artifact_id: str) -> Source:
+        document = await self._metadata(artifact_id)
+        with _reading(self._url, artifact_id):
+            size, ref = _size(document["size"]), document["kernel_binary_ref"]
+            if not isinstance(ref, str) or not ref:
+                raise ValueError("kernel_binary_ref is missing")
+            outside = bool(urlsplit(ref).scheme or ref.startswith("//"))
+        if not outside:
+            # The registry does not know of a prefix that a proxy put before it.
+            ref = self._url + ref if ref.startswith(_API + "/") else self._api("/kernels/") + quote(ref, safe="/?=&%~")
+        return Source(artifact_id, document["sha256"], size, ref, anonymous=outside)
+
+    async def _upload(self, data: bytes, headers: dict[str, str], what: str) -> Any:
+        async with self._access.post(self._api("/kernels"), data, headers) as answer:
+            if answer.status not in (200, 201):
+                await self._access.refuse(answer, what)
+            return await self._access.read_json(answer, _DOCUMENT_BYTES)
+
+    def _api(self, path: str) -> str:
+        return self._url + _API + path
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HttpRegistry:
+        # It has no state but its connections, which belong to the loops.
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., HttpRegistry], tuple[str, HttpTimes, float, float]]:
+        return _rebuild, (self._url, self._times, self._backoff_s, self._patience_s)
+
+    def __repr__(self) -> str:
+        return f"HttpRegistry({self._url!r})"
+
+
+def _rebuild(url: str, times: HttpTimes, backoff_s: float, patience_s: float) -> HttpRegistry:
+    return HttpRegistry(url, times=times, backoff_s=backoff_s, patience_s=patience_s)
+
+
+def _split(url: str) -> tuple[str, str | None]:
+    """The URL without credentials, and the token in it."""
+    shown = mask_credentials(url)
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise RegistryURLError(f"registry {shown} is not a URL: {error}") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise RegistryURLError(f"registry {shown} is not of the form http://host:port or https://host")
+    if parts.query or parts.fragment:
+        raise RegistryURLError(f"registry {shown}: leave out the query; a token goes into {TOKEN_VARIABLE}")
+    token = parts.password or parts.username
+    where = f"[{host}]" if ":" in host else host
+    path = parts.path.rstrip("/").removesuffix(_API)
+    return f"{parts.scheme}://{where}{f':{port}' if port is not None else ''}{path}", unquote(token) if token else None
+
+
+@contextlib.contextmanager
+def _reading(url: str, what: str) -> Iterator[None]:
+    """Turn the errors of taking a document apart into one that says whose document it was."""
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise RegistryUnavailableError(
+            f"{url} answered for {what} what Esper cannot read: {why}", retryable=False
+        ) from None
+
+
+def _summary(document: dict[str, Any]) -> ArtifactSummary:
+    artifact_id = str(parse_artifact_id(document["artifact_id"]))
+    sha256, size = check_sha256(document["sha256"]), _size(document["size"])
+    info = document.get("info")
+    if info is None:
+        info = summarise(Manifest.from_json(strict_json.canonical(document["manifest"])))
+    if not isinstance(info, dict):
+        raise ValueError("info is not an object")
+    return ArtifactSummary(artifact_id, sha256, size, info)
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"size is {value!a:.40}, not a number of bytes")
+    return value
