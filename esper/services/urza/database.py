@@ -1,0 +1,176 @@
+"""The database: engine, transactions, and bringing the schema up to date.
+
+SQLite runs in WAL mode, so that readers never wait for the writer. A transaction that will write says so when it
+begins: SQLite would otherwise refuse it half-way, when another one wrote in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import alembic.command
+import alembic.config
+import alembic.util.exc
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from esper.contracts.errors import EsperError
+from esper.services.urza.tables import changes
+
+__all__ = ["Database", "DatabaseError"]
+
+#: Of PostgreSQL's advisory locks, which are numbers: "esper urza".
+_LOCK_ID: Final = 0x6573706572757A61 >> 1
+_BUSY_TIMEOUT_S: Final = 15.0
+_WRITE: Final = "urza_write"
+
+
+class DatabaseError(EsperError, ConnectionError):
+    """The database cannot be used: not reachable, or of a version that this program does not know."""
+
+
+class Database:
+    """Connections to one database; safe from several threads.
+
+    Args:
+        url: ``sqlite:///PATH`` or ``postgresql://USER:PASSWORD@HOST/NAME``.
+        connections: Most connections at once.
+
+    Raises:
+        DatabaseError: if the URL is none, or of another kind of database.
+    """
+
+    def __init__(self, url: str, connections: int = 12) -> None:
+        try:
+            parsed = sa.make_url(url)
+        except sa.exc.ArgumentError:
+            raise DatabaseError("the database's URL is not one; expected sqlite:///PATH or postgresql://...") from None
+        #: Where it is, without the password.
+        self.shown = parsed.render_as_string(hide_password=True)
+        self.is_sqlite = parsed.get_backend_name() == "sqlite"
+        if self.is_sqlite:
+            self._engine = _sqlite(parsed, connections)
+        elif parsed.get_backend_name() in ("postgresql", "postgres"):
+            self._engine = _postgresql(parsed, connections)
+        else:
+            raise DatabaseError(f"{self.shown}: only sqlite and postgresql are supported")
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection in a transaction that only reads."""
+        with self._engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextlib.contextmanager
+    def write(self, *topics: str) -> Iterator[Connection]:
+        """A connection in a transaction that writes; it is committed unless the block raises.
+
+        Args:
+            *topics: What is changed, for processes that keep copies of it.
+        """
+        with self._engine.connect().execution_options(**{_WRITE: True}) as connection, connection.begin():
+            yield connection
+            for topic in sorted(topics):
+                connection.execute(
+                    sa.update(changes).where(changes.c.topic == topic).values(number=changes.c.number + 1)
+                )
+
+    def lock(self, connection: Connection) -> None:
+        """Wait for the one lock that all processes share; it ends with the transaction, which must be a writing one."""
+        # On SQLite a writing transaction is alone already.
+        if not self.is_sqlite:
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(:id)"), {"id": _LOCK_ID})
+
+    def migrate(self) -> None:
+        """Bring the schema up to date; of several processes that start at once, one does it and the others wait.
+
+        Raises:
+            DatabaseError: if the database cannot be reached, or was made by a newer version.
+        """
+        config = alembic.config.Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+        try:
+            if self.is_sqlite:
+                self._use_wal()
+            with self.write() as connection:
+                self.lock(connection)
+                config.attributes["connection"] = connection
+                alembic.command.upgrade(config, "head")
+        except alembic.util.exc.CommandError as error:
+            raise DatabaseError(
+                f"{self.shown}: its schema is not one that this version knows ({error}); "
+                "was it made by a newer version of Esper?"
+            ) from error
+        except sa.exc.DBAPIError as error:
+            raise DatabaseError(f"{self.shown}: cannot be used: {error.orig}") from error
+
+    def check(self) -> None:
+        """Ask the database something; raises what SQLAlchemy raises when it does not answer."""
+        with self.read() as connection:
+            connection.execute(sa.select(changes.c.number).limit(1))
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def _use_wal(self) -> None:
+        """The change to WAL does not wait for other processes as everything else does, so it is tried again."""
+        database = self._engine.url.database
+        if database and database != ":memory:":
+            Path(database).parent.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + _BUSY_TIMEOUT_S
+        while True:
+            raw = self._engine.raw_connection()
+            try:
+                raw.cursor().execute("PRAGMA journal_mode=WAL")
+                return
+            except Exception as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise DatabaseError(f"{self.shown}: cannot be used: {error}") from error
+                time.sleep(0.02)
+            finally:
+                raw.close()
+
+
+def _sqlite(url: sa.URL, connections: int) -> Engine:
+    if url.database in (None, "", ":memory:"):
+        raise DatabaseError("a database in memory is gone when the program ends; give a file: sqlite:///PATH")
+    engine = sa.create_engine(
+        url,
+        poolclass=sa.pool.QueuePool,
+        pool_size=connections,
+        max_overflow=0,
+        connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def prepare(raw: Any, _: Any) -> None:
+        # We begin transactions ourselves, below; the driver's own habit begins them late and only for some statements.
+        raw.isolation_level = None
+        cursor = raw.cursor()
+        cursor.execute("PRAGMA foreign_keys=ON")
+        # What was acknowledged survives a power cut.
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.close()
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        writes = connection.get_execution_options().get(_WRITE, False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _postgresql(url: sa.URL, connections: int) -> Engine:
+    return sa.create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        pool_size=connections,
+        max_overflow=0,
+        # A connection that the server closed is found out before it is used.
+        pool_pre_ping=True,
+        connect_args={"connect_timeout": 5},
+    )

@@ -1,0 +1,76 @@
+"""What an operator can choose; every choice has a default that works on a laptop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from esper.contracts.paths import default_registry_dir
+
+__all__ = ["DEFAULT_MAX_MB", "DEFAULT_PORT", "Settings", "default_data_dir", "settings_for"]
+
+DEFAULT_PORT: Final = 8470
+DEFAULT_MAX_MB: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one Urza process runs.
+
+    Attributes:
+        database: SQLAlchemy URL of the database.
+        blobs: Folder for the artifacts' bytes, or ``s3://bucket/prefix``.
+        scratch: Folder for uploads that are not complete; on the blobs' file system where those are in a folder.
+        s3_endpoint: Address of an S3 service other than Amazon's.
+        presign: Hand out presigned S3 addresses instead of passing the bytes on.
+        presign_s: How long such an address is good for.
+        max_bytes: Largest artifact accepted.
+        max_json_bytes: Largest JSON body accepted.
+        write_rate: Writes a second that one token may make in the long run; 0 means any number.
+        write_burst: Writes that it may make at once.
+        open_read: Reads need no token.
+        open_metrics: ``/metrics`` needs no token.
+        threads: Worker threads for requests that wait for the database or a disk.
+        upload_idle_s: How long an upload may pause before it is given up.
+    """
+
+    database: str
+    blobs: str
+    scratch: Path
+    s3_endpoint: str | None = None
+    presign: bool = True
+    presign_s: int = 3600
+    max_bytes: int = DEFAULT_MAX_MB << 20
+    max_json_bytes: int = 1 << 20
+    write_rate: float = 20.0
+    write_burst: int = 200
+    open_read: bool = False
+    open_metrics: bool = False
+    threads: int = 8
+    upload_idle_s: float = 60.0
+
+
+def default_data_dir() -> Path:
+    """``$XDG_DATA_HOME/esper/urza``, else ``~/.local/share/esper/urza``."""
+    return default_registry_dir().parent / "urza"
+
+
+def settings_for(
+    data: Path | None = None, *, database: str | None = None, blobs: str | None = None, **options: object
+) -> Settings:
+    """Settings with database, blobs and scratch under ``data`` (default: the user's data folder) unless given."""
+    data = (default_data_dir() if data is None else data.expanduser()).absolute()
+    blobs = str(data / "blobs") if blobs is None else blobs
+    on_s3 = "://" in blobs
+    if on_s3 and not blobs.startswith("s3://"):
+        raise ValueError(f"blobs must be a folder or s3://bucket/prefix, not {blobs.partition('://')[0]}://...")
+    if not on_s3:
+        blobs = str(Path(blobs).expanduser().absolute())
+    return Settings(
+        database=database or f"sqlite:///{data / 'urza.db'}",
+        blobs=blobs,
+        # Beside the blobs, because a rename is atomic within one file system only.
+        scratch=data / "tmp" if on_s3 else Path(blobs) / "tmp",
+        **options,  # type: ignore[arg-type]
+    )
