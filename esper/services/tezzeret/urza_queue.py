@@ -1,0 +1,217 @@
+"""Jobs by asking Urza for them, where there is no Redis.
+
+Urza keeps the leases and counts the attempts; this side polls, less often the longer there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import httpx
+
+from esper.contracts import strict_json
+from esper.contracts.errors import ArtifactError, EsperError
+from esper.contracts.messages import MAX_MESSAGE_BYTES
+from esper.contracts.registry import mask_credentials
+from esper.services.tezzeret.job import CompileJob, CompileResult, JobError, JobStatus
+from esper.services.tezzeret.queue import DEFAULT_LEASE_S, Backoff, Claim, QueueUnavailableError
+
+__all__ = ["UrzaQueue"]
+
+_API: Final = "/api/v1"
+_TIMEOUT_S: Final = 10.0
+_FIRST_POLL_S: Final = 0.25
+_LONGEST_POLL_S: Final = 5.0
+_JOB_FIELDS: Final = ("d_in", "d_out", "seed", "dtype", "pipeline", "architectures", "tags", "job_id", "blueprint")
+#: In Urza's words.
+_ENDS: Final[Mapping[JobStatus, str]] = {JobStatus.COMPILED: "done", JobStatus.INVALID: "invalid"}
+_STATUSES: Final[Mapping[str, JobStatus]] = {"DONE": JobStatus.COMPILED, "INVALID": JobStatus.INVALID}
+
+
+class UrzaQueue:
+    """A :class:`~esper.services.tezzeret.queue.JobQueue` in Urza's database, and the submitter's side of it.
+
+    Used from one event loop.
+
+    Args:
+        url: Urza's address; the token, with the role ``publish``, in it (``http://:TOKEN@host:8470``) or in
+            ``ESPER_REGISTRY_TOKEN``.
+        lease_s: Seconds after which a silent worker's job goes to another.
+        name: This worker's name in Urza's records.
+
+    Raises:
+        ValueError: not an http or https URL.
+    """
+
+    def __init__(self, url: str, *, lease_s: float = DEFAULT_LEASE_S, name: str | None = None) -> None:
+        self._url = mask_credentials(url)
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{self._url} is not the address of an Urza; expected http://host:port")
+        user, _, host = parts.netloc.rpartition("@")
+        login, _, password = user.partition(":")
+        token = unquote(password or login) or os.environ.get("ESPER_REGISTRY_TOKEN", "")
+        base = urlunsplit((parts.scheme, host, parts.path.rstrip("/").removesuffix(_API) + _API, "", ""))
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.AsyncClient(base_url=base, headers=headers, timeout=_TIMEOUT_S)
+        self.name = name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        # Urza takes a second to a day.
+        self._lease_s = min(86_400.0, max(1.0, lease_s))
+        self._idle = Backoff(_FIRST_POLL_S, _LONGEST_POLL_S)
+        self._next_poll = 0.0
+
+    @property
+    def url(self) -> str:
+        """Where Urza is, without the token."""
+        return self._url
+
+    # -- the worker's side --
+
+    async def claim(self, wait_s: float) -> Claim | None:
+        """See :class:`~esper.services.tezzeret.queue.JobQueue`; asks at once when ``wait_s`` is 0."""
+        pause = self._next_poll - time.monotonic()
+        if wait_s > 0 and pause > 0:
+            await asyncio.sleep(min(wait_s, pause))
+            if pause > wait_s:
+                return None
+        status, found = await self._ask("POST", "/jobs/claim", {"worker": self.name, "lease_s": self._lease_s}, (204,))
+        if status == 204:
+            self._next_poll = time.monotonic() + self._idle.next()
+            return None
+        self._idle.reset()
+        self._next_poll = 0.0
+        token = f"{found.get('job_id')} {found.get('lease')}"
+        try:
+            job = CompileJob.from_payload({name: found[name] for name in _JOB_FIELDS if name in found})
+            attempt = found.get("attempts")
+            if type(attempt) is not int:
+                raise JobError(f"attempts is {attempt!r:.40}")
+        except JobError as error:
+            await self._end(token, "invalid", log=str(error))
+            return None
+        return Claim(job, attempt, token, job.job_id)
+
+    async def renew(self, claim: Claim) -> bool:
+        """See :class:`~esper.services.tezzeret.queue.JobQueue`."""
+        job_id, _, lease = claim.token.partition(" ")
+        body = {"lease": lease, "lease_s": self._lease_s}
+        status, _ = await self._ask("POST", f"/jobs/{job_id}/renew", body, (404, 409))
+        return status < 300
+
+    async def finish(self, claim: Claim, result: CompileResult) -> bool:
+        """See :class:`~esper.services.tezzeret.queue.JobQueue`.
+
+        Raises:
+            JobError: Urza does not have the artifact; the worker publishes elsewhere.
+        """
+        return await self._end(claim.token, _ENDS[result.status], artifact_id=result.artifact_id, log=result.log)
+
+    async def retry(self, claim: Claim, log: str, delay_s: float) -> None:
+        """See :class:`~esper.services.tezzeret.queue.JobQueue`; Urza knows no delay, so it is waited for here."""
+        await asyncio.sleep(delay_s)
+        await self._end(claim.token, "retry", log=log)
+
+    async def hand_back(self, claim: Claim) -> None:
+        """See :class:`~esper.services.tezzeret.queue.JobQueue`; to Urza it was an attempt all the same."""
+        await self._end(claim.token, "retry", log="handed back: the worker was stopped")
+
+    async def close(self) -> None:
+        """Disconnect."""
+        await self._http.aclose()
+
+    # -- the submitter's side --
+
+    async def submit(self, job: CompileJob) -> str:
+        """Put a job into the queue; the same request again is the same job, unless that failed.
+
+        Returns:
+            The name Urza gave it.
+
+        Raises:
+            QueueUnavailableError: Urza does not answer, or refuses us.
+            JobError: Urza refuses the job; the message says why.
+        """
+        body = {name: value for name, value in job.to_payload().items() if name != "job_id"}
+        _, answer = await self._ask("POST", "/blueprints", body)
+        job_id = answer.get("job_id")
+        if not isinstance(job_id, str):
+            raise JobError(f"{self._url} took the blueprint, but made no job of it")
+        return job_id
+
+    async def result(self, job_id: str, *, timeout_s: float) -> CompileResult | None:
+        """Wait for a job's result; None when there is none in time."""
+        deadline = time.monotonic() + timeout_s
+        pauses = Backoff(_FIRST_POLL_S, _LONGEST_POLL_S / 5)
+        while True:
+            _, found = await self._ask("GET", f"/jobs/{job_id}")
+            if (status := _STATUSES.get(str(found.get("status")))) is not None:
+                return CompileResult(
+                    job_id=job_id,
+                    status=status,
+                    artifact_id=found.get("artifact_id"),
+                    blueprint_hash=found.get("blueprint_id"),
+                    log=str(found.get("log", "")),
+                    attempts=int(found.get("attempts", 0)),
+                )
+            pause = pauses.next()
+            if time.monotonic() + pause > deadline:
+                return None
+            await asyncio.sleep(pause)
+
+    # -- within --
+
+    async def _end(self, token: str, status: str, *, artifact_id: str | None = None, log: str = "") -> bool:
+        job_id, _, lease = token.partition(" ")
+        body = {"status": status, "lease": lease, "log": log.replace("\0", "?")}
+        if artifact_id is not None:
+            body["artifact_id"] = artifact_id
+        code, _ = await self._ask("POST", f"/jobs/{job_id}/finish", body, (404, 409))
+        return code < 300
+
+    async def _ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, expected: tuple[int, ...] = ()
+    ) -> tuple[int, dict[str, Any]]:
+        """The status and the object that Urza answers with; statuses of failure only where ``expected``."""
+        try:
+            async with asyncio.timeout(2 * _TIMEOUT_S), self._http.stream(method, path, json=body) as response:
+                text = bytearray()
+                async for piece in response.aiter_bytes():
+                    text += piece
+                    if len(text) > 2 * MAX_MESSAGE_BYTES:
+                        raise QueueUnavailableError(f"Urza {self._url} answers with more than {len(text) - 1} bytes")
+                status = response.status_code
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            if isinstance(error, EsperError):
+                raise
+            said = str(error) or type(error).__name__
+            raise QueueUnavailableError(f"Urza {self._url} does not answer: {said}") from error
+        if status in expected:
+            return status, {}
+        answer = self._parsed(bytes(text), status)
+        if status in (400, 404, 409, 413, 422):
+            raise JobError(f"Urza {self._url} refuses it: {_fault(answer)}")
+        if not 200 <= status < 300:
+            raise QueueUnavailableError(f"Urza {self._url} answers with status {status}: {_fault(answer)}")
+        return status, answer
+
+    def _parsed(self, text: bytes, status: int) -> dict[str, Any]:
+        try:
+            answer = strict_json.loads(text, what="the answer", max_bytes=2 * MAX_MESSAGE_BYTES)
+        except ArtifactError as error:
+            if status >= 300:
+                return {}
+            raise QueueUnavailableError(f"Urza {self._url} answers what is no JSON: {error}") from None
+        return answer if isinstance(answer, dict) else {}
+
+
+def _fault(answer: Mapping[str, Any]) -> str:
+    fault = answer.get("error")
+    said = fault.get("message") if isinstance(fault, dict) else None
+    return said if isinstance(said, str) else "no reason given"

@@ -1,0 +1,148 @@
+"""One job in a process of its own, within limits."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from esper.artifacts import Artifact
+from esper.services.tezzeret.forge import build
+from esper.services.tezzeret.job import MAX_LOG_CHARS
+from esper.services.tezzeret.limits import Limits, sandbox_environment
+from esper.services.tezzeret.runner import Outcome, _Log, compile_in_sandbox
+from tests.services.tezzeret.processes import blueprint, job
+
+MIB = 1 << 20
+
+
+def compiled(tmp_path: Path, wanted, **limits) -> Outcome:
+    outcome = asyncio.run(compile_in_sandbox(wanted, Limits(**limits), tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    return outcome
+
+
+def children() -> list[int]:
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        found += [int(pid) for pid in (task / "children").read_text().split()]
+    return found
+
+
+def test_the_same_bytes_as_in_this_process(tmp_path):
+    wanted = job(seed=3, dtype="float16")
+    outcome = compiled(tmp_path, wanted)
+    assert outcome.data == build("lowrank", d_in=6, d_out=4, seed=3, dtype="float16")
+    assert outcome.blueprint_hash == Artifact.open(outcome.data).manifest.blueprint_hash
+    assert outcome.log == ""
+    assert children() == []
+
+
+def cyclic() -> dict:
+    shape = blueprint()
+    shape["nodes"][0]["inputs"] = [shape["nodes"][-1]["name"]]
+    return shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"blueprint": {}}, "BlueprintError"),
+        ({"blueprint": cyclic()}, "node '"),
+        ({"d_in": 1 << 40}, "d_in must be an integer in"),
+        ({"blueprint": blueprint("dense"), "d_in": 1 << 19, "d_out": 1 << 19}, "node 'linear': weights add up"),
+        ({"dtype": "int8"}, "'int8' cannot be stored"),
+    ],
+)
+def test_what_is_wrong_with_the_job_is_final(tmp_path, changes, said):
+    outcome = compiled(tmp_path, job(**changes))
+    assert (outcome.data, outcome.final) == (None, True)
+    assert said in outcome.log
+    assert "Traceback" not in outcome.log
+
+
+def test_too_large_is_found_before_weights_are_drawn(tmp_path):
+    wanted = job(blueprint=blueprint("dense"), d_in=8192, d_out=8192)
+    outcome = compiled(tmp_path, wanted, artifact_bytes=MIB, memory_bytes=256 * MIB)
+    assert (outcome.data, outcome.final) == (None, True)
+    assert "node 'linear': its weights take 268468224 bytes, more than this worker's limit of 1048576" in outcome.log
+
+
+def test_memory(tmp_path):
+    wanted = job(blueprint=blueprint("dense"), d_in=8192, d_out=8192)
+    outcome = compiled(tmp_path, wanted, artifact_bytes=1024 * MIB, memory_bytes=384 * MIB)
+    assert (outcome.data, outcome.final) == (None, False)
+    assert "out of memory: this worker gives a job 384 MiB\nover the limit" in outcome.log
+
+
+def test_time(tmp_path):
+    # Drawing so many weights takes longer anywhere.
+    wanted = job(blueprint=blueprint("dense"), d_in=12000, d_out=12000)
+    outcome = compiled(tmp_path, wanted, timeout_s=1, artifact_bytes=1024 * MIB)
+    assert (outcome.data, outcome.final) == (None, False)
+    assert outcome.log.endswith("gave up after 1 s")
+    assert children() == []
+
+
+def test_a_sandbox_that_dies(tmp_path):
+    async def main() -> Outcome:
+        task = asyncio.create_task(compile_in_sandbox(job(), Limits(), tmp_path))
+        while not (found := children()):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        os.kill(found[0], signal.SIGSEGV)
+        return await task
+
+    outcome = asyncio.run(main())
+    assert (outcome.data, outcome.final) == (None, False)
+    assert outcome.log.endswith("the sandbox was ended by SIGSEGV")
+
+
+def test_cancelled_means_gone(tmp_path):
+    async def main() -> None:
+        task = asyncio.create_task(compile_in_sandbox(job(), Limits(), tmp_path))
+        while not children():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert children() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_holds_no_secrets(monkeypatch):
+    for name in ("AWS_SECRET_ACCESS_KEY", "ESPER_REGISTRY_TOKEN", "REDIS_URL", "TRITON_INTERPRET", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("PATH", "/bin")
+    environment = sandbox_environment("/folder")
+    assert environment["PATH"] == "/bin"
+    assert environment["HOME"] == environment["TMPDIR"] == "/folder"
+    assert "x" not in environment.values()
+
+
+def test_logs_are_bounded_text():
+    async def main() -> _Log:
+        log, stream = _Log(), asyncio.StreamReader()
+        for _ in range(20):
+            stream.feed_data(b"x" * 8000 + b"\n")
+        stream.feed_data(b"bell\x07 \x1b[31mred \xff\n")
+        stream.feed_eof()
+        await log.read(stream)
+        return log
+
+    text = asyncio.run(main()).text("the reason\n")
+    assert len(text) <= MAX_LOG_CHARS
+    assert text.endswith("bell? ?[31mred \ufffd\nthe reason")
+
+
+@pytest.mark.parametrize(
+    "bad", [{"timeout_s": 0}, {"timeout_s": float("nan")}, {"memory_bytes": 1}, {"artifact_bytes": "1"}]
+)
+def test_limits_that_are_none(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Limits(**bad)
