@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
-
-import httpx
+from urllib.parse import quote, urljoin, urlsplit
 
 from esper.artifacts.backoff import parse_retry_after
-from esper.artifacts.http_pool import Pools
+from esper.artifacts.http_pool import Address, Pools, Timeouts
+from esper.artifacts.http_wire import Response
 from esper.contracts import strict_json
 from esper.contracts.errors import ArtifactError, EsperError, KernelNotFoundError, RegistryUnavailableError
 from esper.contracts.registry import mask_credentials
@@ -21,6 +22,10 @@ __all__ = ["Access", "Answer", "HttpTimes"]
 TOKEN_VARIABLE: Final = "ESPER_REGISTRY_TOKEN"
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS: Final = 5
+#: Names and addresses, in ASCII; what a URL writes otherwise is none.
+_HOST: Final = re.compile(r"[0-9A-Za-z.:_%-]{1,255}")
+#: What stands in a request as it is; the percent sign among it, since URLs come quoted.
+_UNQUOTED: Final = "/?%:@!$&'()*+,;=~[]"
 #: A refusal's text is read as far as this, and quoted as far as that.
 _REASON_BYTES: Final = 1 << 14
 _REASON_SHOWN: Final = 200
@@ -60,13 +65,13 @@ class Answer:
         own: Whether it came from the registry itself, rather than from where a redirect or a reference led.
     """
 
-    response: httpx.Response
+    response: Response
     own: bool
 
     @property
     def status(self) -> int:
         """The status code."""
-        return self.response.status_code
+        return self.response.status
 
 
 class Access:
@@ -81,15 +86,9 @@ class Access:
     def __init__(self, base: str, token: str | None, times: HttpTimes) -> None:
         self.base = base
         self.times = times
-        self.pools = Pools()
+        self.pools = Pools(Timeouts(times.connect_s, times.silence_s))
         self._token = token
-        self._origin = _origin(httpx.URL(base))
-        self._timeouts = {
-            "connect": times.connect_s,
-            "pool": times.connect_s,
-            "read": times.silence_s,
-            "write": times.silence_s,
-        }
+        self._origin = self._address(base).origin
 
     @contextlib.asynccontextmanager
     async def get(
@@ -111,7 +110,7 @@ class Access:
     @contextlib.asynccontextmanager
     async def post(self, url: str, content: bytes, headers: Mapping[str, str]) -> AsyncIterator[Answer]:
         """The answer to a POST to the registry itself; redirects are not followed."""
-        response = await self._send(self._request("POST", httpx.URL(url), headers, own=True, content=content))
+        response = await self._send("POST", self._address(url), headers, own=True, content=content)
         try:
             yield Answer(response, own=True)
         finally:
@@ -131,10 +130,12 @@ class Access:
             RegistryUnavailableError: it is no JSON, so whatever answers there is no registry.
         """
         text = await self._read(answer, max_bytes + 1)
-        try:
-            return strict_json.loads(text, what="the answer", max_bytes=max_bytes)
-        except ArtifactError as error:
-            raise RegistryUnavailableError(f"{self.base} is no registry of Esper's: {error}", retryable=False) from None
+        # Not the strict parser, which takes longer than the request: of what is parsed here only a few fields are
+        # read, each checked. Its bound on memory is kept.
+        if len(text) <= max_bytes and sum(map(text.count, (b",", b":", b"[", b"{"))) <= strict_json.MAX_TOKENS:
+            with contextlib.suppress(ValueError, RecursionError):
+                return json.loads(text)
+        raise RegistryUnavailableError(f"{self.base} is no registry of Esper's: {_quoted(text)}", retryable=False)
 
     async def refuse(self, answer: Answer, what: str) -> NoReturn:
         """Raise what a status other than the hoped-for one means."""
@@ -166,73 +167,59 @@ class Access:
 
     @contextlib.contextmanager
     def in_our_words(self) -> Iterator[None]:
-        """Turn what httpx raises into :class:`RegistryUnavailableError`."""
+        """Turn what goes wrong on a connection into :class:`RegistryUnavailableError`."""
         try:
             yield
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise RegistryUnavailableError(
-                f"{self.base} leads to a URL that is none: {error}", retryable=False
-            ) from None
-        except (httpx.ConnectTimeout, httpx.PoolTimeout):
-            raise RegistryUnavailableError(f"no connection to {self.base} within {self.times.connect_s:g} s") from None
-        except (httpx.ReadTimeout, httpx.WriteTimeout):
-            raise RegistryUnavailableError(f"{self.base} was silent for {self.times.silence_s:g} s") from None
-        except (httpx.TransportError, OSError) as error:
-            if isinstance(error, (RegistryUnavailableError, TimeoutError)):
-                raise
+        except RegistryUnavailableError:
+            raise
+        except OSError as error:  # TimeoutError and errors of TLS among them
             why = str(error) or type(error).__name__
             raise RegistryUnavailableError(f"cannot talk to {self.base}: {why}") from error
 
-    async def _get(self, address: str, headers: dict[str, str], anonymous: bool) -> Answer:
-        with self.in_our_words():
-            url = httpx.URL(address)
+    async def _get(self, url: str, headers: dict[str, str], anonymous: bool) -> Answer:
         for _ in range(_MAX_REDIRECTS + 1):
-            if url.scheme not in ("http", "https") or not url.host:
-                shown = mask_credentials(str(url))
-                raise RegistryUnavailableError(f"{self.base} leads to {shown}, which is no http URL", retryable=False)
+            where = self._address(url)
             # Once it has led away, a chain of redirects gets no token any more, not even if it leads back.
-            anonymous = anonymous or _origin(url) != self._origin
-            request = self._request("GET", url, headers, own=not anonymous)
-            response = await self._send(request, again=True)
+            anonymous = anonymous or where.origin != self._origin
+            response = await self._send("GET", where, headers, own=not anonymous)
             answer = Answer(response, own=not anonymous)
-            if response.status_code not in _REDIRECTS or "location" not in response.headers:
+            if response.status not in _REDIRECTS or "location" not in response.headers:
                 return answer
             try:
                 await self._read(answer, _REASON_BYTES)
             finally:
                 await response.aclose()
-            with self.in_our_words():
-                url = url.join(response.headers["location"])
+            url = _joined(url, response.headers["location"])
         raise RegistryUnavailableError(f"{self.base} redirects more than {_MAX_REDIRECTS} times", retryable=False)
 
-    def _request(
-        self, method: str, url: httpx.URL, headers: Mapping[str, str], *, own: bool, content: bytes | None = None
-    ) -> httpx.Request:
+    def _address(self, url: str) -> Address:
+        """The parts of a URL that the registry named."""
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host = None
+        if not host or parts.scheme not in ("http", "https") or not _HOST.fullmatch(host):
+            shown = mask_credentials(url)
+            raise RegistryUnavailableError(f"{self.base} leads to {shown[:200]!a}, no http URL", retryable=False)
+        target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=_UNQUOTED)
+        return Address(parts.scheme, host, port or {"http": 80, "https": 443}[parts.scheme], target)
+
+    async def _send(
+        self, method: str, where: Address, headers: Mapping[str, str], *, own: bool, content: bytes = b""
+    ) -> Response:
         # Plain bytes on the wire: lengths are checked against what the registry announced, and ranges count them.
-        sent = {"Accept-Encoding": "identity", "User-Agent": "esper", **headers}
+        sent = {"Host": where.authority, "Accept-Encoding": "identity", "User-Agent": "esper", **headers}
         if own and self._token is not None:
             sent["Authorization"] = f"Bearer {self._token}"
-        if url.userinfo:
-            url = url.copy_with(username=None, password=None)
-        return httpx.Request(method, url, headers=sent, content=content, extensions={"timeout": self._timeouts})
-
-    async def _send(self, request: httpx.Request, *, again: bool = False) -> httpx.Response:
-        transport = await self.pools.transport(request.url)
         with self.in_our_words():
-            try:
-                return await transport.handle_async_request(request)
-            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
-                # A server may close a kept-alive connection at the moment it is used again; that says nothing of the
-                # server, and a GET may be repeated.
-                if not again:
-                    raise
-                return await transport.handle_async_request(request)
+            return await self.pools.request(method, where, sent, content)
 
     async def _read(self, answer: Answer, limit: int) -> bytes:
         """The body, or its first ``limit`` bytes."""
         parts, got = [], 0
         with self.in_our_words():
-            async for part in answer.response.stream:  # type: ignore[union-attr]
+            async for part in answer.response.parts:
                 parts.append(part)
                 got += len(part)
                 if got >= limit:
@@ -240,8 +227,15 @@ class Access:
         return b"".join(parts)[:limit]
 
 
-def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host, url.port
+def _joined(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        return location  # no URL, which is found out next
+
+
+def _quoted(text: bytes) -> str:
+    return f"it answers {text[:60]!r}" + ("..." if len(text) > 60 else "")
 
 
 def _reason(body: bytes) -> str:

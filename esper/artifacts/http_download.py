@@ -130,7 +130,7 @@ class _Body:
         size, times, begun = self._source.size, self._access.times, asyncio.get_running_loop().time()
         received = 0
         with memoryview(self._data) as view, self._access.in_our_words():
-            async for part in answer.response.stream:  # type: ignore[union-attr]
+            async for part in answer.response.parts:
                 end = self.got + len(part)
                 if end > size:
                     raise ArtifactError(

@@ -130,7 +130,7 @@ class FaultServer:
                     reply = plan.pop(0)(reply)
                 if not await self._send(writer, reply):
                     break
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             self._writers.discard(writer)
