@@ -39,7 +39,9 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 #: Names that mean something else where a parameter could stand (in an expression, or as an argument of a function).
 RESERVED: Final = frozenset(
     [
+        "architectures",
         "blueprint",
+        "compute_dtypes",
         "d_in",
         "d_out",
         "dtype",
@@ -48,9 +50,11 @@ RESERVED: Final = frozenset(
         "mode",
         "name",
         "pipeline",
+        "provenance",
         "registry",
         "scope",
         "seed",
+        "sign_with",
         "tap",
     ]
 )

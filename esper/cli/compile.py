@@ -23,6 +23,7 @@ examples:
   esper compile lowrank --d-in 64 --d-out 64 --rank 8 --registry runs/registry
   esper compile bottleneck --d-in 64 --d-out 128 --param activation=gelu --param mode=replace -o kernel.safetensors
   esper compile my_blueprint.json --d-in 64 --d-out 64
+  esper compile lowrank --d-in 64 --d-out 64 --arch sm_90 --arch sm_80 --dtype bf16 --sign-key forge.key -o k
 """
 
 
@@ -46,8 +47,26 @@ def add_parser(subparsers: Subparsers) -> None:
         help="a parameter of the blueprint, or another option of a ready-made one (mode, tap, scope, activation, ...)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the initial weights (default 0)")
-    parser.add_argument("--dtype", default="float32", help="float32, float64, float16 or bfloat16 (default float32)")
-    parser.add_argument("--pipeline", default="fast", help="fast (the only one in this version)")
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        metavar="TYPE",
+        help="of the weights: fp32 (default), fp64, fp16 or bf16; given again: more types that GPU binaries compute in",
+    )
+    parser.add_argument(
+        "--arch",
+        action="append",
+        default=[],
+        metavar="SM",
+        help="put GPU binaries for this architecture, such as sm_90, into the artifact; may be given again",
+    )
+    parser.add_argument(
+        "--pipeline",
+        choices=("fast", "standard", "aggressive"),
+        help="fast: no GPU binaries; standard: binaries for every --arch, without a GPU; aggressive: tuned on the GPU "
+        "of this machine (default: standard with --arch, else fast)",
+    )
+    parser.add_argument("--sign-key", metavar="KEY", help="sign with this key file (`esper keygen` makes one)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the artifact to this file")
     where.add_argument(
@@ -60,16 +79,21 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compile; prints the artifact's id, alone on its line."""
     from esper.artifacts import Artifact, open_registry
+    from esper.artifacts.signing import SigningKey
     from esper.services.tezzeret.forge import build, compile_blueprint
 
     options = _options(args.param, args.rank)
     blueprint = _blueprint(args.blueprint)
+    dtypes = args.dtype or ["float32"]
     common: dict[str, Any] = {
         "d_in": args.d_in,
         "d_out": args.d_out,
         "seed": args.seed,
-        "dtype": args.dtype,
-        "pipeline": args.pipeline,
+        "dtype": dtypes[0],
+        "compute_dtypes": dtypes if len(dtypes) > 1 else (),
+        "pipeline": args.pipeline or ("standard" if args.arch else "fast"),
+        "architectures": args.arch,
+        "sign_with": None if args.sign_key is None else SigningKey.load(args.sign_key),
         **options,
     }
     if args.output is None:

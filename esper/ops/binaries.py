@@ -86,6 +86,9 @@ class BinaryTable:
     Args:
         driver: Gives the driver, or None where there is none; by default this machine's.
         kernels: Gives the package's kernels as :func:`package_kernels` does.
+
+    Attributes:
+        handed_out: How many times :meth:`find` had an answer.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class BinaryTable:
     ) -> None:
         self._driver = driver
         self._kernels = kernels or package_kernels
+        self.handed_out = 0
         self._lock = threading.Lock()
         self._found: dict[_Key, tuple[NativeKernel, ...]] = {}
         self._known: set[tuple[int, str]] = set()
@@ -140,10 +144,10 @@ class BinaryTable:
         found = self._found.get(_key(device, kernel, dtype, constants))
         if found is None:
             return None
-        if tuned:
-            return found[-1]
         wanted = tile_sizes(constants)
-        return next((one for one in found if tile_sizes(one.constants) == wanted), None)
+        answer = found[-1] if tuned else next((one for one in found if tile_sizes(one.constants) == wanted), None)
+        self.handed_out += answer is not None
+        return answer
 
     def clear(self) -> None:
         """Forget everything; what was found before stays loaded as long as somebody holds it."""

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from esper.artifacts.file_registry import FileRegistry
+from esper.artifacts.keys import SigningKey
 from esper.artifacts.locate import open_registry
 from esper.artifacts.pack import pack
 from esper.blueprints.init import initialise
 from esper.blueprints.ir import Blueprint
 from esper.blueprints.library import get
-from esper.blueprints.validation import bind_parameters
-from esper.contracts.container import ITEMSIZES
-from esper.contracts.errors import EsperError
+from esper.blueprints.validation import bind_parameters, validate
 from esper.contracts.registry import RegistryClient
+from esper.services.tezzeret.pipelines import PIPELINES, CompileError, binaries_for, check_request, torch_name
 
 __all__ = ["PIPELINES", "CompileError", "build", "compile", "compile_blueprint"]
-
-#: Every pipeline, and whether this version builds it.
-PIPELINES: Final[Mapping[str, bool]] = {"fast": True, "standard": False, "aggressive": False}
-
-
-class CompileError(EsperError, ValueError):
-    """An artifact cannot be built as asked: an unknown pipeline, dtype or kind of blueprint."""
 
 
 def build(
@@ -39,7 +32,10 @@ def build(
     seed: int = 0,
     pipeline: str = "fast",
     dtype: torch.dtype | str = "float32",
+    architectures: Sequence[str] = (),
+    compute_dtypes: Sequence[torch.dtype | str] = (),
     provenance: Mapping[str, str] | None = None,
+    sign_with: SigningKey | None = None,
     **options: Any,
 ) -> bytes:
     """Validate a blueprint, draw its weights, and pack both: :func:`compile_blueprint` without the publishing.
@@ -47,12 +43,9 @@ def build(
     The same arguments and tool versions give the same bytes. Arguments and errors are those of
     :func:`compile_blueprint`.
     """
-    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
-        raise CompileError(f"unknown pipeline {pipeline!r}; known: {', '.join(PIPELINES)}")
-    if not PIPELINES[pipeline]:
-        built = ", ".join(name for name, done in PIPELINES.items() if done)
-        raise CompileError(f"pipeline {pipeline!r} is not built in this version of Esper; built: {built}")
-    chosen = _dtype(dtype)
+    numbers = check_request(pipeline, architectures)
+    chosen = torch_name(dtype)
+    computed = [torch_name(each) for each in compute_dtypes] or [chosen]
     if isinstance(blueprint, str):
         blueprint = get(blueprint, **options)
     elif isinstance(blueprint, Blueprint):
@@ -62,8 +55,20 @@ def build(
             f"blueprint must be a Blueprint or the name of one (esper.blueprints.names() lists them), "
             f"not {type(blueprint).__name__}"
         )
-    tensors = initialise(blueprint, d_in, d_out, seed, chosen)
-    return pack(blueprint, tensors, d_in=d_in, d_out=d_out, seed=seed, pipeline=pipeline, provenance=provenance)
+    # Sizes first: a compiler is not started for what does not fit, nor are weights drawn.
+    binaries = binaries_for(pipeline, blueprint, validate(blueprint, d_in, d_out), computed, numbers)
+    tensors = initialise(blueprint, d_in, d_out, seed, getattr(torch, chosen))
+    return pack(
+        blueprint,
+        tensors,
+        d_in=d_in,
+        d_out=d_out,
+        seed=seed,
+        pipeline=pipeline,
+        provenance=provenance,
+        binaries=binaries,
+        sign_with=sign_with,
+    )
 
 
 def compile_blueprint(
@@ -75,7 +80,10 @@ def compile_blueprint(
     seed: int = 0,
     pipeline: str = "fast",
     dtype: torch.dtype | str = "float32",
+    architectures: Sequence[str] = (),
+    compute_dtypes: Sequence[torch.dtype | str] = (),
     provenance: Mapping[str, str] | None = None,
+    sign_with: SigningKey | None = None,
     **options: Any,
 ) -> str:
     """Compile a blueprint for given sizes and publish the artifact.
@@ -88,39 +96,45 @@ def compile_blueprint(
             user's own registry folder.
         seed: Of the initial weights, in [0, 2**63); the same seed gives the same bits, whatever torch's global
             generator does.
-        pipeline: ``fast``: weights and blueprint, run by the package's own kernels. The pipelines that add GPU
-            binaries, ``standard`` and ``aggressive``, are refused by this version.
-        dtype: Of the stored weights: float64, float32, float16 or bfloat16.
+        pipeline: ``fast``: weights and blueprint, run by the package's own kernels. ``standard`` adds GPU binaries for
+            the architectures asked for; no GPU is needed. ``aggressive`` adds binaries tuned on the GPU of this
+            machine. See docs/binaries.md.
+        dtype: Of the stored weights: float64, float32, float16 or bfloat16; fp64, fp32, fp16 and bf16 for short.
+        architectures: What GPU binaries are for, such as ``("sm_80", "sm_90")``; none means sm_80, sm_90 and sm_100.
+        compute_dtypes: Types of the values that GPU binaries work on, where they are not that of the weights.
         provenance: Text by key for the record, stored as it is. It counts: other provenance, other id.
+        sign_with: Key to sign with; binaries are used only where it is trusted.
         **options: The blueprint's parameters, such as ``rank``; for one of the library's also its other options, such
-        as
-            ``mode`` and ``activation``.
+            as ``mode`` and ``activation``.
 
     Returns:
         The artifact's id; the artifact is in the registry.
 
     Raises:
         BlueprintError: the blueprint, an option or a size is not one.
-        CompileError: the pipeline or the dtype is not one of those above.
+        CompileError: the pipeline, the dtype or an architecture is not one of those above, or the GPU kernels do not
+            compile.
         RegistryUnavailableError: the artifact could not be stored.
     """
     client = open_registry(registry)
     data = build(
-        blueprint, d_in=d_in, d_out=d_out, seed=seed, pipeline=pipeline, dtype=dtype, provenance=provenance, **options
+        blueprint,
+        d_in=d_in,
+        d_out=d_out,
+        seed=seed,
+        pipeline=pipeline,
+        dtype=dtype,
+        architectures=architectures,
+        compute_dtypes=compute_dtypes,
+        provenance=provenance,
+        sign_with=sign_with,
+        **options,
     )
     return _publish(client, data)
 
 
 #: The public name, ``esper.compile``.
 compile = compile_blueprint
-
-
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
-    name = str(dtype).removeprefix("torch.")
-    if name not in ITEMSIZES:
-        raise CompileError(f"dtype {name!r} cannot be stored; possible: {', '.join(ITEMSIZES)}")
-    found: torch.dtype = getattr(torch, name)
-    return found
 
 
 def _publish(client: RegistryClient, data: bytes) -> str:
