@@ -56,15 +56,15 @@ def _compile(payload: dict[str, Any], limits: Limits, reply: dict[str, Any]) -> 
     # Imported under the limits; and PyTorch, which takes seconds, only for a blueprint that is one.
     from esper.contracts.errors import BlueprintError
     from esper.services.tezzeret.job import CompileJob, JobError
+    from esper.services.tezzeret.pipelines import CompileError
 
     try:
         job = CompileJob.from_payload(payload)
         blueprint = _validated(job, limits, reply)
-    except (BlueprintError, JobError) as error:
+    except (BlueprintError, CompileError, JobError) as error:
         return _invalid(error)
-    from esper.services.tezzeret.forge import CompileError, build
+    from esper.services.tezzeret.forge import build
 
-    options: dict[str, Any] = {"architectures": job.architectures} if job.architectures else {}
     try:
         data = build(
             blueprint,
@@ -73,7 +73,7 @@ def _compile(payload: dict[str, Any], limits: Limits, reply: dict[str, Any]) -> 
             seed=job.seed,
             dtype=job.dtype,
             pipeline=job.pipeline,
-            **options,
+            architectures=job.architectures,
         )
     except (BlueprintError, CompileError) as error:
         return _invalid(error)
@@ -92,11 +92,14 @@ def _validated(job: CompileJob, limits: Limits, reply: dict[str, Any]) -> Bluepr
     from esper.blueprints.validation import validate
     from esper.contracts.container import ITEMSIZES
     from esper.contracts.errors import BlueprintError
+    from esper.services.tezzeret.pipelines import check_request, torch_name
 
+    check_request(job.pipeline, job.architectures)
+    itemsize = ITEMSIZES[torch_name(job.dtype)]
     blueprint = from_json(job.blueprint)
     reply["blueprint_hash"] = blueprint_hash(blueprint)
     sizes = {name: math.prod(shape) for name, shape in validate(blueprint, job.d_in, job.d_out).tensors.items()}
-    total = sum(sizes.values()) * ITEMSIZES.get(job.dtype, 1)
+    total = sum(sizes.values()) * itemsize
     if total > limits.artifact_bytes:
         largest = max(sizes, key=lambda name: sizes[name])
         raise BlueprintError(

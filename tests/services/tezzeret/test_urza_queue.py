@@ -1,0 +1,188 @@
+"""Jobs kept by a real Urza: claimed by polling, leased, finished."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from esper.artifacts import open_registry
+from esper.cli.main import main as esper
+from esper.services.tezzeret.forge import build
+from esper.services.tezzeret.job import CompileResult, JobError, JobStatus
+from esper.services.tezzeret.queue import QueueUnavailableError
+from esper.services.tezzeret.urza_queue import UrzaQueue
+from tests.services.tezzeret.processes import job, worker_process
+from tests.services.urza.server import UrzaProcess, running_urza
+
+
+@pytest.fixture(scope="module")
+def urza(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UrzaProcess]:
+    with running_urza(tmp_path_factory.mktemp("urza"), args=["--write-rate", "0"]) as running:
+        yield running
+
+
+@pytest.fixture
+def address(urza: UrzaProcess) -> str:
+    return urza.url.replace("://", f"://:{urza.admin_token}@")
+
+
+def run(address: str, scenario, **options):
+    async def main():
+        queue = UrzaQueue(address, name="me", **options)
+        try:
+            return await asyncio.wait_for(scenario(queue), 60)
+        finally:
+            await queue.close()
+
+    return asyncio.run(main())
+
+
+def test_submitted_claimed_finished(address):
+    wanted = job(seed=100, tags=("small",))
+
+    async def scenario(queue):
+        job_id = await queue.submit(wanted)
+        assert await queue.submit(wanted) == job_id
+        claim = await queue.claim(0)
+        assert claim.job == job(seed=100, tags=("small",), job_id=job_id)
+        assert claim.attempt == 1
+        assert await queue.claim(0) is None
+        assert await queue.renew(claim)
+        assert await queue.result(job_id, timeout_s=0.1) is None
+        artifact_id = await open_registry(address).publish(build("lowrank", d_in=6, d_out=4, seed=100))
+        end = CompileResult(job_id=job_id, status=JobStatus.COMPILED, artifact_id=artifact_id, log="fine")
+        assert await queue.finish(claim, end)
+        assert not await queue.finish(claim, end)
+        assert not await queue.renew(claim)
+        return artifact_id, await queue.result(job_id, timeout_s=10)
+
+    artifact_id, result = run(address, scenario)
+    assert (result.status, result.artifact_id, result.log) == (JobStatus.COMPILED, artifact_id, "fine")
+    assert len(result.blueprint_hash) == 64
+
+
+def test_a_lease_that_runs_out_and_attempts_that_run_out(address):
+    async def scenario(queue):
+        job_id = await queue.submit(job(seed=101))
+        first = await queue.claim(0)
+        await asyncio.sleep(1.1)
+        second = await queue.claim(0)
+        assert (second.job.job_id, second.attempt) == (job_id, 2)
+        assert not await queue.renew(first)
+        assert not await queue.finish(first, CompileResult(job_id=job_id, status=JobStatus.INVALID))
+        await queue.retry(second, "it crashed", 0.01)
+        third = await queue.claim(0)
+        assert third.attempt == 3
+        await queue.hand_back(third)
+        return await queue.result(job_id, timeout_s=10)
+
+    result = run(address, scenario, lease_s=1)
+    assert (result.status, result.attempts) == (JobStatus.INVALID, 3)
+    assert "handed back" in result.log
+
+
+def test_an_artifact_that_is_elsewhere(address):
+    async def scenario(queue):
+        job_id = await queue.submit(job(seed=102))
+        claim = await queue.claim(0)
+        end = CompileResult(job_id=job_id, status=JobStatus.COMPILED, artifact_id=f"{'0' * 16}-any-fast-{'0' * 8}")
+        with pytest.raises(JobError, match="upload it"):
+            await queue.finish(claim, end)
+        assert await queue.finish(claim, CompileResult(job_id=job_id, status=JobStatus.INVALID, log="a\0b"))
+
+    run(address, scenario)
+
+
+def test_what_urza_refuses(address):
+    async def scenario(queue):
+        for bad in (job(d_in=0), job(blueprint={"nodes": 3}), job(dtype="int8")):
+            with pytest.raises(JobError, match="refuses it: "):
+                await queue.submit(bad)
+
+    run(address, scenario)
+
+
+def test_polling_gets_rarer(address):
+    async def scenario(queue):
+        asked = []
+        ask = queue._ask
+
+        async def counted(*arguments):
+            asked.append(arguments)
+            return await ask(*arguments)
+
+        queue._ask = counted
+        for _ in range(40):
+            assert await queue.claim(0.05) is None
+        # Two seconds, with pauses of 1/8 to 1/4, 1/4 to 1/2, 1/2 to 1, ... of a second.
+        assert 3 <= len(asked) <= 8
+        assert await queue.claim(0) is None
+        assert asked[-1][1] == "/jobs/claim"
+
+    run(address, scenario)
+
+
+def test_tokens_and_what_is_said_of_them(urza, address, monkeypatch):
+    async def claim(queue):
+        await queue.claim(0)
+
+    with pytest.raises(QueueUnavailableError, match="status 401"):
+        run(urza.url, claim)
+    with pytest.raises(QueueUnavailableError) as caught:
+        run(urza.url.replace("://", "://:wrong-token@"), claim)
+    assert "wrong-token" not in str(caught.value)
+    monkeypatch.setenv("ESPER_REGISTRY_TOKEN", urza.admin_token)
+    run(urza.url + "/api/v1/", claim)
+
+
+def test_nobody_there_and_somebody_else():
+    async def claim(queue):
+        await queue.claim(0)
+
+    with pytest.raises(QueueUnavailableError, match=r"http://\*\*\*@127.0.0.1:1 does not answer"):
+        run("http://:secret@127.0.0.1:1", claim)
+
+    class Other(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Other)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        with pytest.raises(QueueUnavailableError, match="answers what is no JSON"):
+            run(f"http://127.0.0.1:{server.server_port}", claim)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.mark.parametrize("url", ["redis://:secret@host", "http://", "localhost:8470"])
+def test_not_an_address(url):
+    with pytest.raises(ValueError, match="is not the address of an Urza") as caught:
+        UrzaQueue(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_worker_that_polls(urza, address, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("ESPER_REGISTRY_TOKEN", urza.admin_token)
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    monkeypatch.setenv("ESPER_REGISTRY", urza.url)
+    with worker_process("--urza", urza.url) as worker:
+        assert esper(["tezzeret", "submit", "gated", "--d-in", "6", "--d-out", "4", "--wait", "60"]) == 0
+        artifact_id = capsys.readouterr().out.strip()
+        assert worker.stop() == 0
+    assert urza.admin_token not in worker.said
+    data = asyncio.run(open_registry(urza.url).fetch(artifact_id, max_bytes=1 << 20))
+    assert bytes(data) == build("gated", d_in=6, d_out=4)
