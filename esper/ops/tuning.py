@@ -150,7 +150,7 @@ def _time(load: Workload) -> float:
     with use_backend("triton"):
         for _ in range(_WARM_UP):
             load.run()
-            for _ in range(_REPEATS):
+        for _ in range(_REPEATS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(_LAUNCHES):
