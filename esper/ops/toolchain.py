@@ -188,7 +188,7 @@ def _in_child(request: Mapping[str, Any], variables: Sequence[str], timeout_s: f
         except subprocess.TimeoutExpired:
             raise ToolchainError(f"the compiler took longer than {timeout_s:g} seconds and was stopped") from None
     try:
-        answer: dict[str, Any] = json.loads(done.stdout.rpartition("\n")[2])
+        answer: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
     except ValueError:
         how = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
         last = " ".join(done.stderr.strip().splitlines()[-2:])

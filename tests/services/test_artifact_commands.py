@@ -61,9 +61,9 @@ def test_compile_a_json_file(capsys, tmp_path):
         (["lowrank", *SIZES, "--param", "rank"], "expected KEY=VALUE"),
         (["lowrank", *SIZES, "--param", "rank=2", "--rank", "3"], "rank is given twice"),
         (["lowrank", *SIZES, "--rank", "0"], "rank"),
-        (["lowrank", *SIZES, "--pipeline", "standard"], "not built in this version"),
+        (["lowrank", *SIZES, "--pipeline", "standard", "--dtype", "fp64"], "there are no GPU kernels for float64"),
         (["lowrank", *SIZES, "--dtype", "int8"], "cannot be stored"),
-        (["lowrank", *SIZES, "--registry", "https://u:secret@h"], "file:// registries only"),
+        (["lowrank", *SIZES, "--registry", "ftp://u:secret@h"], "unknown scheme"),
         (["lowrank", *SIZES, "-o", "/nonexistent/folder/k"], "cannot write /nonexistent/folder/k"),
     ],
 )

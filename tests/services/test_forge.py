@@ -11,8 +11,10 @@ import torch
 
 import esper
 from esper.artifacts import Artifact, FileRegistry, open_registry
+from esper.artifacts.signing import SigningKey
 from esper.blueprints import get, initialise
 from esper.contracts.errors import BlueprintError, EsperError, RegistryUnavailableError
+from esper.ops.toolchain import Built
 from esper.services.tezzeret.forge import CompileError, build, compile_blueprint
 
 
@@ -107,11 +109,79 @@ print(hashlib.sha256(build("gated", d_in=6, d_out=4, seed=5)).hexdigest())
     assert there == here
 
 
-@pytest.mark.parametrize("pipeline", ["standard", "aggressive"])
-def test_pipelines_of_later_versions(registry, pipeline):
-    with pytest.raises(CompileError, match=f"'{pipeline}' is not built in this version of Esper; built: fast"):
-        esper.compile("lowrank", d_in=6, d_out=4, registry=registry, pipeline=pipeline)
+@pytest.mark.parametrize("blueprint", ["dense", "elementwise", "normed_bottleneck"])
+def test_families_without_kernels_have_no_binaries(registry, monkeypatch, blueprint):
+    monkeypatch.setattr("esper.ops.toolchain.compile_request", lambda request: [])
+    with pytest.raises(CompileError, match=r"there are no Triton kernels for family .* pipeline 'fast' takes every"):
+        esper.compile(blueprint, d_in=6, d_out=6, registry=registry, pipeline="standard")
     assert not registry.folder.exists()
+
+
+def built(**changes):
+    values = {
+        "kernel": "demo_kernel",
+        "direction": "forward",
+        "arch": 90,
+        "dtype": "fp32",
+        "symbol": "demo_kernel",
+        "signature": (("x", "*fp32"), ("n", "i32")),
+        "constants": {"BLOCK": 64},
+        "num_warps": 4,
+        "shared": 1024,
+        "registers": 40,
+        "spills": 0,
+        "tools": {"triton": "3.9.0", "ptxas": "13.4"},
+        "cubin": b"code",
+    }
+    return Built(**{**values, **changes})
+
+
+def test_what_the_compiler_is_asked_for(registry, monkeypatch):
+    asked = []
+    monkeypatch.setattr("esper.ops.toolchain.compile_request", lambda request: asked.append(request) or [built()])
+    esper.compile("gated", d_in=6, d_out=4, registry=registry, rank=3, pipeline="standard", dtype="float16")
+    esper.compile(
+        "bottleneck",
+        d_in=6,
+        d_out=4,
+        registry=registry,
+        bias=False,
+        pipeline="standard",
+        dtype="float64",
+        compute_dtypes=["bf16", torch.float32, "bf16"],
+        architectures=["sm_90", "sm_86", "sm_90"],
+    )
+    gated, bottleneck = asked
+    assert (gated.family, gated.rank, gated.dtypes, gated.architectures) == ("gated", 3, ("fp16",), (80, 90, 100))
+    assert (bottleneck.dtypes, bottleneck.architectures) == (("bf16", "fp32"), (86, 90))
+    assert not bottleneck.biased
+
+
+def test_binaries_have_the_names_of_the_format(monkeypatch):
+    two = [
+        built(),
+        built(kernel="other_kernel", symbol="other", cubin=b"other"),
+        built(direction="backward", cubin=b"b"),
+    ]
+    monkeypatch.setattr("esper.ops.toolchain.compile_request", lambda request: two)
+    key = SigningKey.generate()
+    data = build("lowrank", d_in=6, d_out=4, pipeline="standard", architectures=["sm_90"], sign_with=key)
+    artifact = Artifact.open(data, trusted_keys=[key.public])
+    assert {binary.name: bytes(binary.data) for binary in artifact.binaries} == {
+        "gpu/sm_90/fp32/forward/demo_kernel": b"code",
+        "gpu/sm_90/fp32/forward/other_kernel": b"other",
+        "gpu/sm_90/fp32/backward": b"b",
+    }
+    entry = next(binary.entry for binary in artifact.binaries if binary.entry.kernel == "other_kernel")
+    assert (entry.registers, entry.shared, entry.num_warps, entry.constants) == (40, 1024, 4, {"BLOCK": 64})
+    assert Artifact.open(build("lowrank", d_in=6, d_out=4, pipeline="standard")).binaries == ()
+
+
+def test_two_binaries_of_one_name_are_refused(monkeypatch):
+    twice = [built(), built(constants={"BLOCK": 32})]
+    monkeypatch.setattr("esper.ops.toolchain.compile_request", lambda request: twice)
+    with pytest.raises(CompileError, match="two variants of demo_kernel"):
+        build("lowrank", d_in=6, d_out=4, pipeline="standard")
 
 
 @pytest.mark.parametrize(
@@ -119,6 +189,11 @@ def test_pipelines_of_later_versions(registry, pipeline):
     [
         (CompileError, {"pipeline": "quick"}, "unknown pipeline 'quick'; known: fast"),
         (CompileError, {"pipeline": None}, "unknown pipeline None"),
+        (CompileError, {"architectures": ["sm_90"]}, "pipeline 'fast' builds no GPU binaries"),
+        (CompileError, {"architectures": "sm_90", "pipeline": "standard"}, "must be a list of names"),
+        (CompileError, {"architectures": ["sm_90a"], "pipeline": "standard"}, "unknown architecture 'sm_90a'"),
+        (CompileError, {"dtype": "float64", "pipeline": "standard"}, "there are no GPU kernels for float64"),
+        (CompileError, {"compute_dtypes": ["int8"]}, "'int8' cannot be stored"),
         (CompileError, {"dtype": "int8"}, "'int8' cannot be stored; possible: float64"),
         (CompileError, {"blueprint": {"nodes": []}}, "must be a Blueprint or the name of one .* not dict"),
         (BlueprintError, {"blueprint": "lowrnk"}, "lowrnk"),
@@ -127,7 +202,7 @@ def test_pipelines_of_later_versions(registry, pipeline):
         (BlueprintError, {"rank": -1}, "rank"),
         (BlueprintError, {"seed": -1}, "seed"),
         (BlueprintError, {"seed": True}, "seed"),
-        (EsperError, {"registry": "https://user:secret@host"}, r"https://\*\*\*@host"),
+        (EsperError, {"registry": "ftp://user:secret@host"}, r"ftp://\*\*\*@host: unknown scheme"),
     ],
 )
 def test_refusals(registry, error, changes, message):

@@ -1,0 +1,113 @@
+"""The compiler in a process of its own: what it is given, and how its failures come back."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from esper.ops import toolchain
+from esper.ops.toolchain import Request, ToolchainError, compile_request, tune_request
+
+LOWRANK = Request("lowrank", None, None, 8, False, ("bf16",), (80,))
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str) -> None:
+    """A program in the compiler's place, to see how the parent takes what it does."""
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\n{program}")
+    script.chmod(0o755)
+    monkeypatch.setattr(toolchain.sys, "executable", str(script))
+
+
+def test_the_child_sees_little_of_the_environment(monkeypatch, tmp_path):
+    for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "PTXAS_OPTIONS", "USE_IR_LOC", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    stand_in(
+        monkeypatch,
+        tmp_path,
+        "import json, os, sys\njson.dump({'env': dict(os.environ), 'in': json.load(sys.stdin), 'built': []}, "
+        f"open({str(tmp_path / 'seen')!r}, 'w'))\nprint(json.dumps(dict(built=[])))",
+    )
+    assert compile_request(LOWRANK) == []
+    seen = json.loads((tmp_path / "seen").read_text())
+    assert seen["in"]["family"] == "lowrank"
+    environment = seen["env"]
+    assert environment.keys().isdisjoint({"TRITON_INTERPRET", "PTXAS_OPTIONS", "USE_IR_LOC", "AWS_SECRET_ACCESS_KEY"})
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["TRITON_CACHE_DIR"] not in ("x", "")
+    # The cache was empty, and it is gone.
+    assert not os.path.exists(environment["TRITON_CACHE_DIR"])
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("import os; os.abort()", "the compiler was ended by signal 6: it said nothing"),
+        ("import sys; print('a\\nLLVM ERROR: why', file=sys.stderr); sys.exit(3)", "ended with 3: a LLVM ERROR: why"),
+        ('print(\'{"error": "demo_kernel does not compile"}\')', "demo_kernel does not compile"),
+        ("print('half an ans')", "the compiler ended with 0"),
+    ],
+)
+def test_failures_of_the_child_are_told(monkeypatch, tmp_path, program, message):
+    stand_in(monkeypatch, tmp_path, program)
+    with pytest.raises(ToolchainError, match=message):
+        compile_request(LOWRANK)
+
+
+def test_a_compiler_that_hangs_is_stopped(monkeypatch, tmp_path):
+    stand_in(monkeypatch, tmp_path, "import time; time.sleep(60)")
+    with pytest.raises(ToolchainError, match=r"took longer than 0\.2 seconds"):
+        compile_request(LOWRANK, timeout_s=0.2)
+
+
+def test_tuning_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(toolchain.native, "driver", lambda: None)
+    monkeypatch.setattr(toolchain.native, "driver_reason", lambda: "no such thing")
+    with pytest.raises(ToolchainError, match=r"needs a GPU .* \(no such thing\); pipeline 'standard' compiles"):
+        tune_request(LOWRANK, present=(), d_in=8, d_out=8)
+
+
+def test_tuning_is_for_the_present_gpu_only(monkeypatch):
+    class Driver:
+        def capability(self, device: int) -> tuple[int, int]:
+            return (9, 0)
+
+    monkeypatch.setattr(toolchain.native, "driver", Driver)
+    with pytest.raises(ToolchainError, match="which is sm_90, and not for sm_80, sm_90"):
+        tune_request(LOWRANK, present=(80, 90), d_in=8, d_out=8)
+
+
+@pytest.mark.aot
+def test_an_architecture_that_crashes_the_compiler_ends_in_an_error_here():
+    with pytest.raises(ToolchainError, match=r"the compiler was ended by signal|does not compile"):
+        compile_request(replace(LOWRANK, architectures=(93,)))
+
+
+def test_neighbours_change_one_value_each():
+    from esper.ops.graft.variants import KernelVariant
+    from esper.ops.tuning import CANDIDATES, neighbours
+
+    constants = {"ACT": 1, "BLOCK_M": 64, "BLOCK_R": 64}
+    variant = KernelVariant(None, "forward", {}, constants, {"num_warps": 4})
+    found = dict(neighbours(variant))
+    assert set(found) == {"BLOCK_M", "num_warps", "num_stages"}
+    assert [each.constants["BLOCK_M"] for each in found["BLOCK_M"]] == [16, 32, 128]
+    assert [each.options["num_warps"] for each in found["num_warps"]] == [2, 8]
+    assert len(found["num_stages"]) == len(CANDIDATES["num_stages"])
+    assert all(each.constants["BLOCK_R"] == 64 and each.constants["ACT"] == 1 for each in found["BLOCK_M"])
+
+
+@pytest.mark.gpu
+def test_tuning_on_the_gpu_of_this_machine():
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(0)
+    built = tune_request(replace(LOWRANK, architectures=()), present=(10 * major + minor,), d_in=256, d_out=256)
+    assert {each.direction for each in built} == {"forward", "backward"}
+    assert {each.arch for each in built} == {10 * major + minor}
+    assert all(each.cubin for each in built)
