@@ -21,7 +21,7 @@ A signature is part of the file: the signed artifact has another id than the uns
 
 examples:
   esper sign kernel.safetensors --key esper.key -o signed.safetensors
-  esper sign 10c7349fe3152cb8-any-fast-4111ac5c --key esper.key --registry runs/registry
+  esper sign affabf91870ff394-any-fast-f09f1273 --key esper.key --registry runs/registry
 """
 
 
