@@ -225,7 +225,13 @@ def _read_node(item: object, index: int) -> Node:
         if key not in node:
             raise BlueprintError(f"node number {index}: key {key!r} is missing")
     attrs = {key: value for key, value in node.items() if key not in ("name", "op", "inputs")}
-    return Node(node["name"], node["op"], node.get("inputs", ()), attrs)
+    try:
+        return Node(node["name"], node["op"], node.get("inputs", ()), attrs)
+    except BlueprintError as error:
+        if error.node is not None:
+            raise
+        # Its name is what is wrong: only its place can say which node it is.
+        raise BlueprintError(f"node number {index}: {error}") from None
 
 
 def _parse(source: str | bytes) -> object:

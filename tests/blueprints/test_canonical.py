@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,6 +71,42 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "before", "after"), CHANGES)
 def test_changed_meaning_changes_the_hash(name: str, before: dict[str, Any], after: dict[str, Any]) -> None:
     assert blueprint_hash(get(name, **before)) != blueprint_hash(get(name, **after))
+
+
+#: For each attribute a value other than the one given, always legal.
+OTHER: dict[str, Callable[[Any], Any]] = {
+    "bias": lambda value: not value,
+    "eps": lambda value: value * 2,
+    "kind": lambda value: {"layernorm": "rmsnorm", "rmsnorm": "layernorm", "relu": "tanh"}.get(value, "relu"),
+    "kernel_size": lambda value: (value[0] + 1, value[1]),
+    "stride": lambda value: (value[0], value[1] + 1),
+    "padding": lambda value: (value[0] + 1, value[1]),
+    "dilation": lambda value: (value[0], value[1] + 1),
+    "out": lambda value: f"({value}) + 1",
+}
+
+
+@given(st.data(), blueprints(images=True, max_nodes=12))
+def test_any_other_attribute_is_another_hash(data: st.DataObject, blueprint: Blueprint) -> None:
+    places = [(node.name, key) for node in blueprint.nodes for key in node.attrs]
+    name, key = data.draw(st.sampled_from(places))
+    nodes = tuple(
+        replace(node, attrs={**node.attrs, key: OTHER[key](node.attrs[key])}) if node.name == name else node
+        for node in blueprint.nodes
+    )
+    assert blueprint_hash(replace(blueprint, nodes=nodes)) != blueprint_hash(blueprint)
+
+
+@given(st.data(), blueprints(images=True, max_nodes=12))
+def test_another_edge_is_another_hash(data: st.DataObject, blueprint: Blueprint) -> None:
+    """An activation put into any edge, or one whose node is read where it was bypassed before."""
+    edges = [(node.name, place) for node in blueprint.nodes for place in range(len(node.inputs))]
+    name, place = data.draw(st.sampled_from(edges))
+    node = blueprint.node(name)
+    extra = Node("extra", "activation", (node.inputs[place],), {"kind": "silu"})
+    inputs = tuple("extra" if i == place else source for i, source in enumerate(node.inputs))
+    nodes = tuple(replace(node, inputs=inputs) if each is node else each for each in blueprint.nodes)
+    assert blueprint_hash(replace(blueprint, nodes=(*nodes, extra))) != blueprint_hash(blueprint)
 
 
 def _linear(name: str, source: str = "x") -> Node:

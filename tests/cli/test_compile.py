@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -132,6 +133,55 @@ def test_tuning_without_a_gpu_says_what_to_use_instead(capsys, monkeypatch, tmp_
     assert "'aggressive': needs a GPU" in err
     assert "(no driver here)" in err
     assert "pipeline 'standard'" in err
+
+
+def graph(*nodes: dict[str, object], **changes: object) -> dict[str, object]:
+    ends = ({"name": "x", "op": "input"}, {"name": "y", "op": "output", "inputs": ["a"]})
+    return {"schema": 1, "name": "hostile", "nodes": [*ends, *nodes], **changes}
+
+
+A = {"name": "a", "op": "linear", "inputs": ["x"], "out": "d_out"}
+
+
+@pytest.mark.parametrize(
+    ("blueprint", "message"),
+    [
+        (graph({**A, "inputs": ["a"]}), "node 'a': the nodes a wait for each other in a cycle"),
+        (graph({**A, "inputs": ["b"]}, {**A, "name": "b", "inputs": ["a"]}), "wait for each other in a cycle"),
+        (graph({**A, "op": "exec"}), "node 'a': unknown op 'exec'"),
+        (graph({**A, "out": "9**9**9"}), "node 'a': "),
+        (graph({**A, "out": "__import__('os')"}), "node 'a': "),
+        (graph({**A, "out": 10**30}), "node 'a': "),
+        (graph({**A, "out": "d_out * 1000000000000"}), "node 'a': "),
+        (graph({**A, "out": "d_in - d_in"}), "node 'a': "),
+        (graph({**A, "out": "d_out + 1"}), "node 'y': gives 65 features, but d_out is 64"),
+        (
+            graph(
+                {**A, "inputs": ["b"]},
+                {**A, "name": "b", "out": 1 << 20, "inputs": ["c"]},
+                {**A, "name": "c", "out": 999},
+            ),
+            "node 'b': weights add up to",
+        ),
+        (graph(A, {**A, "name": "b"}), "node 'b': its result does not reach the output"),
+        (
+            graph({"name": "a", "op": "add", "inputs": ["x", "b"]}, {**A, "name": "b", "out": 3}),
+            "node 'a': add needs equal",
+        ),
+        (graph({**A, "name": "a\x1b[2J"}), "node number 2: a node's name must be an identifier"),
+    ],
+)
+def test_hostile_blueprints_name_the_node_at_fault(capsys, monkeypatch, tmp_path, blueprint, message):
+    monkeypatch.setattr("esper.ops.toolchain.subprocess.run", None)
+    (tmp_path / "hostile.json").write_text(json.dumps(blueprint))
+    arguments = ["compile", str(tmp_path / "hostile.json"), "--d-in", "64", "--d-out", "64", "--arch", "sm_90"]
+    code = main([*arguments, "-o", str(tmp_path / "k")])
+    out, err = capsys.readouterr()
+    assert (code, out) == (1, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert err.strip().isprintable()
+    assert not (tmp_path / "k").exists()
 
 
 @pytest.mark.parametrize(
