@@ -11,6 +11,7 @@ import pytest
 
 from esper.artifacts import Artifact, FileRegistry, KeyRing, SigningKey
 from esper.cli.main import main
+from tests.artifacts.http_server import running_server
 from tests.artifacts.samples import ALICE, MALLORY, sample, sample_with_binaries, with_manifest
 
 
@@ -77,6 +78,22 @@ def test_sign_in_a_registry(capsys, files):
     assert len(Artifact.open(registry.blob_path(signed), [ALICE.public]).binaries) == 3
     assert run(capsys, "verify", signed, "--registry", registry.url, "--trusted-keys", "alice.pub", "--strict")[0] == 0
     assert run(capsys, "verify", artifact_id, "--registry", registry.url, "--strict")[0] == 1
+
+
+def test_over_http(capsys, files):
+    with running_server() as server:
+        artifact_id = server.add(sample_with_binaries())
+        code, out, _ = run(capsys, "sign", artifact_id, "--key", "alice.key", "--registry", server.url)
+        signed = out.strip()
+        assert code == 0
+        code, out, _ = run(
+            capsys, "verify", signed, "--registry", server.url, "--trusted-keys", "alice.pub", "--strict"
+        )
+        assert code == 0
+        assert f"id: {signed}" in out
+        code, out, _ = run(capsys, "inspect", signed, "--registry", server.url)
+        assert code == 0
+        assert f"{ALICE.key_id} unknown key" in out
 
 
 @pytest.mark.parametrize(

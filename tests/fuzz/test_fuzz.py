@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from esper.artifacts import KeyRing
 from esper.artifacts.signing import TrustError
-from esper.contracts.signatures import parse_signatures
+from esper.contracts.errors import ArtifactError
+from esper.contracts.signatures import Signature, format_signatures, parse_signatures
 from tests.artifacts.samples import ALICE
 from tests.fuzz.corpus import load
 from tests.fuzz.mutations import mutate
@@ -92,13 +93,28 @@ def test_key_files(tmp_path_factory, data):
         assert len(KeyRing.load(path)) >= 1
 
 
-@given(st.lists(st.tuples(st.integers(0, 112), st.characters()), max_size=4))
-def test_key_texts(edits):
-    text = [*(ALICE.public.to_pem() + ALICE.public.to_text())]
-    for at, character in edits:
-        text[at] = character
+def _edited(text: str, edits: list[tuple[int, str]]) -> str:
+    letters = [*text]
+    for at, letter in edits:
+        letters[at % len(letters)] = letter
+    return "".join(letters)
+
+
+_edits = st.lists(st.tuples(st.integers(0, 400), st.characters() | st.sampled_from('#\n"AZ=/:{}[],')), max_size=4)
+
+
+@given(_edits)
+def test_edited_key_files(tmp_path_factory, edits):
+    path = tmp_path_factory.getbasetemp() / "edited.pub"
+    path.write_text(_edited(ALICE.public.to_pem() + ALICE.public.to_text(), edits), errors="surrogatepass")
     with contextlib.suppress(TrustError):
-        for key in KeyRing.load("".join(text)):
-            assert len(key.raw) == 32
-    with contextlib.suppress(ValueError):
-        assert parse_signatures("".join(text)) is None
+        assert all(len(key.raw) == 32 for key in KeyRing.load(path))
+
+
+@given(_edits)
+def test_edited_signatures(edits):
+    given_ = format_signatures([Signature(ALICE.key_id, ALICE.sign(b"x")), Signature("0" * 16, bytes(64))])
+    with contextlib.suppress(ArtifactError):
+        read = parse_signatures(_edited(given_, edits))
+        assert 1 <= len(read) <= 2
+        assert all(len(signature.value) == 64 for signature in read)
