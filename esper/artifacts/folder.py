@@ -17,10 +17,11 @@ import contextlib
 import hashlib
 import os
 import secrets
+import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from esper.artifacts.artifact import read_bytes
 from esper.contracts import strict_json
@@ -29,6 +30,8 @@ from esper.contracts.ids import check_sha256, parse_artifact_id
 from esper.contracts.registry import ArtifactSummary
 
 __all__ = ["ArtifactFolder"]
+
+T = TypeVar("T")
 
 _ENTRY_FORMAT: Final = 1
 _ENTRY_MAX_BYTES: Final = 1 << 16
@@ -60,22 +63,45 @@ class ArtifactFolder:
         entry = self.entry(artifact_id)
         if entry.size > max_bytes:
             raise ArtifactError(f"{artifact_id} has {entry.size} bytes, more than the limit of {max_bytes}")
-        path = self.blob_path(entry.sha256)
-        with self._reading(artifact_id, "its index entry is there, its blob is missing"):
-            found = path.stat().st_size
-        if found != entry.size:
-            raise ArtifactError(f"{artifact_id}: its blob has {found} bytes, the index says {entry.size}: {path}")
-        data = read_bytes(path, max_bytes)
+        return self.read_blob(artifact_id, entry.sha256, entry.size), entry.sha256
+
+    def read_blob(self, artifact_id: str, sha256: str, size: int) -> bytearray:
+        """The bytes that an index entry names; errors as for :meth:`read`.
+
+        The file is opened once, so one that is deleted meanwhile is either read whole or not there.
+        """
+        path = self.blob_path(sha256)
+        with (
+            self._reading(artifact_id, "its index entry is there, its blob is missing"),
+            # Non-blocking, so that a pipe in the place of a file cannot hang the reader before it is recognised.
+            open(
+                path, "rb", buffering=0, opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+            ) as file,
+        ):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ArtifactError(f"{artifact_id}: its blob is not a regular file: {path}")
+            if status.st_size != size:
+                raise ArtifactError(
+                    f"{artifact_id}: its blob has {status.st_size} bytes, the index says {size}: {path}"
+                )
+            data = bytearray(size)
+            with memoryview(data) as view:
+                got = 0
+                while got < size and (step := file.readinto(view[got:])):
+                    got += step
+            if got < size or file.read(1):
+                raise ArtifactError(f"{artifact_id}: its blob's size changed while it was read: {path}")
         digest = hashlib.sha256(data).hexdigest()
-        if digest != entry.sha256:
+        if digest != sha256:
             raise ArtifactError(
                 f"{artifact_id}: its blob's SHA-256 is {digest}, not its name: the file was altered: {path}"
             )
-        return data, digest
+        return data
 
     def entry(self, artifact_id: str) -> ArtifactSummary:
         """The index entry of an artifact; errors as for :meth:`read`."""
-        path = self._entry_path(artifact_id)
+        path = self.entry_path(artifact_id)
         with self._reading(artifact_id, "no such artifact"), open(path, "rb") as file:
             text = file.read(_ENTRY_MAX_BYTES + 1)
         try:
@@ -88,7 +114,7 @@ class ArtifactFolder:
         with self._reading(prefix, "no index"):
             if not self.root.is_dir():
                 raise FileNotFoundError(self.root)
-            names = sorted(path.stem for path in self._index.glob("*.json") if path.stem.startswith(prefix))
+            names = sorted(path.stem for path in self.index.glob("*.json") if path.stem.startswith(prefix))
         found = []
         for name in names:
             try:
@@ -113,7 +139,7 @@ class ArtifactFolder:
             try:
                 present = self.entry(summary.artifact_id)
             except (ArtifactError, KernelNotFoundError, RegistryUnavailableError):
-                self._write(self._entry_path(summary.artifact_id), _format_entry(summary))
+                self._write(self.entry_path(summary.artifact_id), _format_entry(summary))
                 return
         if present.sha256 != summary.sha256:
             raise ArtifactError(
@@ -130,22 +156,28 @@ class ArtifactFolder:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 blob.rename(kept)
         with self._writing():
-            self._entry_path(artifact_id).unlink(missing_ok=True)
+            self.entry_path(artifact_id).unlink(missing_ok=True)
 
     def blob_path(self, sha256: str) -> Path:
         """Where the bytes with this SHA-256 are, or would be."""
         return self.root / "blobs" / "sha256" / sha256[:2] / sha256
 
-    @property
-    def _index(self) -> Path:
-        return self.root / "kernels"
+    def entry_path(self, artifact_id: str) -> Path:
+        """Where the index entry of an artifact is, or would be.
 
-    def _entry_path(self, artifact_id: str) -> Path:
+        Raises:
+            KernelNotFoundError: ``artifact_id`` is no id.
+        """
         try:
             parse_artifact_id(artifact_id)
         except ValueError as error:
             raise KernelNotFoundError(str(error)) from None
-        return self._index / f"{artifact_id}.json"
+        return self.index / f"{artifact_id}.json"
+
+    @property
+    def index(self) -> Path:
+        """The folder of index entries."""
+        return self.root / "kernels"
 
     def _holds(self, blob: Path, summary: ArtifactSummary) -> bool:
         try:
@@ -155,15 +187,15 @@ class ArtifactFolder:
 
     def _write(self, path: Path, data: bytes | bytearray) -> None:
         temporary = self.root / "tmp" / f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}"
-        for folder in (temporary.parent, path.parent):
-            folder.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "xb") as file:
-                file.write(data)
+            with _made(temporary.parent, lambda: open(temporary, "xb", buffering=0)) as file:
+                with memoryview(data) as view:
+                    done = 0
+                    while done < len(view):
+                        done += file.write(view[done:])
                 if self._durable:
-                    file.flush()
                     os.fsync(file.fileno())
-            os.replace(temporary, path)
+            _made(path.parent, lambda: os.replace(temporary, path))
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -216,6 +248,15 @@ def _parse_entry(text: bytes, artifact_id: str) -> ArtifactSummary:
     if entry.get("artifact_id") != artifact_id or parse_artifact_id(artifact_id).version != sha256[:8]:
         raise ArtifactError("it describes another artifact")
     return ArtifactSummary(artifact_id, sha256, size, info)
+
+
+def _made(folder: Path, call: Callable[[], T]) -> T:
+    """``call()``, with ``folder`` made if that is what it lacks: it is there nearly always, and asking costs time."""
+    try:
+        return call()
+    except FileNotFoundError:
+        folder.mkdir(parents=True, exist_ok=True)
+        return call()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, Final, ParamSpec, TypeVar
 
-__all__ = ["run_blocking"]
+__all__ = ["run_blocking", "submit_blocking"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,6 +37,15 @@ async def run_blocking(function: Callable[P, T], *args: P.args, **kwargs: P.kwar
         RuntimeError: once the interpreter is exiting.
     """
     return await asyncio.wrap_future(_pool.submit(lambda: function(*args, **kwargs)))
+
+
+def submit_blocking(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    """As :func:`run_blocking`, for callers who do not wait on an event loop.
+
+    Raises:
+        RuntimeError: once the interpreter is exiting.
+    """
+    return _pool.submit(lambda: function(*args, **kwargs))
 
 
 class _Pool:

@@ -358,6 +358,8 @@ class KasminaLayer(nn.Module):
     def commit(self, seed_idx: int, kernel: LoadedKernel, *, alpha: float, ramp_steps: int = 0) -> bool:
         """Wake a seed with a kernel that is here; False, and ERROR_RECOVERY, when it does not fit."""
         self._drop_graft(seed_idx)
+        # On a GPU the kernel may still be on its way; the stream that trains waits for it here, the thread does not.
+        kernel.wait_on_current_stream()
         try:
             self.grafts.bind(seed_idx, kernel)
         except (ShapeMismatchError, ArtifactError) as error:

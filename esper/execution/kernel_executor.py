@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
-from esper.artifacts.artifact import Artifact
+from esper.artifacts.artifact import Artifact, Binary
 from esper.blueprints.families import Family
 from esper.blueprints.ir import Blueprint
 from esper.contracts.manifest import Manifest
+from esper.execution.transfer import Arrival, to_device
 
 __all__ = ["LoadedKernel"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedKernel:
-    """A verified artifact in memory, on the device it is for.
+    """A verified artifact in memory, on the device it is for or on its way there.
 
-    Two seeds may hold the same one: its tensors are read only.
+    Two seeds may hold the same one: its tensors are read only. Call :meth:`wait_on_current_stream` before the first
+    read on a stream.
 
     Attributes:
         artifact_id: The artifact's id.
@@ -31,6 +34,8 @@ class LoadedKernel:
         d_out: Features it changes.
         manifest: What the artifact says about itself.
         nbytes: Length of the artifact in bytes; what it counts for in the cache.
+        binaries: GPU binaries that a trusted key vouches for.
+        arrival: When the tensors are on the device; None if they are.
     """
 
     artifact_id: str
@@ -42,18 +47,43 @@ class LoadedKernel:
     d_out: int
     manifest: Manifest
     nbytes: int
+    binaries: tuple[Binary, ...] = ()
+    arrival: Arrival | None = None
 
     @classmethod
     def from_artifact(cls, artifact: Artifact, device: torch.device | str = "cpu") -> LoadedKernel:
         """The artifact's tensors on ``device``; on the CPU they stay views of the artifact's bytes."""
+        tensors, arrival = to_device(artifact.tensors(), torch.device(device))
         return cls(
             artifact_id=artifact.artifact_id,
             kernel_id=artifact.kernel_id,
             blueprint=artifact.blueprint,
             family=artifact.family,
-            tensors={name: tensor.to(device) for name, tensor in artifact.tensors().items()},
+            tensors=tensors,
             d_in=artifact.d_in,
             d_out=artifact.d_out,
             manifest=artifact.manifest,
             nbytes=artifact.nbytes,
+            binaries=artifact.binaries,
+            arrival=arrival,
         )
+
+    def ready(self) -> bool:
+        """Whether the tensors are on the device; never waits."""
+        return self.arrival is None or self.arrival.ready()
+
+    def wait_on_current_stream(self) -> None:
+        """Let the current stream of the device wait until the tensors are there; the calling thread goes on."""
+        if self.arrival is not None:
+            self.arrival.wait_on_current_stream()
+
+    def __getstate__(self) -> list[Any]:
+        """The fields in order; a view of the artifact's bytes cannot be pickled, so binaries travel as bytes."""
+        plain = tuple((binary.name, binary.entry, bytes(binary.data)) for binary in self.binaries)
+        return [plain if field.name == "binaries" else getattr(self, field.name) for field in fields(self)]
+
+    def __setstate__(self, state: list[Any]) -> None:
+        for field, value in zip(fields(self), state, strict=True):
+            if field.name == "binaries":
+                value = tuple(Binary(name, entry, memoryview(data)) for name, entry, data in value)
+            object.__setattr__(self, field.name, value)

@@ -9,7 +9,7 @@ import multiprocessing
 import pickle
 import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -492,7 +492,7 @@ def _load_all(folder: str, registry: str) -> None:
             cache.clear_cache()
             kernel = load(cache, artifact_id)
             assert kernel.kernel_id == Artifact.open(data).kernel_id
-            cache._disk.quarantine(artifact_id)  # the other process finds it gone, at any moment
+            cache._disk.set_aside(artifact_id, MIB)  # the other process finds it gone, at any moment
 
 
 def test_two_processes_share_one_disk(tmp_path):
@@ -525,7 +525,8 @@ def test_a_copy_is_empty_with_the_same_settings(tmp_path, copied):
     assert stats(other, "disk_hits") == (1,), "the same disk"
 
 
-def test_a_forked_child_loads_even_what_its_parent_was_loading(cache, registry):
+def test_a_forked_child_loads_even_what_its_parent_was_loading(tmp_path, registry):
+    cache = make(tmp_path, registry, timeout_s=2.0)  # so long the child waits for what its parent fetches
     load(cache, B)
     hold(registry)
     flight = background.submit(cache.load_kernel(A))
@@ -566,6 +567,6 @@ def test_tensors_go_to_the_device(tmp_path, registry):
 
 def test_reasons_kept_are_bounded(cache):
     for number in range(1100):
-        cache._land(f"id {number}", None, "gone")
+        cache._land(f"id {number}", Future(), KernelNotFoundError("gone"))
     assert cache.last_error("id 0") is None
     assert cache.last_error("id 1099") == "gone"
