@@ -202,6 +202,11 @@ def test_two_binaries_of_one_name_are_refused(monkeypatch):
         (BlueprintError, {"rank": -1}, "rank"),
         (BlueprintError, {"seed": -1}, "seed"),
         (BlueprintError, {"seed": True}, "seed"),
+        (
+            BlueprintError,
+            {"blueprint": "dense", "bias": False, "d_in": 1 << 14, "d_out": 1 << 14, "dtype": "fp64"},
+            "node 'linear': has the most of 2147483648 bytes of weights",
+        ),
         (EsperError, {"registry": "ftp://user:secret@host"}, r"ftp://\*\*\*@host: unknown scheme"),
     ],
 )

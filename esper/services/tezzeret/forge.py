@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from esper.artifacts.artifact import DEFAULT_MAX_BYTES
 from esper.artifacts.file_registry import FileRegistry
 from esper.artifacts.keys import SigningKey
 from esper.artifacts.locate import open_registry
@@ -17,7 +19,9 @@ from esper.artifacts.pack import pack
 from esper.blueprints.init import initialise
 from esper.blueprints.ir import Blueprint
 from esper.blueprints.library import get
-from esper.blueprints.validation import bind_parameters, validate
+from esper.blueprints.validation import Resolved, bind_parameters, validate
+from esper.contracts.container import ITEMSIZES
+from esper.contracts.errors import BlueprintError
 from esper.contracts.registry import RegistryClient
 from esper.services.tezzeret.pipelines import PIPELINES, CompileError, binaries_for, check_request, torch_name
 
@@ -56,7 +60,9 @@ def build(
             f"not {type(blueprint).__name__}"
         )
     # Sizes first: a compiler is not started for what does not fit, nor are weights drawn.
-    binaries = binaries_for(pipeline, blueprint, validate(blueprint, d_in, d_out), computed, numbers)
+    resolved = validate(blueprint, d_in, d_out)
+    _check_bytes(resolved, chosen)
+    binaries = binaries_for(pipeline, blueprint, resolved, computed, numbers)
     tensors = initialise(blueprint, d_in, d_out, seed, getattr(torch, chosen))
     return pack(
         blueprint,
@@ -135,6 +141,17 @@ def compile_blueprint(
 
 #: The public name, ``esper.compile``.
 compile = compile_blueprint
+
+
+def _check_bytes(resolved: Resolved, dtype: str) -> None:
+    """An artifact that nobody would open is not built; the node with the most weights is named."""
+    total = resolved.parameter_count * ITEMSIZES[dtype]
+    if total > DEFAULT_MAX_BYTES:
+        largest = max(resolved.tensors, key=lambda name: math.prod(resolved.tensors[name]))
+        raise BlueprintError(
+            f"has the most of {total} bytes of weights, and an artifact has at most {DEFAULT_MAX_BYTES}",
+            node=largest.partition(".")[0],
+        )
 
 
 def _publish(client: RegistryClient, data: bytes) -> str:

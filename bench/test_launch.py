@@ -1,0 +1,109 @@
+"""What a launch costs: ours from ``esper._native`` beside Triton's own Python launch. The target is a quarter of it.
+
+On a GPU both launch the same kernel, which does nothing, with as many arguments as a graft has; the ratio is recorded.
+The queue is kept short, so that the host's work is measured and not the device's.
+
+Without a GPU Triton's launch cannot be measured: it needs the driver. Ours can, as far as the host's part goes, against
+a library that takes the driver's place and returns at once (``tests/ops/recorder.c``): checking and packing arguments,
+without what the driver itself takes. These are times, not ratios, and are not recorded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from bench.paired import compare
+from bench.results import record
+from esper.ops import aot, cubin, native
+from tests.ops import recorder as recording
+
+CUDA = torch.cuda.is_available()
+LIMIT = 0.25
+
+#: As the bank kernel's: 14 tensors, 11 numbers.
+MANY = {f"p{i}": "*bf16" for i in range(14)} | {f"n{i}": "i32" for i in range(7)} | {f"m{i}": "i64" for i in range(4)}
+FEW = {"x": "*fp32", "y": "*fp32", "n": "i32"}
+
+
+@triton.jit
+def few_kernel(x, y, n, block: tl.constexpr):
+    pass
+
+
+@triton.jit
+def many_kernel(
+    p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, n0, n1, n2, n3, n4, n5, n6, m0, m1, m2, m3,
+    act: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    pass
+
+
+KERNELS = {
+    "few": (few_kernel, FEW, {"block": 64}),
+    "many": (many_kernel, MANY, {"act": 1, "block": 64}),
+}
+
+
+def arguments(signature: dict[str, str], device: str) -> list[Any]:
+    tensors = torch.zeros(len(signature), 64, dtype=torch.bfloat16, device=device)
+    # Numbers that Triton's launch compiles one variant for: neither 1 nor divisible by 16.
+    return [tensors[i] if kind.startswith("*") else 3 + 2 * i for i, kind in enumerate(signature.values())]
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU: Triton's launch cannot be measured without the driver")
+@pytest.mark.parametrize("name", KERNELS)
+def test_against_triton(benchmark: Any, name: str) -> None:
+    kernel, signature, constants = KERNELS[name]
+    driver = native.driver()
+    major, minor = driver.capability(0)
+    made = aot.compile_case(aot.Case(kernel, signature, constants, {"num_warps": 4}, ""), 10 * major + minor)
+    hidden = cubin.hidden_pointers(made.cubin, made.symbol, list(signature.values()))
+    launch = (
+        driver.load(made.cubin, 0)
+        .function(made.symbol)
+        .launcher(list(signature.items()), hidden=hidden, num_warps=4, shared=made.resources.shared)
+    )
+    values = arguments(signature, "cuda")
+    stream_of = torch._C._cuda_getCurrentRawStream
+    candidates = {
+        "triton": lambda: kernel[(1,)](*values, **constants, num_warps=4),
+        "native": lambda: launch(1, 1, 1, stream_of(0), *values),
+    }
+    assert candidates["native"]() is True
+    ratios = compare(candidates, "triton", inner=200)
+    record(benchmark, f"launch/{name}", ratios, {"native": LIMIT})
+    print(
+        f"  ({ratios['native'].seconds * 1e6:.2f} us against {ratios['native'].baseline_seconds * 1e6:.2f} us)", end=""
+    )
+    benchmark.pedantic(candidates["native"], rounds=5, iterations=200)
+
+
+@pytest.mark.parametrize("given", ["tensors", "addresses"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_hosts_part(benchmark: Any, tmp_path: Path, name: str, given: str) -> None:
+    """Checking and packing arguments; the driver's own part is missing."""
+    _, signature, _ = KERNELS[name]
+    recorder = recording.build(tmp_path)
+    recorder.sizes(quiet=True)
+    function = native.load().Driver(recorder.path).load(recording.tiny_cubin(), 0).function("k")
+    launch = function.launcher(list(signature.items()), hidden=2, num_warps=4, shared=0)
+    values = arguments(signature, "cpu")
+    if given == "addresses":
+        values = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in values]
+    calls = 2000
+
+    def run() -> None:
+        for _ in range(calls):
+            launch(1, 1, 1, 0, *values)
+
+    benchmark.pedantic(run, rounds=15, warmup_rounds=2)
+    microseconds = benchmark.stats.stats.median / calls * 1e6
+    benchmark.extra_info["microseconds_per_launch"] = microseconds
+    kinds = f"{name}, {given}"
+    print(f"\nnative launch, host's part ({kinds}): {microseconds:.2f} us for {len(signature)} arguments", end="")
