@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import re
+import shutil
 import struct
 import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -298,6 +301,24 @@ def test_many_threads_launch_at_once(driver, recorder):
     }
     assert {(int(line.split()[3]), *arguments(line)) for line in lines} == expected
     assert len(lines) == count * threads
+
+
+def test_what_we_declare_is_what_cudas_header_declares():
+    """Sizes and order of parameters, numbers, and which version of a function a name stands for today."""
+    triton = pytest.importorskip("triton")
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None or not (include / "cuda.h").exists():
+        pytest.skip("needs a C++ compiler and the cuda.h that comes with Triton")
+    root = Path(__file__).parents[2]
+    source = Path(__file__).with_name("driver_abi.cpp")
+    command = [compiler, "-std=c++17", "-I", str(root / "csrc"), "-I", str(include), str(source)]
+    checked = subprocess.run([*command, "-fsyntax-only"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    expanded = subprocess.run([*command, "-E", "-P"], capture_output=True, text=True, check=True).stdout
+    names = re.findall(r'"(cu\w+)"', expanded.rpartition("names[]")[2])
+    looked_up = re.findall(r'find\(library_, "(cu\w+)"', (root / "csrc" / "driver.cpp").read_text())
+    assert sorted(names) == sorted(looked_up)
 
 
 KERNEL = """
