@@ -9,6 +9,7 @@ PyTorch is loaded when the first artifact is opened, not with this module: much 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -47,6 +48,12 @@ __all__ = ["DEFAULT_MAX_BYTES", "Artifact", "Binary", "hash_file", "read_bytes",
 
 #: Elements looked at in one call: too few for torch to spread over the cores, which belong to the training.
 _PIECE: Final = 1 << 15
+#: How many checked blueprints are remembered, and how long the JSON of one may be.
+_CHECKED_KEPT: Final = 256
+_CHECKED_TEXT: Final = 1 << 14
+
+#: By text, hash and sizes. Both values are frozen, so all artifacts may share them.
+_checked: dict[tuple[str, str, int, int], tuple[Blueprint, Resolved]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +294,22 @@ def _check_hashes(view: memoryview, held: Container, manifest: Manifest) -> None
 
 
 def _check_blueprint(manifest: Manifest) -> tuple[Blueprint, Resolved]:
+    """The manifest's blueprint, checked; the same one at the same sizes is checked once.
+
+    Many artifacts hold one blueprint with other weights, and checking it costs a third of opening a small artifact.
+    """
+    key = json.dumps(manifest.blueprint), manifest.blueprint_hash, manifest.d_in, manifest.d_out
+    known = _checked.get(key)
+    if known is None:
+        known = _check_anew(manifest)
+        if len(key[0]) <= _CHECKED_TEXT:
+            if len(_checked) >= _CHECKED_KEPT:
+                _checked.clear()
+            _checked[key] = known
+    return known
+
+
+def _check_anew(manifest: Manifest) -> tuple[Blueprint, Resolved]:
     try:
         blueprint = from_json(manifest.blueprint)
         found = blueprint_hash(blueprint)

@@ -160,7 +160,7 @@ class ArtifactFolder:
 
     def blob_path(self, sha256: str) -> Path:
         """Where the bytes with this SHA-256 are, or would be."""
-        return self.root / "blobs" / "sha256" / sha256[:2] / sha256
+        return Path(f"{self.root}/blobs/sha256/{sha256[:2]}/{sha256}")
 
     def entry_path(self, artifact_id: str) -> Path:
         """Where the index entry of an artifact is, or would be.
