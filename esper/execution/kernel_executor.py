@@ -13,6 +13,7 @@ from esper.blueprints.families import Family
 from esper.blueprints.ir import Blueprint
 from esper.contracts.manifest import Manifest
 from esper.execution.transfer import Arrival, to_device
+from esper.ops.binaries import TABLE
 
 __all__ = ["LoadedKernel"]
 
@@ -36,6 +37,7 @@ class LoadedKernel:
         nbytes: Length of the artifact in bytes; what it counts for in the cache.
         binaries: GPU binaries that a trusted key vouches for.
         arrival: When the tensors are on the device; None if they are.
+        notes: What of the artifact is not used, and why.
     """
 
     artifact_id: str
@@ -49,11 +51,16 @@ class LoadedKernel:
     nbytes: int
     binaries: tuple[Binary, ...] = ()
     arrival: Arrival | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_artifact(cls, artifact: Artifact, device: torch.device | str = "cpu") -> LoadedKernel:
-        """The artifact's tensors on ``device``; on the CPU they stay views of the artifact's bytes."""
-        tensors, arrival = to_device(artifact.tensors(), torch.device(device))
+        """The artifact's tensors on ``device``; on the CPU they stay views of the artifact's bytes.
+
+        On a GPU its binaries are loaded too. Call it in the thread that fetches: loading takes a while.
+        """
+        device = torch.device(device)
+        tensors, arrival = to_device(artifact.tensors(), device)
         return cls(
             artifact_id=artifact.artifact_id,
             kernel_id=artifact.kernel_id,
@@ -66,6 +73,7 @@ class LoadedKernel:
             nbytes=artifact.nbytes,
             binaries=artifact.binaries,
             arrival=arrival,
+            notes=(*artifact.notes, *_load_binaries(artifact, device)),
         )
 
     def ready(self) -> bool:
@@ -87,3 +95,10 @@ class LoadedKernel:
             if field.name == "binaries":
                 value = tuple(Binary(name, entry, memoryview(data)) for name, entry, data in value)
             object.__setattr__(self, field.name, value)
+
+
+def _load_binaries(artifact: Artifact, device: torch.device) -> tuple[str, ...]:
+    """Put the artifact's binaries within reach of the operations; why some, or all, are left out."""
+    if device.type != "cuda" or not artifact.binaries:
+        return ()
+    return TABLE.add(artifact.binaries, torch.cuda.current_device() if device.index is None else device.index)

@@ -11,8 +11,10 @@ and, should it come to that, its crash stay there.
 from __future__ import annotations
 
 import base64
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +42,7 @@ DEFAULT_ARCHITECTURES: Final = (80, 90, 100)
 DTYPES: Final = ("bf16", "fp16", "fp32")
 #: Seconds that a request may take.
 TIMEOUT_S: Final = 900.0
+_PR_SET_PDEATHSIG: Final = 1
 #: All that the child sees of the environment.
 _ENVIRONMENT: Final = (
     "HOME",
@@ -282,8 +285,15 @@ def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:500]}"
 
 
+def _die_with_parent() -> None:
+    """Be killed with the process that asked: nobody else waits for the answer (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> int:
     """Answer one request."""
+    _die_with_parent()
     # Whatever the compiler prints stays out of the answer.
     out, sys.stdout = sys.stdout, sys.stderr
     given = json.load(sys.stdin)
