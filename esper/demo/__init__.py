@@ -1,0 +1,1 @@
+"""What ``esper demo`` shows: the real parts, on this machine, in temporary folders."""
