@@ -16,6 +16,7 @@ from esper.blueprints import get, initialise
 from esper.contracts.errors import BlueprintError, EsperError, RegistryUnavailableError
 from esper.ops.toolchain import Built
 from esper.services.tezzeret.forge import CompileError, build, compile_blueprint
+from esper.services.tezzeret.pipelines import ARCHITECTURES
 
 
 @pytest.fixture
@@ -192,6 +193,11 @@ def test_two_binaries_of_one_name_are_refused(monkeypatch):
         (CompileError, {"architectures": ["sm_90"]}, "pipeline 'fast' builds no GPU binaries"),
         (CompileError, {"architectures": "sm_90", "pipeline": "standard"}, "must be a list of names"),
         (CompileError, {"architectures": ["sm_90a"], "pipeline": "standard"}, "unknown architecture 'sm_90a'"),
+        (
+            CompileError,
+            {"architectures": [f"sm_{n}" for n in ARCHITECTURES], "pipeline": "standard"},
+            "10 architectures are too many for one artifact: .*sm_80_sm_86.*; make several",
+        ),
         (CompileError, {"dtype": "float64", "pipeline": "standard"}, "there are no GPU kernels for float64"),
         (CompileError, {"compute_dtypes": ["int8"]}, "'int8' cannot be stored"),
         (CompileError, {"dtype": "int8"}, "'int8' cannot be stored; possible: float64"),

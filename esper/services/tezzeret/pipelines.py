@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Final
 from esper.blueprints.families import Family, match
 from esper.blueprints.ir import Blueprint
 from esper.blueprints.validation import Resolved
+from esper.contracts.binary_entry import BinaryEntry, target_of
 from esper.contracts.container import BINARY_PREFIX
 from esper.contracts.errors import EsperError
-from esper.contracts.manifest import BinaryEntry
 
 if TYPE_CHECKING:
     from esper.ops.toolchain import Built
@@ -31,6 +31,8 @@ __all__ = ["ARCHITECTURES", "DTYPE_NAMES", "PIPELINES", "CompileError", "binarie
 PIPELINES: Final = ("fast", "standard", "aggressive")
 #: What can be compiled for; the compiler crashes when it is asked for others.
 ARCHITECTURES: Final = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+#: Longest name of a target in an artifact's id.
+MAX_TARGET: Final = 32
 #: What a dtype may be called, and what torch calls it.
 DTYPE_NAMES: Final[Mapping[str, str]] = {
     **{name: name for name in ("float64", "float32", "float16", "bfloat16")},
@@ -76,6 +78,12 @@ def check_request(pipeline: object, architectures: Sequence[str]) -> tuple[int, 
         numbers.add(int(found[1]))
     if numbers and pipeline == "fast":
         raise CompileError("pipeline 'fast' builds no GPU binaries; architectures need pipeline 'standard'")
+    target = target_of(f"sm_{number}" for number in numbers)
+    if len(target) > MAX_TARGET:
+        raise CompileError(
+            f"{len(numbers)} architectures are too many for one artifact: its id would have {target!r} in it, and there "
+            f"is room for {MAX_TARGET} characters; make several"
+        )
     return tuple(sorted(numbers))
 
 
