@@ -7,8 +7,10 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from esper.ops import toolchain
 from esper.ops.toolchain import Request, ToolchainError, compile_request, tune_request
@@ -102,10 +104,40 @@ def test_neighbours_change_one_value_each():
     assert all(each.constants["BLOCK_R"] == 64 and each.constants["ACT"] == 1 for each in found["BLOCK_M"])
 
 
+def test_the_best_of_each_value_is_kept_if_its_results_agree(monkeypatch):
+    """The search alone, on a made-up table of costs; that a GPU is measured is the next test's."""
+    from esper.ops import tuning
+    from esper.ops.graft.variants import KernelVariant
+
+    right, wrong = [torch.ones(4)], [torch.ones(4) * 3]
+
+    def build(variant, dtype, arch):
+        if variant.options.get("num_stages") == 4:
+            raise ToolchainError("too much shared memory")
+        return SimpleNamespace(constants=variant.constants, options=variant.options, kernel="demo", dtype=dtype)
+
+    def measure(load, built):
+        cost = abs(built.constants["BLOCK_M"] - 32) / 32 + abs(built.options["num_warps"] - 8) + 1.0
+        if built.constants["BLOCK_M"] == 16:
+            return wrong, 0.0  # fastest of all, and not what was asked for
+        if built.options.get("num_stages") == 3:
+            return right, cost * 0.99  # noise
+        return right, cost
+
+    monkeypatch.setattr(tuning, "build_variant", build)
+    monkeypatch.setattr(tuning, "_measure", measure)
+    monkeypatch.setattr(tuning, "_results", lambda load: right)
+    variant = KernelVariant(None, "forward", {}, {"BLOCK_M": 64, "BLOCK_R": 64}, {"num_warps": 4})
+    best = tuning._best(variant, tuning.Workload(lambda: right, "bf16"), 90)
+    assert best.constants == {"BLOCK_M": 32, "BLOCK_R": 64}
+    assert best.options == {"num_warps": 8}
+    monkeypatch.setattr(tuning, "_measure", lambda load, built: (wrong, 1.0))
+    with pytest.raises(ToolchainError, match="it computes something else"):
+        tuning._best(variant, tuning.Workload(lambda: right, "bf16"), 90)
+
+
 @pytest.mark.gpu
 def test_tuning_on_the_gpu_of_this_machine():
-    import torch
-
     major, minor = torch.cuda.get_device_capability(0)
     built = tune_request(replace(LOWRANK, architectures=()), present=(10 * major + minor,), d_in=256, d_out=256)
     assert {each.direction for each in built} == {"forward", "backward"}

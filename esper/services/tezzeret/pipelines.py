@@ -81,8 +81,8 @@ def check_request(pipeline: object, architectures: Sequence[str]) -> tuple[int, 
     target = target_of(f"sm_{number}" for number in numbers)
     if len(target) > MAX_TARGET:
         raise CompileError(
-            f"{len(numbers)} architectures are too many for one artifact: its id would have {target!r} in it, and there "
-            f"is room for {MAX_TARGET} characters; make several"
+            f"{len(numbers)} architectures are too many for one artifact: its id would have {target!r} in it, and "
+            f"there is room for {MAX_TARGET} characters; make several"
         )
     return tuple(sorted(numbers))
 
