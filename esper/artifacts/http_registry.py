@@ -94,8 +94,8 @@ class HttpRegistry:
                 f"{artifact_id} did not arrive from {self._url} within {self._times.fetch_s:g} s"
             ) from None
 
-    async def publish(self, data: bytes) -> str:
-        """Verify an artifact here and upload it; uploading it again changes nothing.
+    async def publish(self, data: bytes, *, tags: Sequence[str] = ()) -> str:
+        """Verify an artifact here and upload it; uploading it again changes nothing, but for new ``tags``.
 
         Returns:
             The artifact's id.
@@ -108,7 +108,7 @@ class HttpRegistry:
         headers = {"X-Esper-SHA256": artifact.sha256, "Content-Type": "application/octet-stream"}
         for attempt in range(_PUBLISH_TRIES):
             try:
-                answer = await self._upload(data, headers, artifact.artifact_id)
+                answer = await self._upload(data, headers, artifact.artifact_id, tags)
                 break
             except RegistryUnavailableError as error:
                 pause = self._backoff.pause_s(attempt, error.retry_after_s)
@@ -177,8 +177,9 @@ class HttpRegistry:
             ref = self._url + ref if ref.startswith(_API + "/") else self._api("/kernels/") + quote(ref, safe="/?=&%~")
         return Source(artifact_id, document["sha256"], size, ref, anonymous=outside)
 
-    async def _upload(self, data: bytes, headers: dict[str, str], what: str) -> Any:
-        async with self._access.post(self._api("/kernels"), data, headers) as answer:
+    async def _upload(self, data: bytes, headers: dict[str, str], what: str, tags: Sequence[str]) -> Any:
+        query = f"?{urlencode({'tags': ','.join(tags)})}" if tags else ""
+        async with self._access.post(self._api("/kernels" + query), data, headers) as answer:
             if answer.status not in (200, 201):
                 await self._access.refuse(answer, what)
             return await self._access.read_json(answer, _DOCUMENT_BYTES)

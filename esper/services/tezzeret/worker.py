@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from esper.artifacts.artifact import Artifact
+from esper.artifacts.http_registry import HttpRegistry
 from esper.artifacts.workers import run_blocking
 from esper.contracts.errors import ArtifactError, RegistryUnavailableError
 from esper.contracts.registry import RegistryClient
@@ -261,7 +262,11 @@ class Worker:
         got = (manifest.d_in, manifest.d_out, manifest.seed, manifest.pipeline)
         if got != asked:
             raise ArtifactError(f"it is for (d_in, d_out, seed, pipeline) {got}, not {asked}")
-        artifact_id = await self._insist(lambda: self._registry.publish(data))
+        registry = self._registry
+        if isinstance(registry, HttpRegistry):
+            artifact_id = await self._insist(lambda: registry.publish(data, tags=job.tags))
+        else:
+            artifact_id = await self._insist(lambda: registry.publish(data))
         self._say(f"job {job.job_id} published {artifact_id}")
         return artifact_id
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -39,6 +40,17 @@ def test_the_same_bytes_as_in_this_process(tmp_path):
     assert outcome.blueprint_hash == Artifact.open(outcome.data).manifest.blueprint_hash
     assert outcome.log == ""
     assert children() == []
+
+
+@pytest.mark.aot
+def test_gpu_binaries_are_compiled_in_the_sandbox(tmp_path):
+    wanted = job(blueprint=blueprint("bottleneck", rank=16), d_in=16, d_out=16, pipeline="standard", dtype="bfloat16")
+    wanted = dataclasses.replace(wanted, architectures=("sm_90",))
+    outcome = compiled(tmp_path, wanted)
+    assert outcome.data is not None, outcome.log
+    manifest = Artifact.open(outcome.data).manifest
+    assert manifest.target == "sm_90"
+    assert {entry.arch for entry in manifest.binaries.values()} == {"sm_90"}
 
 
 def cyclic() -> dict:
