@@ -69,19 +69,20 @@ class Limits:
 
     def bind(self) -> None:
         """Put this process, and those it starts, under the limits. There is no way back."""
-        cpu = int(self.timeout_s) + 1
         # A compiler's own scratch files must fit, however small the artifact may be.
         file = max(self.artifact_bytes, 16 * _MIB)
-        for what, value in (
-            (resource.RLIMIT_DATA, self.memory_bytes),
-            # The soft limit ends the process with a signal that says why, the hard one just ends it.
-            (resource.RLIMIT_CPU, cpu),
-            (resource.RLIMIT_FSIZE, file),
-            (resource.RLIMIT_CORE, 0),
-        ):
-            hard = resource.getrlimit(what)[1]
-            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(what, (value, value + 2 if what == resource.RLIMIT_CPU and value + 2 <= hard else value))
+        _limit(resource.RLIMIT_DATA, self.memory_bytes)
+        # The soft limit ends the process with a signal that says why, the hard one just ends it.
+        _limit(resource.RLIMIT_CPU, int(self.timeout_s) + 1, slack=2)
+        _limit(resource.RLIMIT_FSIZE, file)
+        _limit(resource.RLIMIT_CORE, 0)
+
+
+def _limit(what: int, value: int, slack: int = 0) -> None:
+    """Set a limit, or leave the one that is there if it is lower."""
+    present = resource.getrlimit(what)[1]
+    hard = value + slack if present == resource.RLIM_INFINITY else min(value + slack, present)
+    resource.setrlimit(what, (min(value, hard), hard))
 
 
 def die_with(parent: int) -> None:

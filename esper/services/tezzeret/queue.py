@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import random
+import secrets
+import socket
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from esper.contracts.errors import EsperError
 from esper.services.tezzeret.job import CompileJob, CompileResult
 
-__all__ = ["DEFAULT_LEASE_S", "DEFAULT_MAX_ATTEMPTS", "Backoff", "Claim", "JobQueue", "QueueUnavailableError"]
+__all__ = [
+    "DEFAULT_LEASE_S",
+    "DEFAULT_MAX_ATTEMPTS",
+    "Backoff",
+    "Claim",
+    "JobQueue",
+    "QueueUnavailableError",
+    "worker_name",
+]
 
 #: A job whose worker has not been heard of for so long is given to another.
 DEFAULT_LEASE_S: Final = 60.0
 #: A job that ended so many workers, or so many attempts, is INVALID.
 DEFAULT_MAX_ATTEMPTS: Final = 3
+_MAX_NAME: Final = 128
 
 
 class QueueUnavailableError(EsperError, ConnectionError):
@@ -88,3 +100,16 @@ class Backoff:
     def reset(self) -> None:
         """It worked."""
         self._failures = 0
+
+
+def worker_name(name: str | None) -> str:
+    """``name`` if it can be one, or one that no other worker has.
+
+    Raises:
+        ValueError: it is empty, too long, or has characters that cannot be shown.
+    """
+    if name is None:
+        return f"{socket.gethostname()[:64]}-{os.getpid()}-{secrets.token_hex(3)}"
+    if not name or len(name) > _MAX_NAME or not name.isprintable():
+        raise ValueError(f"the worker's name is {name!r:.80}; need printable text of 1 to {_MAX_NAME} characters")
+    return name

@@ -8,9 +8,6 @@ job is kept anywhere else, and a worker that dies leaves nothing to clean up.
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
-import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +17,7 @@ from esper.contracts.messages import MessageError, OonaMessage, TopicNames
 from esper.contracts.registry import mask_credentials
 from esper.services.tezzeret import redis_scripts
 from esper.services.tezzeret.job import CompileJob, CompileResult, JobError
-from esper.services.tezzeret.queue import DEFAULT_LEASE_S, Claim, QueueUnavailableError
+from esper.services.tezzeret.queue import DEFAULT_LEASE_S, Claim, QueueUnavailableError, worker_name
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -55,7 +52,7 @@ class RedisQueue:
         name: This consumer's name in the group, different for every worker.
 
     Raises:
-        ValueError: not a Redis URL.
+        ValueError: not a Redis URL, or not a name.
         EsperError: the Python package ``redis`` is not installed.
     """
 
@@ -80,7 +77,7 @@ class RedisQueue:
             raise ValueError(f"{self._url} is not a Redis URL: {error}") from None
         self._failures = (redis.exceptions.RedisError, OSError)
         self._rejected = redis.exceptions.ResponseError
-        self.name = name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.name = worker_name(name)
         self._lease_ms = max(1, int(lease_s * 1000))
         self._held: set[str] = set()
         self._ready = False

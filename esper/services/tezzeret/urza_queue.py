@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
-import socket
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -21,7 +19,7 @@ from esper.contracts.errors import ArtifactError, EsperError
 from esper.contracts.messages import MAX_MESSAGE_BYTES
 from esper.contracts.registry import mask_credentials
 from esper.services.tezzeret.job import CompileJob, CompileResult, JobError, JobStatus
-from esper.services.tezzeret.queue import DEFAULT_LEASE_S, Backoff, Claim, QueueUnavailableError
+from esper.services.tezzeret.queue import DEFAULT_LEASE_S, Backoff, Claim, QueueUnavailableError, worker_name
 
 __all__ = ["UrzaQueue"]
 
@@ -47,7 +45,7 @@ class UrzaQueue:
         name: This worker's name in Urza's records.
 
     Raises:
-        ValueError: not an http or https URL.
+        ValueError: not an http or https URL, or not a name.
     """
 
     def __init__(self, url: str, *, lease_s: float = DEFAULT_LEASE_S, name: str | None = None) -> None:
@@ -61,7 +59,7 @@ class UrzaQueue:
         base = urlunsplit((parts.scheme, host, parts.path.rstrip("/").removesuffix(_API) + _API, "", ""))
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http = httpx.AsyncClient(base_url=base, headers=headers, timeout=_TIMEOUT_S)
-        self.name = name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.name = worker_name(name)
         # Urza takes a second to a day.
         self._lease_s = min(86_400.0, max(1.0, lease_s))
         self._idle = Backoff(_FIRST_POLL_S, _LONGEST_POLL_S)

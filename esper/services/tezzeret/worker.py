@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 from esper.artifacts.artifact import Artifact
 from esper.artifacts.http_registry import HttpRegistry
 from esper.artifacts.workers import run_blocking
-from esper.contracts.errors import ArtifactError, RegistryUnavailableError
+from esper.contracts.errors import ArtifactError, EsperError, RegistryUnavailableError
 from esper.contracts.registry import RegistryClient
 from esper.services.tezzeret.job import CompileJob, CompileResult, JobStatus
 from esper.services.tezzeret.limits import Limits
@@ -195,7 +195,7 @@ class Worker:
         while not work.done():
             await asyncio.wait({work}, timeout=self._settings.lease_s / 3)
             if not work.done():
-                with contextlib.suppress(QueueUnavailableError):
+                with contextlib.suppress(EsperError):
                     lost = not await self._queue.renew(claim)
                 if lost and not work.done():
                     self._say(f"job {claim.job.job_id} has gone to another worker")
@@ -204,12 +204,12 @@ class Worker:
         if work.cancelled():
             if not lost:
                 self._say(f"job {claim.job.job_id} handed back")
-                with contextlib.suppress(QueueUnavailableError):
+                with contextlib.suppress(EsperError):
                     await self._queue.hand_back(claim)
         elif (error := work.exception()) is not None:
             # A fault of the worker's own: on record, and the job comes free for the next attempt.
             self._say(f"job {claim.job.job_id} failed: {type(error).__name__}: {error}")
-            with contextlib.suppress(QueueUnavailableError):
+            with contextlib.suppress(EsperError):
                 await self._queue.retry(claim, f"the worker failed: {type(error).__name__}", self._pause(claim))
 
     async def _work(self, claim: Claim) -> None:

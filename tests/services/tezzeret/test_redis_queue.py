@@ -264,6 +264,12 @@ def test_not_a_redis_url():
         RedisQueue("http://user:secret@host")
 
 
+@pytest.mark.parametrize("name", ["", "two\nlines", "x" * 129])
+def test_not_a_name(name):
+    with pytest.raises(ValueError, match="the worker's name is"):
+        RedisQueue("redis://127.0.0.1:1", name=name)
+
+
 def test_a_killed_server_comes_back(tmp_path):
     with redis_server(tmp_path) as server:
 

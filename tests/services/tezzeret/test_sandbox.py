@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,21 @@ def test_cancelled_means_gone(tmp_path):
     asyncio.run(main())
     assert children() == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_limits_are_to_the_kernel():
+    program = """
+import resource
+from esper.services.tezzeret.limits import Limits
+Limits(timeout_s=7, memory_bytes=1 << 30, artifact_bytes=1 << 25).bind()
+Limits(timeout_s=9, memory_bytes=1 << 31, artifact_bytes=1 << 26).bind()
+for name in ("DATA", "CPU", "FSIZE", "CORE"):
+    print(*resource.getrlimit(getattr(resource, "RLIMIT_" + name)))
+"""
+    command = [sys.executable, "-c", program]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    # The second time they can only stay: a sandbox cannot give itself more.
+    assert said.split() == [*2 * [str(1 << 30)], "10", "10", *2 * [str(1 << 25)], "0", "0"]
 
 
 def test_the_environment_holds_no_secrets(monkeypatch):
