@@ -17,11 +17,12 @@ from typing import Any, Final, Protocol
 
 from esper.ops import aot, cubin, native
 
-__all__ = ["TABLE", "Binary", "BinaryTable", "Entry", "NativeKernel", "package_kernels", "tile_sizes"]
+__all__ = ["TABLE", "TILES", "Binary", "BinaryTable", "Entry", "NativeKernel", "package_kernels", "tile_sizes"]
 
 _ARCH: Final = re.compile(r"sm_(\d{2,3})")
-#: Compile-time arguments whose names start so are sizes of tiles: tuning may change them, and no meaning with them.
-_TILE: Final = "BLOCK"
+#: Compile-time arguments that tuning may change and no meaning with them. Not every size of a tile is one: where a tile
+#: must hold a whole bank (BLOCK_R), a smaller one computes something else.
+TILES: Final = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 
 
 class Entry(Protocol):
@@ -138,7 +139,7 @@ class BinaryTable:
             dtype: Of the values it works on: ``bf16``, ``fp16`` or ``fp32``.
             constants: Every compile-time argument.
             device: Index of the GPU.
-            tuned: Whether tile sizes (``BLOCK...``) may be others than in ``constants``; the caller then makes its grid
+            tuned: Whether tile sizes (:data:`TILES`) may be others than in ``constants``; the caller then makes its grid
                 from those of the answer.
         """
         found = self._found.get(_key(device, kernel, dtype, constants))
@@ -182,7 +183,7 @@ class Kernel:
 
 def tile_sizes(constants: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the compile-time arguments that tuning may change."""
-    return {name: value for name, value in constants.items() if name.startswith(_TILE)}
+    return {name: value for name, value in constants.items() if name in TILES}
 
 
 @lru_cache(maxsize=1)
@@ -205,7 +206,7 @@ def kernels_of(modules: Iterable[ModuleType]) -> dict[str, Kernel]:
 
 
 def _key(device: int, kernel: str, dtype: str, constants: Mapping[str, Any]) -> _Key:
-    fixed = frozenset((name, value) for name, value in constants.items() if not name.startswith(_TILE))
+    fixed = frozenset((name, value) for name, value in constants.items() if name not in TILES)
     return device, kernel, dtype, fixed
 
 

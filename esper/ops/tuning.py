@@ -131,7 +131,10 @@ def _measure(load: Workload, built: Built) -> tuple[list[Tensor], float]:
         before = binaries.TABLE.handed_out
         results = _results(load)
         if binaries.TABLE.handed_out == before:
-            raise ToolchainError(f"{built.kernel} ({built.dtype}) was not asked for as a binary: it cannot be tuned")
+            raise ToolchainError(
+                f"{built.kernel} ({built.dtype}) was not asked for with these constants at these sizes, so that it "
+                f"cannot be tuned: {dict(built.constants)}"
+            )
         return results, _time(load)
     finally:
         binaries.TABLE.clear()

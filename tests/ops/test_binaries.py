@@ -19,10 +19,10 @@ from tests.ops.recorder import Recorder, tiny_cubin
 extension = native.load()
 needs_extension = pytest.mark.skipif(extension is None, reason=f"needs the extension: {native.reason()}")
 
-#: One kernel: demo_kernel(x, n, SHAPE, BLOCK), compiled for two types.
+#: One kernel: demo_kernel(x, n, SHAPE, BLOCK_M), compiled for two types.
 KERNELS = {
     "demo_kernel": Kernel(
-        ("x", "n", "SHAPE", "BLOCK"),
+        ("x", "n", "SHAPE", "BLOCK_M"),
         frozenset({(("x", "*bf16"), ("n", "i32")), (("x", "*fp32"), ("n", "i32"))}),
     )
 }
@@ -35,7 +35,7 @@ class Entry:
     kernel: str = "demo_kernel"
     symbol: str = "k"
     signature: tuple[tuple[str, str], ...] = (("x", "*bf16"), ("n", "i32"))
-    constants: dict[str, Any] = field(default_factory=lambda: {"SHAPE": 2, "BLOCK": 64})
+    constants: dict[str, Any] = field(default_factory=lambda: {"SHAPE": 2, "BLOCK_M": 64})
     num_warps: int = 4
     shared: int = 0
     sha256: str = "a"
@@ -127,26 +127,28 @@ def test_what_runs_where(built, present, runs):
 @needs_extension
 def test_a_binary_is_found_by_kernel_dtype_constants_and_device(table):
     assert table.add([binary()], 0) == ()
-    found = table.find("demo_kernel", "bf16", {"BLOCK": 64, "SHAPE": 2}, 0)
-    assert found.constants == {"SHAPE": 2, "BLOCK": 64}
+    found = table.find("demo_kernel", "bf16", {"BLOCK_M": 64, "SHAPE": 2}, 0)
+    assert found.constants == {"SHAPE": 2, "BLOCK_M": 64}
     assert repr(found.launch).startswith("<Launcher of k(x: *bf16, n: i32), 128 threads")
-    assert table.find("other_kernel", "bf16", {"BLOCK": 64, "SHAPE": 2}, 0) is None
-    assert table.find("demo_kernel", "fp32", {"BLOCK": 64, "SHAPE": 2}, 0) is None
-    assert table.find("demo_kernel", "bf16", {"BLOCK": 64, "SHAPE": 3}, 0) is None
-    assert table.find("demo_kernel", "bf16", {"BLOCK": 64, "SHAPE": 2}, 1) is None
+    assert table.find("other_kernel", "bf16", {"BLOCK_M": 64, "SHAPE": 2}, 0) is None
+    assert table.find("demo_kernel", "fp32", {"BLOCK_M": 64, "SHAPE": 2}, 0) is None
+    assert table.find("demo_kernel", "bf16", {"BLOCK_M": 64, "SHAPE": 3}, 0) is None
+    assert table.find("demo_kernel", "bf16", {"BLOCK_M": 64, "SHAPE": 2}, 1) is None
     assert table.handed_out == 1
     table.add([binary()], 1)
-    assert table.find("demo_kernel", "bf16", {"BLOCK": 64, "SHAPE": 2}, 1).device == 1
+    assert table.find("demo_kernel", "bf16", {"BLOCK_M": 64, "SHAPE": 2}, 1).device == 1
 
 
 @needs_extension
 def test_other_tile_sizes_are_for_callers_that_take_them(table):
-    table.add([binary(constants={"SHAPE": 2, "BLOCK": 128}, sha256="b")], 0)
-    asked = {"SHAPE": 2, "BLOCK": 64}
+    table.add([binary(constants={"SHAPE": 2, "BLOCK_M": 128}, sha256="b")], 0)
+    asked = {"SHAPE": 2, "BLOCK_M": 64}
     assert table.find("demo_kernel", "bf16", asked, 0) is None
-    assert table.find("demo_kernel", "bf16", asked, 0, tuned=True).constants["BLOCK"] == 128
+    assert table.find("demo_kernel", "bf16", asked, 0, tuned=True).constants["BLOCK_M"] == 128
     table.add([binary()], 0)
-    assert table.find("demo_kernel", "bf16", asked, 0).constants["BLOCK"] == 64
+    assert table.find("demo_kernel", "bf16", asked, 0).constants["BLOCK_M"] == 64
+    # A tile that must hold a whole bank is no matter of tuning.
+    assert table.find("demo_kernel", "bf16", {"SHAPE": 2, "BLOCK_M": 64, "BLOCK_R": 16}, 0, tuned=True) is None
 
 
 @needs_extension
@@ -162,7 +164,7 @@ def test_hidden_pointers_are_given_as_null(table, recorder):
     table.add([binary()], 0)
     recorder.sizes(8, 4, 8, 8)
     recorder.take()
-    table.find("demo_kernel", "bf16", {"BLOCK": 64, "SHAPE": 2}, 0).launch(1, 1, 1, 0, 0x10, 5)
+    table.find("demo_kernel", "bf16", {"BLOCK_M": 64, "SHAPE": 2}, 0).launch(1, 1, 1, 0, 0x10, 5)
     assert recorder.take()[1].endswith("args 1000000000000000 05000000 0000000000000000 0000000000000000 ")
 
 
@@ -180,9 +182,12 @@ def test_of_several_architectures_the_one_that_fits_is_taken(table, recorder):
         (binary(arch=100), "it is for sm_100, not for sm_90"),
         (replace(binary(), data=memoryview(tiny_cubin("k", (8, 4), 80))), "declared for sm_90 and was built for sm_80"),
         (binary(kernel="gone_kernel"), "this version of Esper has no kernel of that name"),
-        (binary(signature=(("n", "i32"), ("x", "*bf16"))), "its arguments (n, x, SHAPE, BLOCK) are not this version's"),
-        (binary(constants={"SHAPE": 2}), "its arguments (x, n, SHAPE) are not this version's (x, n, SHAPE, BLOCK)"),
-        (binary(constants={"SHAPE": 2, "BLOCK": 1, "MORE": 1}), "are not this version's"),
+        (
+            binary(signature=(("n", "i32"), ("x", "*bf16"))),
+            "its arguments (n, x, SHAPE, BLOCK_M) are not this version's",
+        ),
+        (binary(constants={"SHAPE": 2}), "its arguments (x, n, SHAPE) are not this version's (x, n, SHAPE, BLOCK_M)"),
+        (binary(constants={"SHAPE": 2, "BLOCK_M": 1, "MORE": 1}), "are not this version's"),
         (binary(signature=(("x", "*fp16"), ("n", "i32"))), "never compiled with these types (x: *fp16, n: i32)"),
         (replace(binary(), data=memoryview(tiny_cubin("k", (8, 8)))), "takes parameters of [8, 8] bytes"),
         (binary(symbol="absent"), "has no kernel 'absent'"),
@@ -202,7 +207,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(table, recorder, given, r
 def test_one_bad_binary_keeps_no_other_out(table):
     good = binary(dtype="fp32", signature=(("x", "*fp32"), ("n", "i32")), sha256="c")
     assert len(table.add([binary(kernel="gone_kernel"), good], 0)) == 1
-    assert table.find("demo_kernel", "fp32", {"BLOCK": 64, "SHAPE": 2}, 0)
+    assert table.find("demo_kernel", "fp32", {"BLOCK_M": 64, "SHAPE": 2}, 0)
 
 
 @needs_extension
@@ -227,7 +232,7 @@ def test_forgetting_unloads_what_nobody_holds(table, recorder):
     recorder.take()
     table.clear()
     assert "unload 7" in recorder.take()
-    assert table.find("demo_kernel", "bf16", {"BLOCK": 64, "SHAPE": 2}, 0) is None
+    assert table.find("demo_kernel", "bf16", {"BLOCK_M": 64, "SHAPE": 2}, 0) is None
 
 
 def test_the_packages_kernels_are_known_by_what_they_list():
