@@ -139,8 +139,8 @@ class BinaryTable:
             dtype: Of the values it works on: ``bf16``, ``fp16`` or ``fp32``.
             constants: Every compile-time argument.
             device: Index of the GPU.
-            tuned: Whether tile sizes (:data:`TILES`) may be others than in ``constants``; the caller then makes its grid
-                from those of the answer.
+            tuned: Whether tile sizes (:data:`TILES`) may be others than in ``constants``; the caller then makes its
+                grid from those of the answer.
         """
         found = self._found.get(_key(device, kernel, dtype, constants))
         if found is None:
