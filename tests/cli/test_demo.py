@@ -24,29 +24,34 @@ def demo(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env={**os.environ, **nowhere}, stdout=pipe, stderr=pipe, text=True)
 
 
-@pytest.mark.parametrize("arguments", [(), ("--no-redis",)])
-def test_from_blueprint_to_fossil(tmp_path, arguments):
-    out, err = demo(tmp_path, *arguments).communicate(timeout=150)
+def test_from_blueprint_to_fossil(tmp_path):
+    out, err = demo(tmp_path).communicate(timeout=150)
     lines = out.splitlines()
     assert [line.partition("] ")[2].split()[0] for line in lines[: len(STAGES)]] == [*STAGES], err
-    assert f"jobs over {'Urza' if arguments else 'Redis'}" in lines[0]
+    assert "jobs over Redis" in lines[0]
     assert "the seed is   kept (FOSSILIZED)" in lines
     assert err == ""
-    # Nothing stays behind.
-    assert list(tmp_path.iterdir()) == []
+    assert nothing_left(tmp_path)
 
 
-def test_ended_from_outside_it_stops_its_servers(tmp_path):
-    process = demo(tmp_path)
+def test_without_redis_and_ended_from_outside(tmp_path):
+    process = demo(tmp_path, "--no-redis")
     assert process.stdout is not None
-    assert "servers" in process.stdout.readline()
-    mine = {pid for pid in descendants(process.pid)}
-    assert len(mine) >= 3
+    lines = [process.stdout.readline() for _ in range(6)]
+    assert "jobs over Urza" in lines[0]
+    assert "published" in lines[5]
+    mine = descendants(process.pid)
+    assert len(mine) >= 2
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in mine), "its servers are gone", 20)
-    assert list(tmp_path.iterdir()) == []
+    assert nothing_left(tmp_path)
+
+
+def nothing_left(folder: Path) -> bool:
+    # PyTorch's own folder for compiled code is not ours.
+    return [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")] == []
 
 
 def descendants(pid: int) -> list[int]:
