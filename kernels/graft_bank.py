@@ -28,8 +28,11 @@ from .graft_math import (
     replace_sum,
 )
 
+#: Numbers that must not recompile anything: ALIGNED says what the compiler needs to know of them.
+SIZES = ["rows", "d_in", "d_out", "ranks", "seeds", "groups", "parts", "x_row", "h_row", "y_row", "z_row"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SIZES)
 def graft_bank_kernel(
     x,
     h,
@@ -159,11 +162,13 @@ def graft_bank_kernel(
                 r = first + rank
                 more = coefficients(alpha, seats, owner, r, r < ranks, begin, end, replaced)
                 counting = tl.maximum(counting, tl.max((more != 0.0).to(tl.int32), 0))
+        # A host whose factor is 0 is not read. (The interpreter cannot combine a mask with a scalar.)
+        in_h = m < tl.where(host != 0.0, rows, 0)
         for n in range(begin + part * BLOCK_N, end, parts * BLOCK_N):
             col = n + lane
             in_n = col < end
             mask = in_m[:, None] & in_n[None, :]
-            own = tl.load(h_at + col[None, :], mask=mask & (host != 0.0), other=0.0).to(tl.float32)
+            own = tl.load(h_at + col[None, :], mask=in_h[:, None] & in_n[None, :], other=0.0).to(tl.float32)
             total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if WIDE:
                 for first in range(0, ranks, BLOCK_R):
@@ -193,21 +198,40 @@ def graft_bank_kernel(
         tl.store(suspect, tl.full([], 1, tl.uint8))
 
 
-_POINTERS = ("x", "h", "y", "down", "value", "up", "bias", "value_bias")
-_SIGNATURE = {
-    **{"alpha": "*fp32", "owner": "*i32", "seats": "*i32", "spans": "*i32", "z": "*fp32", "suspect": "*u8"},
-    **dict.fromkeys(("rows", "d_in", "d_out", "ranks", "seeds", "groups", "parts"), "i32"),
-    **dict.fromkeys(("x_row", "h_row", "y_row", "z_row"), "i64"),
-}
-_CONSTANTS = {
-    **{"ACT": 0, "GATED": False, "BIASED": False, "WIDE": False, "ALIGNED": True, "EMULATE": False, "SEATS": 64},
-    **{"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 64},
-}
+def bank_blocks(dtype: str, ranks: int, rows: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Compile-time constants and launch options that depend on sizes.
+
+    Args:
+        dtype: ``fp32``, ``bf16`` or ``fp16``.
+        ranks: Rows of the bank.
+        rows: Rows of x.
+    """
+    blocks = {"BLOCK_M": 64 if rows > 1024 else 16, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16 if ranks <= 16 else 64}
+    if dtype == "fp32":  # each product is three, from twice the bytes
+        blocks |= {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
+    return {"WIDE": ranks > 64, **blocks}, {"num_warps": 4, "num_stages": 2}
+
+
+def bank_signature(dtype: str) -> dict[str, str]:
+    """Types of the arguments of ``graft_bank_kernel``."""
+    return {
+        **dict.fromkeys(("x", "h", "y", "down", "value", "up", "bias", "value_bias"), f"*{dtype}"),
+        **{"alpha": "*fp32", "owner": "*i32", "seats": "*i32", "spans": "*i32", "z": "*fp32", "suspect": "*u8"},
+        **dict.fromkeys(("rows", "d_in", "d_out", "ranks", "seeds", "groups", "parts"), "i32"),
+        **dict.fromkeys(("x_row", "h_row", "y_row", "z_row"), "i64"),
+    }
+
+
+def _bank(dtype: str, act: int, gated: bool, ranks: int, rows: int, aligned: bool) -> tuple[object, ...]:
+    constants, options = bank_blocks(dtype, ranks, rows)
+    kind = {"ACT": act, "GATED": gated, "BIASED": act != 0, "ALIGNED": aligned, "EMULATE": False, "SEATS": 64}
+    return graft_bank_kernel, bank_signature(dtype), kind | constants, options
+
+
+#: Every dtype, activation kind, width and alignment once, not every combination: each takes seconds to compile.
 AOT = [
-    (
-        graft_bank_kernel,
-        dict.fromkeys(_POINTERS, "*bf16") | _SIGNATURE,
-        _CONSTANTS,
-        {"num_warps": 4, "num_stages": 2},
-    ),
+    _bank("bf16", 0, False, 64, 8192, True),
+    _bank("bf16", 6, True, 256, 8192, True),
+    _bank("fp16", 2, False, 16, 64, False),
+    _bank("fp32", 6, True, 64, 8192, True),
 ]

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["ACTIVATION_CODES", "BANK_FAMILIES", "KernelVariant", "variants"]
+import torch
+
+__all__ = ["ACTIVATION_CODES", "BANK_FAMILIES", "DTYPE_NAMES", "SEATS", "KernelVariant", "variants"]
 
 #: As ``csrc/graft_bank.h`` and ``kernels/graft_math.py`` number them.
 ACTIVATION_CODES: Mapping[str | None, int] = {
@@ -21,6 +23,12 @@ ACTIVATION_CODES: Mapping[str | None, int] = {
     "sigmoid": 5,
     "silu": 6,
 }
+
+#: Triton's names of the dtypes that have kernels.
+DTYPE_NAMES: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+#: Lanes for the seeds of one launch: the most there can be.
+SEATS = 64
 
 #: Families whose seeds run as one bank, unless they have a norm.
 BANK_FAMILIES = ("lowrank", "bottleneck", "gated")

@@ -1,0 +1,286 @@
+"""Launches the Triton kernels of a bank.
+
+One forward, with two behind it that return at once unless something is not finite, and three backward. Nothing here
+waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper.ops import binaries
+from esper.ops.graft import bank_reference as reference
+from esper.ops.graft.bank import BankLayout, check_bank
+from esper.ops.graft.variants import ACTIVATION_CODES, DTYPE_NAMES, SEATS
+from esper.ops.registry import implements, triton_interprets, unavailable
+
+__all__: list[str] = []
+
+_OPS = ("graft_bank", "graft_bank_backward")
+#: Where the faults begin behind the one byte that says that something is not finite: pointers are 16-byte aligned.
+_FAULTS_AT = 16
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+@lru_cache(maxsize=64)
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; the interpreter is one."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+
+
+@lru_cache(maxsize=1024)
+def _tables(layout: BankLayout, seats: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """owner, seats and spans on the device; uploaded once for each set of seeds."""
+    spans = [border for segment in layout.blend.segments for border in segment]
+    with torch.inference_mode(False):
+        owner, places, borders = (
+            torch.tensor(numbers, dtype=torch.int32).to(device) for numbers in (layout.owner, seats, spans)
+        )
+    return owner, places, borders
+
+
+def choose(
+    kernel: Any,
+    dtype: str,
+    device: torch.device,
+    constants: Mapping[str, int],
+    options: Mapping[str, int],
+    *,
+    tuned: bool = True,
+) -> tuple[Mapping[str, Any], Callable[..., None]]:
+    """How to launch a kernel: by a signed artifact's binary where one fits, else by Triton.
+
+    Args:
+        kernel: The ``@triton.jit`` function.
+        dtype: Of the values, by Triton's name.
+        device: Where.
+        constants: Every compile-time argument.
+        options: Triton's launch options.
+        tuned: Whether the caller follows other tile sizes than those in ``constants``.
+
+    Returns:
+        The compile-time arguments that it runs with, and ``launch(programs, *arguments)``.
+    """
+    binary = None
+    if device.type == "cuda":
+        binary = binaries.TABLE.find(kernel.__name__, dtype, constants, device.index, tuned=tuned)
+    if binary is None:
+        return constants, lambda programs, *arguments: kernel[(programs,)](*arguments, **constants, **options)
+
+    def launch(programs: int, *arguments: Any) -> None:
+        stream = torch.cuda.current_stream(device).cuda_stream
+        if not binary.launch(programs, 1, 1, stream, *arguments):
+            kernel[(programs,)](*arguments, **binary.constants, **options)
+
+    return binary.constants, launch
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[rows, features] with neighbouring features side by side; rows may lie apart."""
+    flat = t.reshape(-1, t.shape[-1]) if t.dim() != 2 else t
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def _aligned(layout: BankLayout, *numbers: int) -> bool:
+    borders = (border for segment in layout.blend.segments for border in segment)
+    return all(number % 16 == 0 for number in (*numbers, *borders))
+
+
+def _falls_back(h: Tensor, layout: BankLayout) -> bool:
+    # float64 is for gradcheck and references; the rest is too large for the kernels' 32-bit sizes or lanes.
+    return h.dtype not in DTYPE_NAMES or len(layout.rows) > SEATS or h.numel() // max(h.shape[-1], 1) >= 2**31 - 64
+
+
+def _register() -> None:
+    from esper.kernels import graft_bank as forward_kernels
+    from esper.kernels import graft_bank_backward as backward_kernels
+    from esper.kernels import graft_faults as fault_kernels
+
+    emulate = triton_interprets()
+
+    @implements("graft_bank", "triton")
+    def graft_bank(
+        x: Tensor,
+        h: Tensor,
+        alpha: Tensor,
+        down: Tensor,
+        value: Tensor | None,
+        up: Tensor,
+        bias: Tensor | None,
+        value_bias: Tensor | None,
+        seats: Sequence[int],
+        activation: str | None,
+    ) -> tuple[Tensor, Tensor]:
+        layout = check_bank(x, h, alpha, down, value, up, bias, value_bias, seats, activation)
+        if _falls_back(h, layout):
+            plain: tuple[Tensor, Tensor] = reference.graft_bank(
+                x, h, alpha, down, value, up, bias, value_bias, seats, activation
+            )
+            return plain
+        y = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+        flags = torch.zeros(_FAULTS_AT + len(layout.rows), dtype=torch.uint8, device=h.device)
+        suspect, faults = flags[:1], flags[_FAULTS_AT:]
+        if h.numel() == 0:
+            return y, faults.clone()
+        flat_x, flat_h, flat_y = _rows(x), _rows(h), _rows(y)
+        (rows, d_out), d_in, ranks = flat_h.shape, flat_x.shape[1], down.shape[0]
+        down, up = down.contiguous(), up.contiguous()
+        value, bias, value_bias = (down if t is None else t.contiguous() for t in (value, bias, value_bias))
+        gated, biased = value is not down, bias is not down
+        z_row = _cdiv(ranks, 16) * 16
+        owner, places, spans = _tables(layout, tuple(seats), h.device)
+        weights = (down, value, up, bias, value_bias)
+        tables = (alpha, owner, places, spans)
+        sizes = (rows, d_in, d_out, ranks, len(layout.rows), len(layout.blend.segments))
+        strides = (flat_x.stride(0), flat_h.stride(0), flat_y.stride(0), z_row)
+        kind = {"ACT": ACTIVATION_CODES[activation], "GATED": gated, "BIASED": biased, "EMULATE": emulate}
+        kind |= {"SEATS": SEATS}
+        many = processors(h.device)
+        dtype = DTYPE_NAMES[h.dtype]
+        aligned = _aligned(layout, d_in, d_out, *strides)
+        blocks, options = forward_kernels.bank_blocks(dtype, ranks, rows)
+        constants, launch = choose(
+            forward_kernels.graft_bank_kernel, dtype, h.device, kind | {"ALIGNED": aligned} | blocks, options
+        )
+        z = torch.empty((rows if constants["WIDE"] else 1, z_row), dtype=torch.float32, device=h.device)
+        programs = _cdiv(rows, constants["BLOCK_M"])
+        parts = max(1, min(2 * many // programs, _cdiv(d_out, constants["BLOCK_N"])))
+        constants, blame = choose(
+            fault_kernels.graft_blame_kernel, dtype, h.device, kind | fault_kernels.BLAME_BLOCKS,
+            fault_kernels.BLAME_OPTIONS,
+        )  # fmt: skip
+        searchers = min(4 * many, _cdiv(rows, constants["BLOCK_M"]))
+        kept = torch.empty((searchers * constants["BLOCK_M"], z_row), dtype=torch.float32, device=h.device)
+        with on_device(h):
+            launch(programs * parts, flat_x, flat_h, flat_y, *weights, *tables, z, suspect, *sizes, parts, *strides)
+            blame(searchers, flat_x, flat_h, flat_y, *weights, *tables, kept, suspect, faults, *sizes, *strides)
+            contain(flat_h, flat_y, faults)
+        return y, faults
+
+    def contain(h: Tensor, y: Tensor, faults: Tensor) -> None:
+        rows, columns = h.shape
+        constants, launch = choose(
+            fault_kernels.graft_contain_kernel, DTYPE_NAMES[h.dtype], h.device,
+            {"SEATS": SEATS} | fault_kernels.CONTAIN_BLOCKS, fault_kernels.CONTAIN_OPTIONS,
+        )  # fmt: skip
+        tiles = _cdiv(rows, constants["BLOCK_M"]) * _cdiv(columns, constants["BLOCK_N"])
+        launch(min(4 * processors(h.device), tiles), h, y, faults, rows, columns, len(faults), h.stride(0), y.stride(0))
+
+    @implements("graft_bank_backward", "triton")
+    def graft_bank_backward(
+        gy: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        faults: Tensor,
+        down: Tensor,
+        value: Tensor | None,
+        up: Tensor,
+        bias: Tensor | None,
+        value_bias: Tensor | None,
+        seats: Sequence[int],
+        activation: str | None,
+        want_x: bool,
+        want_h: bool,
+        want_weights: bool,
+    ) -> tuple[Tensor, ...]:
+        layout = check_bank(x, gy, alpha, down, value, up, bias, value_bias, seats, activation)
+        if _falls_back(gy, layout):
+            plain: tuple[Tensor, ...] = reference.graft_bank_backward(
+                gy, x, alpha, faults, down, value, up, bias, value_bias, seats, activation,
+                want_x, want_h, want_weights,
+            )  # fmt: skip
+            return plain
+        gx = torch.empty(x.shape if want_x else 0, dtype=gy.dtype, device=gy.device)
+        gh = torch.empty(gy.shape if want_h else 0, dtype=gy.dtype, device=gy.device)
+        present = (down, value, up, bias, value_bias)
+        grads = [
+            torch.empty(0 if t is None or not want_weights else t.shape, dtype=gy.dtype, device=gy.device)
+            for t in present
+        ]
+        if gy.numel() == 0:
+            return (gx, gh, *(g.zero_() for g in grads))
+        flat_x, flat_gy = _rows(x), _rows(gy)
+        flat_gx = _rows(gx) if want_x else flat_x
+        flat_gh = _rows(gh) if want_h else flat_gy
+        (rows, d_out), d_in, ranks, seeds = flat_gy.shape, flat_x.shape[1], down.shape[0], len(layout.rows)
+        gated, biased = value is not None, bias is not None
+        down, up = down.contiguous(), up.contiguous()
+        value, bias, value_bias = (down if t is None else t.contiguous() for t in (value, bias, value_bias))
+        owner, places, spans = _tables(layout, tuple(seats), gy.device)
+        z_row = _cdiv(ranks, 16) * 16
+        left_behind = torch.empty((3 if gated else 2, rows, z_row), dtype=gy.dtype, device=gy.device)
+        hidden, gz, gv = left_behind[0], left_behind[1], left_behind[-1]
+        strides = (flat_x.stride(0), flat_gy.stride(0), flat_gx.stride(0), flat_gh.stride(0), z_row)
+        aligned = _aligned(layout, d_in, d_out, *strides)
+        dtype = DTYPE_NAMES[gy.dtype]
+        kind = {"GATED": gated, "BIASED": biased, "SEATS": SEATS}
+        blocks, options = backward_kernels.rows_blocks(dtype, ranks, rows)
+        wants = {"ACT": ACTIVATION_CODES[activation], "WANT_X": want_x, "WANT_H": want_h}
+        exact = {"ALIGNED": aligned, "EMULATE": emulate}
+        constants, launch = choose(
+            backward_kernels.graft_bank_rows_kernel, dtype, gy.device, kind | wants | exact | blocks, options
+        )
+        with on_device(gy):
+            launch(
+                _cdiv(rows, constants["BLOCK_M"]),
+                flat_x, flat_gy, flat_gx, flat_gh, down, value, up, bias, value_bias,
+                alpha, owner, places, spans, faults, hidden, gz, gv,
+                rows, d_in, d_out, ranks, seeds, len(layout.blend.segments), *strides,
+            )  # fmt: skip
+            if not want_weights:
+                return gx, gh, *grads
+            blocks, options = backward_kernels.weights_blocks(dtype, ranks)
+            constants, launch = choose(
+                backward_kernels.graft_bank_weights_kernel, dtype, gy.device, kind | exact | blocks, options
+            )
+            line = d_in * (2 if gated else 1) + d_out + (2 if biased else 0)
+            tiles_in, tiles_out = (_cdiv(d, constants["BLOCK_N"]) for d in (d_in, d_out))
+            tiles = tiles_in * (2 if gated else 1) + tiles_out + (1 if biased else 0)
+            tiles *= _cdiv(ranks, constants["BLOCK_R"])
+            # Twice as many programs as multiprocessors, but each with four blocks of rows at least.
+            block = constants["BLOCK_M"]
+            splits = max(1, min(_cdiv(2 * processors(gy.device), tiles), rows // (4 * block)))
+            stretch = _cdiv(_cdiv(rows, splits), block) * block
+            splits = _cdiv(rows, stretch)
+            partials = torch.empty((splits, ranks, line), dtype=torch.float32, device=gy.device)
+            launch(
+                splits * tiles, flat_x, flat_gy, hidden, gz, gv, alpha, places, faults, partials,
+                rows, d_in, d_out, ranks, seeds, stretch, splits, flat_x.stride(0), flat_gy.stride(0), z_row,
+            )  # fmt: skip
+            constants, launch = choose(
+                backward_kernels.graft_bank_reduce_kernel, dtype, gy.device,
+                kind | backward_kernels.REDUCE_BLOCKS, backward_kernels.REDUCE_OPTIONS,
+            )  # fmt: skip
+            gdown, gvalue, gup, gbias, gvalue_bias = grads
+            launch(
+                _cdiv(line, constants["BLOCK_C"]) * ranks,
+                partials, gdown, gvalue, gup, gbias, gvalue_bias, alpha, owner, places, faults,
+                d_in, d_out, ranks, seeds, splits,
+            )  # fmt: skip
+        return gx, gh, *grads
+
+
+try:
+    _register()
+except ImportError as error:
+    for _name in _OPS:
+        unavailable(_name, "triton", f"triton does not import: {error}")
+for _name in _OPS:
+    unavailable(
+        _name, "cpu", "the CPU runs a bank through esper.execution.grafts.bank, which calls esper._native itself"
+    )
+    unavailable(_name, "cuda", "the products would be left to cuBLAS, which is what the reference does")
