@@ -205,11 +205,14 @@ def bank_blocks(dtype: str, ranks: int, rows: int) -> tuple[dict[str, int], dict
         dtype: ``fp32``, ``bf16`` or ``fp16``.
         ranks: Rows of the bank.
         rows: Rows of x.
+
+    ``maxnreg`` is as many registers as a thread can have: ptxas would rather spill a few bytes to fit more blocks.
     """
     blocks = {"BLOCK_M": 64 if rows > 1024 else 16, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16 if ranks <= 16 else 64}
     if dtype == "fp32":  # each product is three, from twice the bytes
-        blocks |= {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
-    return {"WIDE": ranks > 64, **blocks}, {"num_warps": 4, "num_stages": 2}
+        blocks |= {"BLOCK_M": 32 if rows > 1024 else 16, "BLOCK_N": 32, "BLOCK_K": 32}
+        return {"WIDE": ranks > 64, **blocks}, {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
+    return {"WIDE": ranks > 64, **blocks}, {"num_warps": 4, "num_stages": 3, "maxnreg": 255}
 
 
 def bank_signature(dtype: str) -> dict[str, str]:

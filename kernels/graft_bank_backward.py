@@ -416,7 +416,7 @@ def rows_blocks(dtype: str, ranks: int, rows: int) -> tuple[dict[str, int], dict
     blocks = {"BLOCK_M": 64 if rows > 1024 else 16, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16 if ranks <= 16 else 64}
     if dtype == "fp32":
         blocks |= {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
-    return {"WIDE": ranks > 64, **blocks}, {"num_warps": 4, "num_stages": 2}
+    return {"WIDE": ranks > 64, **blocks}, {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
 
 
 def weights_blocks(dtype: str, ranks: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -424,7 +424,7 @@ def weights_blocks(dtype: str, ranks: int) -> tuple[dict[str, int], dict[str, in
     blocks = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 16 if ranks <= 16 else 64}
     if dtype == "fp32":
         blocks |= {"BLOCK_M": 32, "BLOCK_N": 32}
-    return blocks, {"num_warps": 4, "num_stages": 2}
+    return blocks, {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
 
 
 REDUCE_BLOCKS = {"BLOCK_C": 256}

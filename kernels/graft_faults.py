@@ -220,7 +220,7 @@ def contain_signature(dtype: str) -> dict[str, str]:
 
 #: Small tiles: it runs seldom, and must not spill.
 BLAME_BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_R": 16}
-BLAME_OPTIONS = {"num_warps": 4, "num_stages": 1}
+BLAME_OPTIONS = {"num_warps": 4, "num_stages": 1, "maxnreg": 255}
 CONTAIN_BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 128}
 CONTAIN_OPTIONS = {"num_warps": 4}
 

@@ -17,7 +17,9 @@ from esper.ops import registry
 from esper.ops.graft import graft_blend, graft_blend_backward
 from esper.ops.graft.layout import BlendLayout, Place, chunk_span
 
-NATIVE = [b for b in ("cpu", "cuda") if not graft_blend.reason(registry.Backend(b))]
+NATIVE = [b for b in ("cpu", "cuda", "triton") if not graft_blend.reason(registry.Backend(b))]
+#: Triton runs in its interpreter where there is no GPU.
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if registry.triton_interprets() else "cuda"}
 
 
 def _inputs(shape, dim, places, dtype, seed=0, device="cpu"):
@@ -40,7 +42,7 @@ PLACES = [
 
 def test_the_extension_serves_this_machine():
     """Without it the rest of this file would compare the reference with itself."""
-    assert NATIVE == ["cpu"] or "cuda" in NATIVE
+    assert NATIVE == ["cpu", "triton"] or "cuda" in NATIVE
 
 
 @pytest.mark.parametrize("backend", NATIVE)
@@ -49,7 +51,7 @@ def test_the_extension_serves_this_machine():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("alphas", [(0.25, 0.5, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0)])
 def test_backends_agree(backend, places, shape, dim, dtype, alphas):
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = DEVICES[backend]
     h, parts, trusted = _inputs(shape, dim, places, dtype, device=device)
     alpha = torch.tensor(alphas, device=device)
     flat = BlendLayout(places, 7).flat
@@ -95,7 +97,7 @@ def test_faults_agree(data):
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_what_the_kernels_may_not_trust_is_refused(backend):
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = DEVICES[backend]
     h, parts, trusted = _inputs((3, 7), 1, PLACES[0], torch.float32, device=device)
     alpha = torch.ones(3, device=device)
     run = graft_blend.backend(backend)

@@ -25,10 +25,18 @@ def _activate(v: Tensor, activation: str | None) -> Tensor:
 
 
 def _slope(v: Tensor, activation: str | None) -> Tensor:
-    with torch.enable_grad():
-        leaf = v.detach().requires_grad_(True)
-        # A sum, whose gradient is 1 everywhere.
-        (slope,) = torch.autograd.grad(_activate(leaf, activation).sum(), leaf)
+    """Derivative of the activation, by PyTorch's own backward functions, which need no graph."""
+    aten = torch.ops.aten
+    slope = torch.ones_like(v)
+    if activation == "relu":
+        slope = aten.threshold_backward(slope, v, 0)
+    elif activation in ("gelu", "gelu_tanh"):
+        slope = aten.gelu_backward(slope, v, approximate="none" if activation == "gelu" else "tanh")
+    elif activation == "silu":
+        slope = aten.silu_backward(slope, v)
+    elif activation is not None:
+        result = _activate(v, activation)
+        slope = 1.0 - result * result if activation == "tanh" else result * (1.0 - result)
     return slope
 
 

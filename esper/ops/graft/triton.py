@@ -20,14 +20,15 @@ from esper.ops.graft.bank import BankLayout, check_bank
 from esper.ops.graft.variants import ACTIVATION_CODES, DTYPE_NAMES, SEATS
 from esper.ops.registry import implements, triton_interprets, unavailable
 
-__all__: list[str] = []
+__all__ = ["cdiv", "choose", "contain", "on_device", "processors"]
 
 _OPS = ("graft_bank", "graft_bank_backward")
 #: Where the faults begin behind the one byte that says that something is not finite: pointers are 16-byte aligned.
 _FAULTS_AT = 16
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
+    """The quotient, rounded up."""
     return -(-a // b)
 
 
@@ -105,6 +106,22 @@ def _falls_back(h: Tensor, layout: BankLayout) -> bool:
     return h.dtype not in DTYPE_NAMES or len(layout.rows) > SEATS or h.numel() // max(h.shape[-1], 1) >= 2**31 - 64
 
 
+def contain(h: Tensor, y: Tensor, faults: Tensor) -> None:
+    """``y = h`` for two matrices if a seed is at fault; returns at once otherwise. The caller has set the device."""
+    from esper.kernels import graft_faults as kernels
+
+    rows, columns = h.shape
+    constants, launch = choose(
+        kernels.graft_contain_kernel,
+        DTYPE_NAMES[h.dtype],
+        h.device,
+        {"SEATS": SEATS} | kernels.CONTAIN_BLOCKS,
+        kernels.CONTAIN_OPTIONS,
+    )
+    tiles = cdiv(rows, constants["BLOCK_M"]) * cdiv(columns, constants["BLOCK_N"])
+    launch(min(4 * processors(h.device), tiles), h, y, faults, rows, columns, len(faults), h.stride(0), y.stride(0))
+
+
 def _register() -> None:
     from esper.kernels import graft_bank as forward_kernels
     from esper.kernels import graft_bank_backward as backward_kernels
@@ -141,7 +158,7 @@ def _register() -> None:
         down, up = down.contiguous(), up.contiguous()
         value, bias, value_bias = (down if t is None else t.contiguous() for t in (value, bias, value_bias))
         gated, biased = value is not down, bias is not down
-        z_row = _cdiv(ranks, 16) * 16
+        z_row = cdiv(ranks, 16) * 16
         owner, places, spans = _tables(layout, tuple(seats), h.device)
         weights = (down, value, up, bias, value_bias)
         tables = (alpha, owner, places, spans)
@@ -157,28 +174,19 @@ def _register() -> None:
             forward_kernels.graft_bank_kernel, dtype, h.device, kind | {"ALIGNED": aligned} | blocks, options
         )
         z = torch.empty((rows if constants["WIDE"] else 1, z_row), dtype=torch.float32, device=h.device)
-        programs = _cdiv(rows, constants["BLOCK_M"])
-        parts = max(1, min(2 * many // programs, _cdiv(d_out, constants["BLOCK_N"])))
+        programs = cdiv(rows, constants["BLOCK_M"])
+        parts = max(1, min(2 * many // programs, cdiv(d_out, constants["BLOCK_N"])))
         constants, blame = choose(
             fault_kernels.graft_blame_kernel, dtype, h.device, kind | fault_kernels.BLAME_BLOCKS,
             fault_kernels.BLAME_OPTIONS,
         )  # fmt: skip
-        searchers = min(4 * many, _cdiv(rows, constants["BLOCK_M"]))
+        searchers = min(4 * many, cdiv(rows, constants["BLOCK_M"]))
         kept = torch.empty((searchers * constants["BLOCK_M"], z_row), dtype=torch.float32, device=h.device)
         with on_device(h):
             launch(programs * parts, flat_x, flat_h, flat_y, *weights, *tables, z, suspect, *sizes, parts, *strides)
             blame(searchers, flat_x, flat_h, flat_y, *weights, *tables, kept, suspect, faults, *sizes, *strides)
             contain(flat_h, flat_y, faults)
         return y, faults
-
-    def contain(h: Tensor, y: Tensor, faults: Tensor) -> None:
-        rows, columns = h.shape
-        constants, launch = choose(
-            fault_kernels.graft_contain_kernel, DTYPE_NAMES[h.dtype], h.device,
-            {"SEATS": SEATS} | fault_kernels.CONTAIN_BLOCKS, fault_kernels.CONTAIN_OPTIONS,
-        )  # fmt: skip
-        tiles = _cdiv(rows, constants["BLOCK_M"]) * _cdiv(columns, constants["BLOCK_N"])
-        launch(min(4 * processors(h.device), tiles), h, y, faults, rows, columns, len(faults), h.stride(0), y.stride(0))
 
     @implements("graft_bank_backward", "triton")
     def graft_bank_backward(
@@ -221,7 +229,7 @@ def _register() -> None:
         down, up = down.contiguous(), up.contiguous()
         value, bias, value_bias = (down if t is None else t.contiguous() for t in (value, bias, value_bias))
         owner, places, spans = _tables(layout, tuple(seats), gy.device)
-        z_row = _cdiv(ranks, 16) * 16
+        z_row = cdiv(ranks, 16) * 16
         left_behind = torch.empty((3 if gated else 2, rows, z_row), dtype=gy.dtype, device=gy.device)
         hidden, gz, gv = left_behind[0], left_behind[1], left_behind[-1]
         strides = (flat_x.stride(0), flat_gy.stride(0), flat_gx.stride(0), flat_gh.stride(0), z_row)
@@ -236,7 +244,7 @@ def _register() -> None:
         )
         with on_device(gy):
             launch(
-                _cdiv(rows, constants["BLOCK_M"]),
+                cdiv(rows, constants["BLOCK_M"]),
                 flat_x, flat_gy, flat_gx, flat_gh, down, value, up, bias, value_bias,
                 alpha, owner, places, spans, faults, hidden, gz, gv,
                 rows, d_in, d_out, ranks, seeds, len(layout.blend.segments), *strides,
@@ -248,14 +256,14 @@ def _register() -> None:
                 backward_kernels.graft_bank_weights_kernel, dtype, gy.device, kind | exact | blocks, options
             )
             line = d_in * (2 if gated else 1) + d_out + (2 if biased else 0)
-            tiles_in, tiles_out = (_cdiv(d, constants["BLOCK_N"]) for d in (d_in, d_out))
+            tiles_in, tiles_out = (cdiv(d, constants["BLOCK_N"]) for d in (d_in, d_out))
             tiles = tiles_in * (2 if gated else 1) + tiles_out + (1 if biased else 0)
-            tiles *= _cdiv(ranks, constants["BLOCK_R"])
+            tiles *= cdiv(ranks, constants["BLOCK_R"])
             # Twice as many programs as multiprocessors, but each with four blocks of rows at least.
             block = constants["BLOCK_M"]
-            splits = max(1, min(_cdiv(2 * processors(gy.device), tiles), rows // (4 * block)))
-            stretch = _cdiv(_cdiv(rows, splits), block) * block
-            splits = _cdiv(rows, stretch)
+            splits = max(1, min(cdiv(2 * processors(gy.device), tiles), rows // (4 * block)))
+            stretch = cdiv(cdiv(rows, splits), block) * block
+            splits = cdiv(rows, stretch)
             partials = torch.empty((splits, ranks, line), dtype=torch.float32, device=gy.device)
             launch(
                 splits * tiles, flat_x, flat_gy, hidden, gz, gv, alpha, places, faults, partials,
@@ -267,7 +275,7 @@ def _register() -> None:
             )  # fmt: skip
             gdown, gvalue, gup, gbias, gvalue_bias = grads
             launch(
-                _cdiv(line, constants["BLOCK_C"]) * ranks,
+                cdiv(line, constants["BLOCK_C"]) * ranks,
                 partials, gdown, gvalue, gup, gbias, gvalue_bias, alpha, owner, places, faults,
                 d_in, d_out, ranks, seeds, splits,
             )  # fmt: skip
