@@ -198,19 +198,24 @@ def graft_bank_kernel(
         tl.store(suspect, tl.full([], 1, tl.uint8))
 
 
-def bank_blocks(dtype: str, ranks: int, rows: int) -> tuple[dict[str, int], dict[str, int]]:
+def bank_blocks(dtype: str, ranks: int, rows: int, gated: bool, aligned: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Compile-time constants and launch options that depend on sizes.
 
     Args:
         dtype: ``fp32``, ``bf16`` or ``fp16``.
         ranks: Rows of the bank.
         rows: Rows of x.
+        gated: Whether there are two products down.
+        aligned: As ALIGNED.
 
     ``maxnreg`` is as many registers as a thread can have: ptxas would rather spill a few bytes to fit more blocks.
     """
     blocks = {"BLOCK_M": 64 if rows > 1024 else 16, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16 if ranks <= 16 else 64}
     if dtype == "fp32":  # each product is three, from twice the bytes
-        blocks |= {"BLOCK_M": 32 if rows > 1024 else 16, "BLOCK_N": 32, "BLOCK_K": 32}
+        blocks |= {"BLOCK_M": 32 if rows > 1024 and not gated else 16, "BLOCK_N": 32, "BLOCK_K": 32}
+        return {"WIDE": ranks > 64, **blocks}, {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
+    if not aligned:  # an address for every element instead of every eighth
+        blocks |= {"BLOCK_M": min(32, blocks["BLOCK_M"]), "BLOCK_N": 32, "BLOCK_K": 32}
         return {"WIDE": ranks > 64, **blocks}, {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
     return {"WIDE": ranks > 64, **blocks}, {"num_warps": 4, "num_stages": 3, "maxnreg": 255}
 
@@ -226,7 +231,7 @@ def bank_signature(dtype: str) -> dict[str, str]:
 
 
 def _bank(dtype: str, act: int, gated: bool, ranks: int, rows: int, aligned: bool) -> tuple[object, ...]:
-    constants, options = bank_blocks(dtype, ranks, rows)
+    constants, options = bank_blocks(dtype, ranks, rows, gated, aligned)
     kind = {"ACT": act, "GATED": gated, "BIASED": act != 0, "ALIGNED": aligned, "EMULATE": False, "SEATS": 64}
     return graft_bank_kernel, bank_signature(dtype), kind | constants, options
 
@@ -235,6 +240,7 @@ def _bank(dtype: str, act: int, gated: bool, ranks: int, rows: int, aligned: boo
 AOT = [
     _bank("bf16", 0, False, 64, 8192, True),
     _bank("bf16", 6, True, 256, 8192, True),
-    _bank("fp16", 2, False, 16, 64, False),
+    _bank("fp16", 2, False, 16, 8192, False),
     _bank("fp32", 6, True, 64, 8192, True),
+    _bank("fp32", 0, False, 64, 8192, True),
 ]

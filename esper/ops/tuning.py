@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from esper.ops import binaries
-from esper.ops.graft.variants import KernelVariant, variants
+from esper.ops.graft.variants import BANK_FAMILIES, KernelVariant, variants
 from esper.ops.registry import use_backend
 from esper.ops.toolchain import Built, Request, ToolchainError, build_variant
 
@@ -82,9 +82,11 @@ def tune(request: Request, d_in: int, d_out: int) -> list[Built]:
         found = variants(
             request.family, request.activation, request.norm, dtype, rank=request.rank, biased=request.biased
         )
-        loads = (
-            {each: _workload(request, dtype, d_in, d_out, each) for each in ("forward", "backward")} if found else {}
-        )
+        if request.family not in BANK_FAMILIES or request.norm is not None:
+            # A blend is as fast as memory in any layout: nothing to find.
+            built += [build_variant(variant, dtype, arch) for variant in found]
+            continue
+        loads = {each: _workload(request, dtype, d_in, d_out, each) for each in ("forward", "backward")}
         for variant in found:
             built.append(_best(variant, loads[variant.direction], arch))
     return built

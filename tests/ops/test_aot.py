@@ -35,9 +35,10 @@ def test_every_kernel_compiles_for_every_architecture() -> None:
     table = report["table"]
     assert {row["arch"] for row in table} == set(ARCHITECTURES)
     for row in table:
-        # The file formats' own bounds: 255 registers a thread; 48 KiB is what a launch gets without asking for more.
+        # The file formats' own bound: 255 registers a thread. Of shared memory, which launchers ask for, so much that
+        # two blocks fit the smallest multiprocessor (164 KiB on sm_80).
         assert 0 < row["registers"] <= 255
-        assert 0 <= row["shared"] <= 48 * 1024
+        assert 0 <= row["shared"] <= 82 * 1024
         assert row["cubin_bytes"] > 0
 
 

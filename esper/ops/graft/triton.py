@@ -155,9 +155,9 @@ def _register() -> None:
             return y, faults.clone()
         flat_x, flat_h, flat_y = _rows(x), _rows(h), _rows(y)
         (rows, d_out), d_in, ranks = flat_h.shape, flat_x.shape[1], down.shape[0]
+        gated, biased = value is not None, bias is not None
         down, up = down.contiguous(), up.contiguous()
         value, bias, value_bias = (down if t is None else t.contiguous() for t in (value, bias, value_bias))
-        gated, biased = value is not down, bias is not down
         z_row = cdiv(ranks, 16) * 16
         owner, places, spans = _tables(layout, tuple(seats), h.device)
         weights = (down, value, up, bias, value_bias)
@@ -169,7 +169,7 @@ def _register() -> None:
         many = processors(h.device)
         dtype = DTYPE_NAMES[h.dtype]
         aligned = _aligned(layout, d_in, d_out, *strides)
-        blocks, options = forward_kernels.bank_blocks(dtype, ranks, rows)
+        blocks, options = forward_kernels.bank_blocks(dtype, ranks, rows, gated, aligned)
         constants, launch = choose(
             forward_kernels.graft_bank_kernel, dtype, h.device, kind | {"ALIGNED": aligned} | blocks, options
         )
@@ -236,7 +236,7 @@ def _register() -> None:
         aligned = _aligned(layout, d_in, d_out, *strides)
         dtype = DTYPE_NAMES[gy.dtype]
         kind = {"GATED": gated, "BIASED": biased, "SEATS": SEATS}
-        blocks, options = backward_kernels.rows_blocks(dtype, ranks, rows)
+        blocks, options = backward_kernels.rows_blocks(dtype, ranks, rows, aligned)
         wants = {"ACT": ACTIVATION_CODES[activation], "WANT_X": want_x, "WANT_H": want_h}
         exact = {"ALIGNED": aligned, "EMULATE": emulate}
         constants, launch = choose(

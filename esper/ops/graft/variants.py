@@ -63,7 +63,7 @@ def variants(
         activation: Its activation, or None.
         norm: Its norm, or None.
         dtype: ``fp32``, ``bf16`` or ``fp16``.
-        rank: Rows of the bank to expect, 64 or fewer fit the same kernels.
+        rank: Rows of the bank to expect; up to 16, up to 64 and beyond are three layouts.
         biased: Whether the way down has a bias.
 
     Returns:
@@ -77,28 +77,90 @@ def variants(
         raise ValueError(f"unknown activation {activation!r}; known: {known}")
     if dtype not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"no graft kernel for dtype {dtype!r}; there are kernels for fp32, bf16 and fp16")
-    from esper.kernels import graft_bank as kernels
+    if family in BANK_FAMILIES and norm is None:
+        return _bank(ACTIVATION_CODES[activation], family == "gated", biased and family != "lowrank", dtype, rank)
+    return _blend(dtype)
 
-    bank = family in BANK_FAMILIES and norm is None
-    if not bank:
-        return []
-    signature = {name: f"*{dtype}" for name in ("x", "h", "y", "down", "value", "up", "bias", "value_bias")}
-    signature |= {"alpha": "*fp32", "owner": "*i32", "seats": "*i32", "spans": "*i32", "z": "*fp32", "suspect": "*u8"}
-    signature |= dict.fromkeys(("rows", "d_in", "d_out", "ranks", "seeds", "groups", "parts"), "i32")
-    signature |= dict.fromkeys(("x_row", "h_row", "y_row", "z_row"), "i64")
-    constants = {
-        "ACT": ACTIVATION_CODES[activation],
-        "GATED": family == "gated",
-        "BIASED": biased and family != "lowrank",
-        "WIDE": rank > 64,
-        "ALIGNED": True,
-        "EMULATE": False,
-        "SEATS": 64,
-        "BLOCK_M": 64,
-        "BLOCK_N": 32 if dtype == "fp32" else 64,
-        "BLOCK_K": 32 if dtype == "fp32" else 64,
-        "BLOCK_R": 64,
-    }
+
+#: Rows that a binary is laid out for; it takes any number.
+_ROWS = 8192
+
+
+def _bank(act: int, gated: bool, biased: bool, dtype: str, rank: int) -> list[KernelVariant]:
+    from esper.kernels import graft_bank as forward
+    from esper.kernels import graft_bank_backward as backward
+    from esper.kernels import graft_faults as faults
+
+    exact = {"EMULATE": False, "SEATS": SEATS}
+    kind = {"GATED": gated, "BIASED": biased}
+    bank, bank_options = forward.bank_blocks(dtype, rank, _ROWS, gated, aligned=True)
+    rows, rows_options = backward.rows_blocks(dtype, rank, _ROWS, aligned=True)
+    weights, weights_options = backward.weights_blocks(dtype, rank)
+    wants = {"WANT_X": True, "WANT_H": True}
     return [
-        KernelVariant(kernels.graft_bank_kernel, "forward", signature, constants, {"num_warps": 4, "num_stages": 3})
+        KernelVariant(
+            forward.graft_bank_kernel,
+            "forward",
+            forward.bank_signature(dtype),
+            {"ACT": act, **kind, **exact, "ALIGNED": True, **bank},
+            bank_options,
+        ),
+        KernelVariant(
+            faults.graft_blame_kernel,
+            "forward",
+            faults.blame_signature(dtype),
+            {"ACT": act, **kind, **exact, **faults.BLAME_BLOCKS},
+            faults.BLAME_OPTIONS,
+        ),
+        _contain(dtype),
+        KernelVariant(
+            backward.graft_bank_rows_kernel,
+            "backward",
+            backward.rows_signature(dtype),
+            {"ACT": act, **kind, **wants, **exact, "ALIGNED": True, **rows},
+            rows_options,
+        ),
+        KernelVariant(
+            backward.graft_bank_weights_kernel,
+            "backward",
+            backward.weights_signature(dtype),
+            {**kind, **exact, "ALIGNED": True, **weights},
+            weights_options,
+        ),
+        KernelVariant(
+            backward.graft_bank_reduce_kernel,
+            "backward",
+            backward.reduce_signature(dtype),
+            {**kind, "SEATS": SEATS, **backward.REDUCE_BLOCKS},
+            backward.REDUCE_OPTIONS,
+        ),
     ]
+
+
+def _blend(dtype: str) -> list[KernelVariant]:
+    """For one seed; the products before the blend are the libraries' own."""
+    from esper.kernels import graft_blend as blend
+
+    constants: dict[str, Any] = {"SEEDS": 1, **blend.BLEND_BLOCKS}
+    return [
+        KernelVariant(
+            blend.graft_blend_kernel, "forward", blend.blend_signature(dtype), constants, blend.BLEND_OPTIONS
+        ),
+        _contain(dtype),
+        KernelVariant(
+            blend.graft_blend_backward_kernel,
+            "backward",
+            blend.blend_backward_signature(dtype),
+            {**constants, "SEATS": SEATS},
+            blend.BLEND_OPTIONS,
+        ),
+    ]
+
+
+def _contain(dtype: str) -> KernelVariant:
+    from esper.kernels import graft_faults as faults
+
+    constants = {"SEATS": SEATS, **faults.CONTAIN_BLOCKS}
+    return KernelVariant(
+        faults.graft_contain_kernel, "forward", faults.contain_signature(dtype), constants, faults.CONTAIN_OPTIONS
+    )

@@ -1,0 +1,94 @@
+"""What the ahead-of-time compiler is told of the graft kernels is what their launchers ask for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from esper.blueprints.families import FamilyName
+from esper.blueprints.nodes import ACTIVATIONS, NORMS
+from esper.ops import registry
+from esper.ops.binaries import package_kernels, tile_sizes
+from esper.ops.graft import graft_bank, graft_bank_backward, graft_blend, graft_blend_backward, triton_blend
+from esper.ops.graft import triton as launcher
+from esper.ops.graft.variants import ACTIVATION_CODES, BANK_FAMILIES, variants
+
+DEVICE = "cpu" if registry.triton_interprets() else "cuda"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def test_every_activation_has_a_number():
+    assert set(ACTIVATION_CODES) == {None, *ACTIVATIONS}
+    assert sorted(ACTIVATION_CODES.values()) == list(range(len(ACTIVATIONS) + 1))
+
+
+@pytest.mark.parametrize("family", FamilyName)
+@pytest.mark.parametrize("norm", [None, *NORMS])
+@pytest.mark.parametrize("rank", [1, 16, 64, 256])
+def test_entries_fit_their_kernels(family, norm, rank):
+    known = package_kernels()
+    for dtype in DTYPES:
+        found = variants(family, "gelu", norm, dtype, rank=rank)
+        names = [(v.direction, v.kernel.__name__) for v in found]
+        assert len(set(names)) == len(names) and {d for d, _ in names} == {"forward", "backward"}
+        for v in found:
+            arguments = v.kernel.arg_names
+            assert [*v.signature] == [a for a in arguments if a in v.signature]
+            assert {*v.signature, *v.constants} == {*arguments} and not {*v.signature} & {*v.constants}
+            # A binary whose signature the package does not know is not loaded.
+            assert tuple(v.signature.items()) in known[v.kernel.__name__].signatures
+        bank = family in BANK_FAMILIES and norm is None
+        assert (names[0][1] == "graft_bank_kernel") == bank
+
+
+def test_what_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="swish"):
+        variants("bottleneck", "swish", None, "bf16")
+    with pytest.raises(ValueError, match="fp64"):
+        variants("bottleneck", "gelu", None, "fp64")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The kernels that the launchers choose, with their constants."""
+    calls = []
+    choose = launcher.choose
+
+    def spy(kernel, dtype, device, constants, options, **tuned):
+        calls.append((kernel.__name__, {**constants, "EMULATE": False} if "EMULATE" in constants else constants))
+        return choose(kernel, dtype, device, constants, options, **tuned)
+
+    monkeypatch.setattr(launcher, "choose", spy)
+    monkeypatch.setattr(triton_blend, "choose", spy)
+    return calls
+
+
+def fixed(constants):
+    return {name: value for name, value in constants.items() if name not in tile_sizes(constants)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["lowrank", "bottleneck", "gated"])
+def test_a_bank_asks_for_these(asked, dtype, family):
+    activation = None if family == "lowrank" else "silu"
+    gated, biased = family == "gated", family != "lowrank"
+    like = {"dtype": DTYPES[dtype], "device": DEVICE}
+    x, h = torch.ones(2, 16, **like), torch.ones(2, 16, **like)
+    down, up, bias = torch.ones(3, 16, **like), torch.ones(3, 16, **like), torch.ones(3, **like)
+    value, value_bias = (down, bias) if gated and biased else (None, None)
+    alpha = torch.full((1,), 0.5, device=DEVICE)
+    rest = down, value, up, bias if biased else None, value_bias, [0, 0, 16, 0, 0, 3], activation
+    _, faults = graft_bank.backend("triton")(x, h, alpha, *rest)
+    graft_bank_backward.backend("triton")(h, x, alpha, faults, *rest, True, True, True)
+    expected = variants(family, activation, None, dtype, rank=3, biased=biased)
+    assert [(name, fixed(c)) for name, c in asked] == [(v.kernel.__name__, fixed(v.constants)) for v in expected]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_blend_asks_for_these(asked, dtype):
+    h = torch.ones(2, 3, dtype=DTYPES[dtype], device=DEVICE)
+    alpha, mask = torch.ones(1, device=DEVICE), torch.ones(2, 1, dtype=torch.bool, device=DEVICE)
+    _, faults = graft_blend.backend("triton")(h, [h], [mask], alpha, [0, 0, 3, 0], 1)
+    graft_blend_backward.backend("triton")(h, alpha, faults, [0, 0, 3, 0], 1)
+    expected = variants("dense", None, None, dtype)
+    assert [(name, fixed(c)) for name, c in asked] == [(v.kernel.__name__, fixed(v.constants)) for v in expected]
