@@ -8,8 +8,9 @@ through httpx, see :mod:`esper.artifacts.http_pool`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -172,14 +173,16 @@ class Connection(asyncio.Protocol):
                 raise StaleConnectionError("the connection was closed while it was idle") from None
             raise
         self._used = True
-        ends_itself, parts = self._body(method, status, found)
+        ends_itself, body_parts = self._body(method, status, found)
+        parts = self._through(body_parts, reusable=keep and ends_itself)
 
         async def close() -> None:
+            await parts.aclose()
             if not self._clean:
                 self.close()
             done()
 
-        return Response(status, found, self._through(parts, reusable=keep and ends_itself), close)
+        return Response(status, found, parts, close)
 
     async def _write(self, head: bytes, body: bytes) -> None:
         if len(body) <= _SENT_AT_ONCE:
@@ -211,7 +214,7 @@ class Connection(asyncio.Protocol):
         keep = first[1] == b"1" and "close" not in headers.get("connection", "").lower()
         return int(first[2]), keep, headers
 
-    def _body(self, method: str, status: int, headers: Mapping[str, str]) -> tuple[bool, AsyncIterator[bytes]]:
+    def _body(self, method: str, status: int, headers: Mapping[str, str]) -> tuple[bool, AsyncGenerator[bytes]]:
         """Whether the body has an end of its own, and the body (RFC 9112, 6.3)."""
         coding, length = headers.get("transfer-encoding"), headers.get("content-length")
         if method == "HEAD" or status in (204, 304):
@@ -226,12 +229,13 @@ class Connection(asyncio.Protocol):
             raise WireError(f"the answer's Content-Length is {length[:40]!r}")
         return True, self._sized(int(length))
 
-    async def _through(self, parts: AsyncIterator[bytes], *, reusable: bool) -> AsyncIterator[bytes]:
-        async for part in parts:
-            yield part
+    async def _through(self, parts: AsyncGenerator[bytes], *, reusable: bool) -> AsyncGenerator[bytes]:
+        async with contextlib.aclosing(parts):
+            async for part in parts:
+                yield part
         self._clean = reusable
 
-    async def _sized(self, size: int) -> AsyncIterator[bytes]:
+    async def _sized(self, size: int) -> AsyncGenerator[bytes]:
         while size:
             part = await self._take(size)
             if not part:
@@ -239,13 +243,13 @@ class Connection(asyncio.Protocol):
             size -= len(part)
             yield part
 
-    async def _rest(self) -> AsyncIterator[bytes]:
+    async def _rest(self) -> AsyncGenerator[bytes]:
         while part := await self._take(_MAX_BUFFERED):
             yield part
         if self._why is not None:
             raise self._broken("before the end of the answer")
 
-    async def _chunked(self) -> AsyncIterator[bytes]:
+    async def _chunked(self) -> AsyncGenerator[bytes]:
         while True:
             line = await self._take_until(b"\r\n", _MAX_LINE)
             found = _CHUNK.fullmatch(line)
