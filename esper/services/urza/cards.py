@@ -23,18 +23,21 @@ class Card:
         body: The JSON.
         etag: Of the body, with its quotes.
         expires: Monotonic time after which a presigned address in it is too old to be handed out.
-        head: The headers as they go over the wire, without status line, date and server.
+        head: The headers as they go over the wire, without status line and date.
+        head_unchanged: The same where the client has the body already.
     """
 
     body: bytes
     etag: str
     expires: float
     head: bytes = field(init=False)
+    head_unchanged: bytes = field(init=False)
 
     def __post_init__(self) -> None:
-        lines = [*self.headers().items(), ("content-type", "application/json"), ("content-length", len(self.body))]
-        head = "".join(f"{name}: {value}\r\n" for name, value in lines)
-        object.__setattr__(self, "head", head.encode("latin-1") + b"\r\n")
+        common = "".join(f"{name}: {value}\r\n" for name, value in self.headers().items())
+        body = f"content-length: {len(self.body)}\r\ncontent-type: application/json\r\n"
+        object.__setattr__(self, "head", f"{common}{body}\r\n".encode("latin-1"))
+        object.__setattr__(self, "head_unchanged", f"{common}\r\n".encode("latin-1"))
 
     def headers(self) -> dict[str, str]:
         """Headers beside type and length."""
@@ -79,6 +82,12 @@ class Cards:
             self._bytes += len(card.body)
             while len(self._cards) > _MAX_CARDS or self._bytes > _MAX_BYTES:
                 self._remove(next(iter(self._cards)))
+
+    def drop(self, artifact_id: str) -> None:
+        """Forget the card of a kernel that changed."""
+        with self._lock:
+            self.generation += 1
+            self._remove(artifact_id)
 
     def clear(self) -> None:
         """Forget all cards: some kernel changed."""

@@ -7,7 +7,9 @@ begins: SQLite would otherwise refuse it half-way, when another one wrote in bet
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -51,6 +53,9 @@ class Database:
             raise DatabaseError("the database's URL is not one; expected sqlite:///PATH or postgresql://...") from None
         #: Where it is, without the password.
         self.shown = parsed.render_as_string(hide_password=True)
+        #: Topic -> numbers that this process counted up to, and nobody has asked about yet.
+        self._own: defaultdict[str, set[int]] = defaultdict(set)
+        self._own_lock = threading.Lock()
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         if self.is_sqlite:
             self._engine = _sqlite(parsed, connections)
@@ -72,12 +77,26 @@ class Database:
         Args:
             *topics: What is changed, for processes that keep copies of it.
         """
+        numbers: dict[str, int] = {}
         with self._engine.connect().execution_options(**{_WRITE: True}) as connection, connection.begin():
             yield connection
             for topic in sorted(topics):
-                connection.execute(
-                    sa.update(changes).where(changes.c.topic == topic).values(number=changes.c.number + 1)
-                )
+                count_up = sa.update(changes).where(changes.c.topic == topic).values(number=changes.c.number + 1)
+                numbers[topic] = connection.execute(count_up.returning(changes.c.number)).scalar_one()
+        # Not before the commit: a number whose transaction fails is another process's next one.
+        with self._own_lock:
+            for topic, number in numbers.items():
+                self._own[topic].add(number)
+
+    def others_changed(self, topic: str, before: int, now: int) -> bool:
+        """Whether any of the changes from one number to the other was made by another process.
+
+        Each number is asked about once: what is remembered of our own up to ``now`` is then forgotten.
+        """
+        with self._own_lock:
+            own = {number for number in self._own[topic] if number <= now}
+            self._own[topic] -= own
+        return now < before or sum(number > before for number in own) < now - before
 
     def lock(self, connection: Connection) -> None:
         """Wait for the one lock that all processes share; it ends with the transaction, which must be a writing one."""

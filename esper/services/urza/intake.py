@@ -106,7 +106,7 @@ def _store(service: Service, upload: Incoming, found: Verified, tags: list[str],
         new = False
     else:
         new = True
-    service.cards.clear()
+    service.cards.drop(found.artifact_id)
     return new
 
 
@@ -117,7 +117,7 @@ def _store_again(service: Service, upload: Incoming, artifact_id: str, tags: lis
     with service.database.write("kernels") as connection:
         service.database.lock(connection)
         kernel_store.add_tags(connection, artifact_id, tags)
-    service.cards.clear()
+    service.cards.drop(artifact_id)
 
 
 def _answer(service: Service, sha256: str) -> dict[str, Any]:

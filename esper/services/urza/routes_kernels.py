@@ -175,7 +175,7 @@ def change_status(
         kernel_store.change_status(
             connection, artifact_id, change.status, by=caller.name, reason=change.reason, metrics=metrics
         )
-    service.cards.clear()
+    service.cards.drop(artifact_id)
     card = service.card(artifact_id)
     return Response(card.body, media_type="application/json", headers=card.headers())
 

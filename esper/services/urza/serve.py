@@ -12,6 +12,7 @@ from typing import Final
 import uvicorn
 
 from esper.services.urza.app import create_app
+from esper.services.urza.quick import quick_protocol
 from esper.services.urza.service import Service
 from esper.services.urza.settings import Settings
 
@@ -38,6 +39,7 @@ def serve(settings: Settings, host: str, port: int, *, access_log: bool = False)
         print(f"urza: first start: token 'admin' with all roles, shown this once: {token}", file=sys.stderr, flush=True)
     config = uvicorn.Config(
         create_app(service),
+        http=quick_protocol(service),
         host=host,
         port=port,
         log_config=None,

@@ -1,8 +1,8 @@
 """What a process holds in memory, and how it learns that another process changed the database.
 
 Tokens and the cards of kernels are answered from memory. Changes of this process are seen at once; those of others (the
-command line, a second server) within :data:`STALE_S`: while there are requests, the numbers in the table ``changes``
-are looked at ten times a second, and when they cannot be looked at, nothing is answered from memory.
+command line, a second server) within :data:`STALE_S`: the numbers in the table ``changes`` are looked at five times a
+second, and while they cannot be looked at, nothing is answered from memory.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from esper.services.urza.tables import changes
 __all__ = ["STALE_S", "Watch"]
 
 #: How old the knowledge may be by which a request is answered.
-STALE_S: Final = 0.5
-_PERIOD_S: Final = 0.1
+STALE_S: Final = 1.0
+_PERIOD_S: Final = 0.2
 _log = logging.getLogger("esper.urza")
 
 
@@ -43,15 +43,13 @@ class Watch:
         self._kernels_changed = kernels_changed
         self._numbers: dict[str, int] = {}
         self._checked = float("-inf")
-        self._asked = False
         self._refreshing: asyncio.Task[None] | None = None
         self._follower: asyncio.Task[None] | None = None
         #: SHA-256 of a token -> who has it.
         self.callers: dict[str, Caller] = {}
 
     def is_fresh(self) -> bool:
-        """Whether what is in memory may be used; asking keeps it fresh."""
-        self._asked = True
+        """Whether what is in memory may be used."""
         return time.monotonic() - self._checked < STALE_S
 
     async def ensure_fresh(self) -> None:
@@ -79,9 +77,6 @@ class Watch:
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(_PERIOD_S)
-            if not self._asked:
-                continue
-            self._asked = False
             try:
                 await self._refresh()
             except sa.exc.SQLAlchemyError as error:
@@ -91,9 +86,9 @@ class Watch:
     async def _refresh(self) -> None:
         began = time.monotonic()
         numbers = await asyncio.to_thread(self._read)
-        if numbers.get("tokens") != self._numbers.get("tokens"):
+        if numbers["tokens"] != self._numbers.get("tokens"):
             self.callers = await asyncio.to_thread(self._tokens.callers)
-        if numbers.get("kernels") != self._numbers.get("kernels"):
+        if self._database.others_changed("kernels", self._numbers.get("kernels", -1), numbers["kernels"]):
             self._kernels_changed()
         self._numbers = numbers
         self._checked = began
