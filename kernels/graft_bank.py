@@ -217,7 +217,10 @@ def bank_blocks(dtype: str, ranks: int, rows: int, gated: bool, aligned: bool) -
     if not aligned:  # an address for every element instead of every eighth
         blocks |= {"BLOCK_M": min(32, blocks["BLOCK_M"]), "BLOCK_N": 32, "BLOCK_K": 32}
         return {"WIDE": ranks > 64, **blocks}, {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
-    return {"WIDE": ranks > 64, **blocks}, {"num_warps": 4, "num_stages": 3, "maxnreg": 255}
+    if ranks > 64 and gated:
+        blocks |= {"BLOCK_N": 32, "BLOCK_K": 32}
+    warps = 8 if ranks > 64 and not gated else 4
+    return {"WIDE": ranks > 64, **blocks}, {"num_warps": warps, "num_stages": 3, "maxnreg": 255}
 
 
 def bank_signature(dtype: str) -> dict[str, str]:

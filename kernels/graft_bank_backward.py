@@ -411,13 +411,13 @@ def graft_bank_reduce_kernel(
             tl.store(gvalue_bias + r + 0 * col, result, mask=col == width + 1)
 
 
-def rows_blocks(dtype: str, ranks: int, rows: int, aligned: bool) -> tuple[dict[str, int], dict[str, int]]:
+def rows_blocks(dtype: str, ranks: int, rows: int, gated: bool, aligned: bool) -> tuple[dict[str, int], dict[str, int]]:
     """As ``graft_bank.bank_blocks``, for ``graft_bank_rows_kernel``."""
     blocks = {"BLOCK_M": 64 if rows > 1024 else 16, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16 if ranks <= 16 else 64}
     if dtype == "fp32":
         blocks |= {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
-    elif not aligned:  # an address for every element instead of every eighth
-        blocks |= {"BLOCK_M": min(32, blocks["BLOCK_M"]), "BLOCK_N": 32, "BLOCK_K": 32}
+    elif gated or not aligned:  # two of everything, or an address for every element instead of every eighth
+        blocks |= {"BLOCK_M": min(64 if aligned else 32, blocks["BLOCK_M"]), "BLOCK_N": 32, "BLOCK_K": 32}
     return {"WIDE": ranks > 64, **blocks}, {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
 
 
@@ -471,7 +471,7 @@ def reduce_signature(dtype: str) -> dict[str, str]:
 
 
 def _rows(dtype: str, act: int, gated: bool, ranks: int, rows: int, aligned: bool) -> tuple[object, ...]:
-    constants, options = rows_blocks(dtype, ranks, rows, aligned)
+    constants, options = rows_blocks(dtype, ranks, rows, gated, aligned)
     kind = {"ACT": act, "GATED": gated, "BIASED": act != 0, "WANT_X": True, "WANT_H": True, "ALIGNED": aligned}
     fixed = {"EMULATE": False, "SEATS": 64}
     return graft_bank_rows_kernel, rows_signature(dtype), kind | fixed | constants, options
@@ -485,7 +485,7 @@ def _weights(dtype: str, gated: bool, aligned: bool) -> tuple[object, ...]:
 
 AOT = [
     _rows("bf16", 0, False, 64, 8192, True),
-    _rows("bf16", 6, True, 256, 8192, True),
+    _rows("bf16", 6, True, 64, 8192, True),
     _rows("fp16", 2, False, 16, 8192, False),
     _rows("fp32", 6, True, 256, 8192, True),
     _weights("bf16", False, True),

@@ -236,7 +236,7 @@ def _register() -> None:
         aligned = _aligned(layout, d_in, d_out, *strides)
         dtype = DTYPE_NAMES[gy.dtype]
         kind = {"GATED": gated, "BIASED": biased, "SEATS": SEATS}
-        blocks, options = backward_kernels.rows_blocks(dtype, ranks, rows, aligned)
+        blocks, options = backward_kernels.rows_blocks(dtype, ranks, rows, gated, aligned)
         wants = {"ACT": ACTIVATION_CODES[activation], "WANT_X": want_x, "WANT_H": want_h}
         exact = {"ALIGNED": aligned, "EMULATE": emulate}
         constants, launch = choose(

@@ -94,7 +94,7 @@ def _bank(act: int, gated: bool, biased: bool, dtype: str, rank: int) -> list[Ke
     exact = {"EMULATE": False, "SEATS": SEATS}
     kind = {"GATED": gated, "BIASED": biased}
     bank, bank_options = forward.bank_blocks(dtype, rank, _ROWS, gated, aligned=True)
-    rows, rows_options = backward.rows_blocks(dtype, rank, _ROWS, aligned=True)
+    rows, rows_options = backward.rows_blocks(dtype, rank, _ROWS, gated, aligned=True)
     weights, weights_options = backward.weights_blocks(dtype, rank)
     wants = {"WANT_X": True, "WANT_H": True}
     return [
