@@ -212,7 +212,8 @@ def bank_blocks(dtype: str, ranks: int, rows: int, gated: bool, aligned: bool) -
     """
     blocks = {"BLOCK_M": 64 if rows > 1024 else 16, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16 if ranks <= 16 else 64}
     if dtype == "fp32":  # each product is three, from twice the bytes
-        blocks |= {"BLOCK_M": 32 if rows > 1024 and not gated else 16, "BLOCK_N": 32, "BLOCK_K": 32}
+        roomy = rows > 1024 and ranks <= 64 and aligned and not gated
+        blocks |= {"BLOCK_M": 32 if roomy else 16, "BLOCK_N": 32, "BLOCK_K": 32}
         return {"WIDE": ranks > 64, **blocks}, {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
     if not aligned:  # an address for every element instead of every eighth
         blocks |= {"BLOCK_M": min(32, blocks["BLOCK_M"]), "BLOCK_N": 32, "BLOCK_K": 32}
