@@ -21,9 +21,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from esper.ops import native
+
+if TYPE_CHECKING:
+    from esper.ops.graft.variants import KernelVariant
 
 __all__ = [
     "DEFAULT_ARCHITECTURES",
@@ -33,6 +36,7 @@ __all__ = [
     "ToolchainError",
     "build_variant",
     "compile_request",
+    "kernels_for",
     "tune_request",
 ]
 
@@ -72,6 +76,7 @@ class Request:
         norm: Its norm, or None.
         rank: Rows of one seed's way down.
         biased: Whether that way has a bias.
+        aligned: Whether all widths are multiples of 16.
         dtypes: Some of :data:`DTYPES`.
         architectures: Compute capabilities times ten.
     """
@@ -81,6 +86,7 @@ class Request:
     norm: str | None
     rank: int
     biased: bool
+    aligned: bool
     dtypes: tuple[str, ...]
     architectures: tuple[int, ...]
 
@@ -218,20 +224,31 @@ def _written(built: Built) -> dict[str, Any]:
 
 def _build(request: Request) -> list[Built]:
     """In the child: every kernel in order of dtype, architecture and launch."""
-    from esper.ops.graft.variants import variants
-
     built = []
     for dtype in request.dtypes:
-        found = variants(
-            request.family, request.activation, request.norm, dtype, rank=request.rank, biased=request.biased
-        )
+        found = kernels_for(request, dtype)
         for arch in request.architectures:
             built += [build_variant(variant, dtype, arch) for variant in found]
     return built
 
 
-def build_variant(variant: Any, dtype: str, arch: int) -> Built:
-    """Compile one kernel (a ``KernelVariant``) for one architecture, in this process.
+def kernels_for(request: Request, dtype: str) -> list[KernelVariant]:
+    """The kernels that the request is about, for one type of values."""
+    from esper.ops.graft.variants import variants
+
+    return variants(
+        request.family,
+        request.activation,
+        request.norm,
+        dtype,
+        rank=request.rank,
+        biased=request.biased,
+        aligned=request.aligned,
+    )
+
+
+def build_variant(variant: KernelVariant, dtype: str, arch: int) -> Built:
+    """Compile one kernel for one architecture, in this process.
 
     Raises:
         ToolchainError: it does not compile, or a native launch cannot give it what it needs.

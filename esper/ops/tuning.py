@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from esper.ops import binaries
-from esper.ops.graft.variants import BANK_FAMILIES, KernelVariant, variants
+from esper.ops.graft.variants import BANK_FAMILIES, KernelVariant
 from esper.ops.registry import use_backend
-from esper.ops.toolchain import Built, Request, ToolchainError, build_variant
+from esper.ops.toolchain import Built, Request, ToolchainError, build_variant, kernels_for
 
 __all__ = ["CANDIDATES", "Workload", "neighbours", "tune"]
 
@@ -79,9 +79,7 @@ def tune(request: Request, d_in: int, d_out: int) -> list[Built]:
     (arch,) = request.architectures
     built = []
     for dtype in request.dtypes:
-        found = variants(
-            request.family, request.activation, request.norm, dtype, rank=request.rank, biased=request.biased
-        )
+        found = kernels_for(request, dtype)
         if request.family not in BANK_FAMILIES or request.norm is not None:
             # A blend is as fast as memory in any layout: nothing to find.
             built += [build_variant(variant, dtype, arch) for variant in found]
@@ -176,18 +174,30 @@ def _agree(results: Sequence[Tensor], expected: Sequence[Tensor], dtype: str) ->
     return True
 
 
-def _workload(request: Request, dtype: str, d_in: int, d_out: int, direction: str) -> Workload:
+def _flat(results: tuple[Tensor, Sequence[Tensor]]) -> list[Tensor]:
+    first, rest = results
+    return [first, *rest]
+
+
+def _workload(request: Request, dtype: str, d_in: int, d_out: int, direction: str, device: str = "cuda") -> Workload:
     """One seed of the family on the whole layer, at half its alpha."""
+    from esper.ops.graft import graft_blend, graft_blend_backward
     from esper.ops.graft.bank import graft_bank, graft_bank_backward
 
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def drawn(*shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, generator=generator, device="cuda")).to(_TORCH[dtype])
+        return (scale * torch.randn(*shape, generator=generator, device=device)).to(_TORCH[dtype])
 
-    rank = request.rank
     x, h, gy = drawn(ROWS, d_in), drawn(ROWS, d_out), drawn(ROWS, d_out)
-    alpha = torch.full((1,), 0.5, device="cuda")
+    alpha = torch.full((1,), 0.5, device=device)
+    faults = torch.zeros(1, dtype=torch.uint8, device=device)
+    if request.family not in BANK_FAMILIES or request.norm is not None:
+        trusted, places = torch.ones(ROWS, 1, dtype=torch.bool, device=device), [0, 0, d_out, 0]
+        if direction == "forward":
+            return Workload(lambda: graft_blend(h, [gy], [trusted], alpha, places, 1), dtype)
+        return Workload(lambda: _flat(graft_blend_backward(gy, alpha, faults, places, 1)), dtype)
+    rank = request.rank
     down, up = drawn(rank, d_in, scale=d_in**-0.5), drawn(rank, d_out, scale=rank**-0.5)
     gated = request.family == "gated"
     value = drawn(rank, d_in, scale=d_in**-0.5) if gated else None
@@ -195,7 +205,6 @@ def _workload(request: Request, dtype: str, d_in: int, d_out: int, direction: st
     value_bias = drawn(rank) if request.biased and gated else None
     seats = [0, 0, d_out, 0, 0, rank]
     weights = (down, value, up, bias, value_bias)
-    faults = torch.zeros(1, dtype=torch.uint8, device="cuda")
     if direction == "forward":
         return Workload(lambda: graft_bank(x, h, alpha, *weights, seats, request.activation), dtype)
     return Workload(

@@ -15,7 +15,7 @@ import torch
 from esper.ops import toolchain
 from esper.ops.toolchain import Request, ToolchainError, compile_request, tune_request
 
-LOWRANK = Request("lowrank", None, None, 8, False, ("bf16",), (80,))
+LOWRANK = Request("lowrank", None, None, 8, False, True, ("bf16",), (80,))
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str) -> None:
@@ -90,6 +90,12 @@ def test_an_architecture_that_crashes_the_compiler_ends_in_an_error_here():
         compile_request(replace(LOWRANK, architectures=(93,)))
 
 
+def test_widths_that_are_no_multiples_of_16_have_kernels_of_their_own():
+    for aligned in (True, False):
+        found = toolchain.kernels_for(replace(LOWRANK, aligned=aligned), "bf16")
+        assert {each.constants["ALIGNED"] for each in found if "ALIGNED" in each.constants} == {aligned}
+
+
 def test_neighbours_change_one_value_each():
     from esper.ops.graft.variants import KernelVariant
     from esper.ops.tuning import CANDIDATES, neighbours
@@ -136,10 +142,41 @@ def test_the_best_of_each_value_is_kept_if_its_results_agree(monkeypatch):
         tuning._best(variant, tuning.Workload(lambda: right, "bf16"), 90)
 
 
+@pytest.mark.parametrize(
+    ("family", "norm", "biased"),
+    [
+        ("lowrank", None, False),
+        ("bottleneck", None, True),
+        ("gated", None, True),
+        ("gated", "rmsnorm", False),
+        ("dense", None, False),
+        ("graph", None, False),
+    ],
+)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_what_is_measured_runs(monkeypatch, family, norm, biased, direction):
+    """On the CPU, by another backend: the operations take these arguments, and find no fault."""
+    from esper.ops import tuning
+
+    monkeypatch.setattr(tuning, "ROWS", 32)
+    request = replace(LOWRANK, family=family, norm=norm, activation="gelu", biased=biased)
+    load = tuning._workload(request, "fp32", 16, 48, direction, "cpu")
+    first, *rest = load.run()
+    assert len(first) == 32
+    assert all(bool(each.isfinite().all()) for each in (first, *rest))
+    assert tuning._agree(load.run(), load.run(), "fp32")
+    assert not tuning._agree([first + 1.0], [first], "fp32")
+    assert not tuning._agree([first * float("nan")], [first], "fp32")
+    if direction == "forward":
+        assert not rest[0].any()
+
+
 @pytest.mark.gpu
-def test_tuning_on_the_gpu_of_this_machine():
+@pytest.mark.parametrize("family", ["lowrank", "dense"])
+def test_tuning_on_the_gpu_of_this_machine(family):
     major, minor = torch.cuda.get_device_capability(0)
-    built = tune_request(replace(LOWRANK, architectures=()), present=(10 * major + minor,), d_in=256, d_out=256)
+    request = replace(LOWRANK, family=family, architectures=())
+    built = tune_request(request, present=(10 * major + minor,), d_in=256, d_out=256)
     assert {each.direction for each in built} == {"forward", "backward"}
     assert {each.arch for each in built} == {10 * major + minor}
     assert all(each.cubin for each in built)

@@ -156,6 +156,9 @@ def test_what_the_compiler_is_asked_for(registry, monkeypatch):
     assert (gated.family, gated.rank, gated.dtypes, gated.architectures) == ("gated", 3, ("fp16",), (80, 90, 100))
     assert (bottleneck.dtypes, bottleneck.architectures) == (("bf16", "fp32"), (86, 90))
     assert not bottleneck.biased
+    assert not bottleneck.aligned
+    esper.compile("lowrank", d_in=32, d_out=48, registry=registry, pipeline="standard")
+    assert asked[-1].aligned
 
 
 def test_binaries_have_the_names_of_the_format(monkeypatch):

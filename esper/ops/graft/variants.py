@@ -54,7 +54,14 @@ class KernelVariant:
 
 
 def variants(
-    family: str, activation: str | None, norm: str | None, dtype: str, *, rank: int = 64, biased: bool = True
+    family: str,
+    activation: str | None,
+    norm: str | None,
+    dtype: str,
+    *,
+    rank: int = 64,
+    biased: bool = True,
+    aligned: bool = True,
 ) -> list[KernelVariant]:
     """The kernels that seeds of a family run on.
 
@@ -65,6 +72,7 @@ def variants(
         dtype: ``fp32``, ``bf16`` or ``fp16``.
         rank: Rows of the bank to expect; up to 16, up to 64 and beyond are three layouts.
         biased: Whether the way down has a bias.
+        aligned: Whether all widths are multiples of 16.
 
     Returns:
         At most one variant of a kernel in a direction, in the order in which they are launched.
@@ -78,7 +86,9 @@ def variants(
     if dtype not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"no graft kernel for dtype {dtype!r}; there are kernels for fp32, bf16 and fp16")
     if family in BANK_FAMILIES and norm is None:
-        return _bank(ACTIVATION_CODES[activation], family == "gated", biased and family != "lowrank", dtype, rank)
+        return _bank(
+            ACTIVATION_CODES[activation], family == "gated", biased and family != "lowrank", dtype, rank, aligned
+        )
     return _blend(dtype)
 
 
@@ -86,15 +96,15 @@ def variants(
 _ROWS = 8192
 
 
-def _bank(act: int, gated: bool, biased: bool, dtype: str, rank: int) -> list[KernelVariant]:
+def _bank(act: int, gated: bool, biased: bool, dtype: str, rank: int, aligned: bool) -> list[KernelVariant]:
     from esper.kernels import graft_bank as forward
     from esper.kernels import graft_bank_backward as backward
     from esper.kernels import graft_faults as faults
 
     exact = {"EMULATE": False, "SEATS": SEATS}
     kind = {"GATED": gated, "BIASED": biased}
-    bank, bank_options = forward.bank_blocks(dtype, rank, _ROWS, gated, aligned=True)
-    rows, rows_options = backward.rows_blocks(dtype, rank, _ROWS, gated, aligned=True)
+    bank, bank_options = forward.bank_blocks(dtype, rank, _ROWS, gated, aligned)
+    rows, rows_options = backward.rows_blocks(dtype, rank, _ROWS, gated, aligned)
     weights, weights_options = backward.weights_blocks(dtype, rank)
     wants = {"WANT_X": True, "WANT_H": True}
     return [
@@ -102,7 +112,7 @@ def _bank(act: int, gated: bool, biased: bool, dtype: str, rank: int) -> list[Ke
             forward.graft_bank_kernel,
             "forward",
             forward.bank_signature(dtype),
-            {"ACT": act, **kind, **exact, "ALIGNED": True, **bank},
+            {"ACT": act, **kind, **exact, "ALIGNED": aligned, **bank},
             bank_options,
         ),
         KernelVariant(
@@ -117,14 +127,14 @@ def _bank(act: int, gated: bool, biased: bool, dtype: str, rank: int) -> list[Ke
             backward.graft_bank_rows_kernel,
             "backward",
             backward.rows_signature(dtype),
-            {"ACT": act, **kind, **wants, **exact, "ALIGNED": True, **rows},
+            {"ACT": act, **kind, **wants, **exact, "ALIGNED": aligned, **rows},
             rows_options,
         ),
         KernelVariant(
             backward.graft_bank_weights_kernel,
             "backward",
             backward.weights_signature(dtype),
-            {**kind, **exact, "ALIGNED": True, **weights},
+            {**kind, **exact, "ALIGNED": aligned, **weights},
             weights_options,
         ),
         KernelVariant(

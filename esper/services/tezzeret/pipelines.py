@@ -115,6 +115,7 @@ def binaries_for(
         activation=family.activation,
         norm=family.norm,
         rank=_rank(family, resolved),
+        aligned=resolved.d_in % 16 == resolved.d_out % 16 == 0,
         biased=bool(family.biases & {"down", "gate"}),
         dtypes=tuple(dict.fromkeys(_kernel_dtype(name) for name in dtypes)),
         architectures=tuple(architectures) or toolchain.DEFAULT_ARCHITECTURES,
