@@ -415,7 +415,7 @@ def rows_blocks(dtype: str, ranks: int, rows: int, gated: bool, aligned: bool) -
     """As ``graft_bank.bank_blocks``, for ``graft_bank_rows_kernel``."""
     blocks = {"BLOCK_M": 64 if rows > 1024 else 16, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16 if ranks <= 16 else 64}
     if dtype == "fp32":
-        blocks |= {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16 if gated and not aligned else 32}
+        blocks |= {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
     elif gated or not aligned:  # two of everything, or an address for every element instead of every eighth
         blocks |= {"BLOCK_M": min(64 if aligned else 32, blocks["BLOCK_M"]), "BLOCK_N": 32, "BLOCK_K": 32}
     return {"WIDE": ranks > 64, **blocks}, {"num_warps": 8, "num_stages": 2, "maxnreg": 255}

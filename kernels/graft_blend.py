@@ -207,7 +207,7 @@ def blend_backward_signature(dtype: str) -> dict[str, str]:
 
 AOT = [
     entry
-    for dtype, seeds in (("bf16", 1), ("fp16", 4), ("fp32", 8))
+    for dtype, seeds in (("bf16", 1), ("fp16", 2), ("fp32", 3))
     for entry in (
         (graft_blend_kernel, blend_signature(dtype), {"SEEDS": seeds, **BLEND_BLOCKS}, BLEND_OPTIONS),
         (
