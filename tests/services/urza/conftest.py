@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.services.urza import postgres
+from tests.services.urza.api import Api, running_api
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    reason = postgres.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    with postgres.running_postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'test.db'}"
+    else:
+        with postgres.fresh_database(request.getfixturevalue("postgres_server"), f"t{secrets.token_hex(6)}") as url:
+            yield url
+
+
+@pytest.fixture
+def api(tmp_path: Path, database: str) -> Iterator[Api]:
+    """The API over an empty database of either kind."""
+    with running_api(tmp_path, database=database) as running:
+        yield running
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Api]:
+    """The API over SQLite, for what has nothing to do with the database."""
+    with running_api(tmp_path) as running:
+        yield running
