@@ -18,6 +18,9 @@ from esper.services.urza.errors import unavailable
 
 __all__ = ["S3Blobs"]
 
+#: How long a request that S3 fails is tried again.
+RETRY_S = 20
+
 
 class S3Blobs:
     """Blobs in a bucket, which must exist.
@@ -39,7 +42,7 @@ class S3Blobs:
             client["allow_http"] = endpoint.startswith("http://")
         self._presign = presign
         self._shown = f"s3://{parts.hostname}/{parts.path.strip('/')}".rstrip("/")
-        retry: Any = {"max_retries": 3, "retry_timeout": datetime.timedelta(seconds=20)}
+        retry: Any = {"max_retries": 3, "retry_timeout": datetime.timedelta(seconds=RETRY_S)}
         self._store = S3Store(parts.hostname, client_options=client, retry_config=retry, **options)
 
     @property

@@ -7,6 +7,7 @@ begins: SQLite would otherwise refuse it half-way, when another one wrote in bet
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import threading
 import time
 from collections import defaultdict
@@ -143,16 +144,14 @@ class Database:
             Path(database).parent.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + _BUSY_TIMEOUT_S
         while True:
-            raw = self._engine.raw_connection()
             try:
-                raw.cursor().execute("PRAGMA journal_mode=WAL")
+                with contextlib.closing(self._engine.raw_connection()) as raw:
+                    raw.cursor().execute("PRAGMA journal_mode=WAL")
                 return
-            except Exception as error:
+            except (sqlite3.Error, sa.exc.DBAPIError) as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise DatabaseError(f"{self.shown}: cannot be used: {error}") from error
                 time.sleep(0.02)
-            finally:
-                raw.close()
 
 
 def _sqlite(url: sa.URL, connections: int) -> Engine:

@@ -6,7 +6,7 @@ import asyncio
 from typing import Final
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from esper.services.urza.access import Reader, Shared
@@ -46,11 +46,15 @@ async def ready(service: Shared) -> JSONResponse:
 
 @router.get(
     "/metrics",
-    response_class=PlainTextResponse,
-    responses={200: {"description": "Prometheus' text format"}, **errors()},
+    response_class=Response,
+    responses={
+        200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **errors(),
+    },
+    openapi_extra={"security": [{"HTTPBearer": []}]},
     summary="Metrics for Prometheus",
 )
-async def metrics(request: Request, service: Shared) -> PlainTextResponse:
+async def metrics(request: Request, service: Shared) -> Response:
     """Needs a token that may read, unless the operator says otherwise."""
     if not service.settings.open_metrics:
         await service.watch.ensure_fresh()

@@ -33,26 +33,29 @@ def serve(settings: Settings, host: str, port: int, *, access_log: bool = False)
         OSError: if the address cannot be listened on.
     """
     _set_up_logging(access_log)
-    service = Service(settings)
-    token = service.tokens.ensure_admin()
-    if token is not None:
-        print(f"urza: first start: token 'admin' with all roles, shown this once: {token}", file=sys.stderr, flush=True)
-    config = uvicorn.Config(
-        create_app(service),
-        http=quick_protocol(service),
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_GRACE_S,
-        lifespan="on",
-    )
-    server = _Server(config)
-    # uvicorn stops gracefully and then raises the signal again; asked to stop and stopped is no failure.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _nothing)
+    # First of all: a process that cannot listen shall not be the one that made the first token.
     with _listen(host, port) as listening:
+        service = Service(settings)
+        token = service.tokens.ensure_admin()
+        if token is not None:
+            print(
+                f"urza: first start: token 'admin' with all roles, shown this once: {token}",
+                file=sys.stderr,
+                flush=True,
+            )
+        config = uvicorn.Config(
+            create_app(service),
+            http=quick_protocol(service),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_GRACE_S,
+            lifespan="on",
+        )
+        server = _Server(config)
+        # uvicorn stops gracefully and then raises the signal again; asked to stop and stopped is no failure.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _nothing)
         server.run([listening])
     return 0 if server.started else 1
 
@@ -77,7 +80,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except OSError as error:
         listening.close()
-        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from None
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     return listening
 
 

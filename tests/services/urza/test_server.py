@@ -1,0 +1,278 @@
+"""The service as a process: what only a real one can show."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from esper.services.urza.scratch import incoming, sweep
+from tests.artifacts.samples import sample
+from tests.services.urza.api import artifact
+from tests.services.urza.server import running_urza, wait_until
+
+
+@pytest.fixture(scope="module")
+def urza(tmp_path_factory):
+    with running_urza(tmp_path_factory.mktemp("urza"), args=["--access-log", "--write-rate", "0"]) as running:
+        yield running
+
+
+@pytest.fixture
+def client(urza):
+    headers = {"Authorization": f"Bearer {urza.admin_token}"}
+    with httpx.Client(base_url=urza.url, headers=headers, timeout=60) as client:
+        yield client
+
+
+def upload(client, data, **options):
+    headers = {"X-Esper-SHA256": hashlib.sha256(data).hexdigest()}
+    return client.post("/api/v1/kernels", content=data, headers=headers, **options)
+
+
+def raw_connection(urza):
+    host, port = urza.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def ask(urza, text):
+    """The whole answer to a request written by hand."""
+    with raw_connection(urza) as connection:
+        for piece in text if isinstance(text, list) else [text]:
+            connection.sendall(piece)
+            time.sleep(0.02)
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+    return received
+
+
+def left_behind(urza):
+    return sorted(path.name for path in (urza.folder / "urza" / "blobs").rglob("*") if path.is_file())
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(urza, client):
+    data = artifact(100)
+    head = (
+        f"POST /api/v1/kernels HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {urza.admin_token}\r\n"
+        f"X-Esper-SHA256: {hashlib.sha256(data).hexdigest()}\r\nContent-Length: {len(data)}\r\n\r\n"
+    ).encode()
+    before = left_behind(urza)
+    scratch = urza.folder / "urza" / "blobs" / "tmp"
+    with raw_connection(urza) as connection:
+        connection.sendall(head + data[:1000])
+        wait_until(lambda: scratch.exists() and any(scratch.iterdir()))
+    wait_until(lambda: not any(scratch.iterdir()))
+    assert left_behind(urza) == before
+    # And the same upload, made again, is as good as new.
+    assert upload(client, data).status_code == 201
+
+
+def test_the_same_bytes_at_once_are_one(urza, client):
+    data = artifact(101)
+    before = left_behind(urza)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: upload(client, data), range(6)))
+    assert sorted(answer.status_code for answer in answers) == [200] * 5 + [201]
+    assert len({answer.text for answer in answers}) == 1
+    assert left_behind(urza) == sorted([*before, hashlib.sha256(data).hexdigest()])
+
+
+def test_both_ways_of_answering_give_the_same(urza, client):
+    artifact_id = upload(client, artifact(102)).json()["artifact_id"]
+    auth = f"Authorization: Bearer {urza.admin_token}\r\n"
+    path = f"/api/v1/kernels/{artifact_id}"
+    etag = client.get(path).headers["etag"]
+
+    def get(extra="", *, line=f"GET {path} HTTP/1.1", cut=None):
+        text = f"{line}\r\nHost: x\r\n{auth}{extra}\r\n".encode()
+        text_last = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        # The last request makes the server close, and shows that the connection is in good order.
+        answer = ask(urza, [text[:cut], text[cut:], text_last] if cut else [text, text_last])
+        first, _, rest = answer.partition(b'{"status":"ok"}')
+        assert rest == b"" and first != answer
+        head, _, body = first.partition(b"\r\n\r\n")
+        status, *lines = head.lower().split(b"\r\n")
+        lines = sorted(line for line in lines if not line.startswith(b"date:"))
+        return status, lines, body[: body.find(b"HTTP/1.1")]
+
+    quick = get()
+    assert quick[0] == b"http/1.1 200 ok"
+    # A header that the quick way does not know, a request in pieces, a query: the long way.
+    assert get("X-Unknown: 1\r\n") == quick
+    assert get(cut=30) == quick
+    assert get(line=f"GET {path}? HTTP/1.1") == quick
+    unchanged = get(f"If-None-Match: {etag}\r\n")
+    assert unchanged[0] == b"http/1.1 304 not modified"
+    assert unchanged == get(f"X-Unknown: 1\r\nIf-None-Match: {etag}\r\n")
+    # Two requests in one packet are answered in order.
+    both = ask(
+        urza,
+        f"GET {path} HTTP/1.1\r\nHost: x\r\n{auth}\r\n".encode() * 2 + b"GET /health HTTP/1.1\r\n"
+        b"Host: x\r\nConnection: close\r\n\r\n",
+    )
+    assert both.count(b'{"artifact_id":') == 2 and both.endswith(b'{"status":"ok"}')
+
+
+def test_the_quick_way_asks_for_the_token_too(urza, client):
+    artifact_id = upload(client, artifact(103)).json()["artifact_id"]
+    path = f"/api/v1/kernels/{artifact_id}"
+    assert client.get(path).status_code == 200
+    for header, status in [({}, 401), ({"Authorization": "Bearer wrong"}, 401)]:
+        assert httpx.get(urza.url + path, headers=header).status_code == status
+    # A body where none belongs is not taken for the next request.
+    text = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {urza.admin_token}\r\n".encode()
+    answer = ask(urza, text + b"Content-Length: 4\r\nConnection: close\r\n\r\nGET ")
+    assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
+    assert ask(urza, text + b"Host: y\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 400")
+    assert ask(urza, text.replace(b"Host: x\r\n", b"") + b"\r\n").startswith(b"HTTP/1.1 400")
+
+
+def test_a_change_of_status_is_seen_at_once(client):
+    artifact_id = upload(client, artifact(104)).json()["artifact_id"]
+    path = f"/api/v1/kernels/{artifact_id}"
+    for status in ("VALIDATED", "DEPRECATED") * 5:
+        assert client.get(path).status_code == 200
+        assert client.post(f"{path}/status", json={"status": status}).status_code == 200
+        assert client.get(path).json()["status"] == status
+
+
+def test_a_second_server_on_the_same_data(urza, client, tmp_path):
+    data = urza.folder / "urza"
+    where = ["--database", f"sqlite:///{data / 'urza.db'}", "--blobs", str(data / "blobs")]
+    artifact_id = upload(client, artifact(105)).json()["artifact_id"]
+    path = f"/api/v1/kernels/{artifact_id}"
+    with running_urza(tmp_path, args=where) as second:
+        assert second.admin_token == "", "there are tokens already"
+        headers = {"Authorization": f"Bearer {urza.admin_token}"}
+        with httpx.Client(base_url=second.url, headers=headers, timeout=60) as other:
+            assert other.get(path).json() == client.get(path).json()
+            assert other.post(f"{path}/status", json={"status": "VALIDATED"}).status_code == 200
+            wait_until(lambda: client.get(path).json()["status"] == "VALIDATED")
+            # Both take in the same bytes at once; both answer, and it is one kernel.
+            new = artifact(106)
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                answers = list(pool.map(lambda each: upload(each, new), [client, other] * 2))
+            assert sorted(answer.status_code for answer in answers) == [200] * 3 + [201]
+            assert other.get(answers[0].json()["kernel_binary_ref"]).content == new
+        environment = {**os.environ, "ESPER_URZA_DATABASE": where[1]}
+        run = [sys.executable, "-m", "esper.cli.main", "urza", "token"]
+        made = subprocess.run([*run, "add", "guest", "--role", "read"], env=environment, capture_output=True, text=True)
+        guest = {"Authorization": f"Bearer {made.stdout.strip()}"}
+        for server in (urza, second):
+            wait_until(lambda server=server: httpx.get(server.url + path, headers=guest).status_code == 200)
+        subprocess.run([*run, "revoke", "guest"], env=environment, check=True, capture_output=True)
+        for server in (urza, second):
+            wait_until(lambda server=server: httpx.get(server.url + path, headers=guest).status_code == 401)
+
+
+def test_no_secret_is_logged(urza, client):
+    secret = "urza_secret-in-the-wrong-place"
+    client.get("/api/v1/kernels", params={"cursor": secret})
+    httpx.get(f"{urza.url}/api/v1/kernels", headers={"Authorization": f"Bearer {secret}"})
+    host = urza.url.removeprefix("http://")
+    httpx.get(f"http://user:{secret}@{host}/api/v1/kernels")
+    client.get("/health")
+    wait_until(lambda: "GET /health 200" in urza.log)
+    assert "GET /api/v1/kernels 401" in urza.log and "GET /api/v1/kernels 422" in urza.log
+    assert secret not in urza.log
+    # The first start shows the administrator's token; nothing else does.
+    assert urza.log.count(urza.admin_token) == 1
+
+
+def test_killed_and_started_again(tmp_path):
+    data = artifact(107)
+    with running_urza(tmp_path) as urza:
+        headers = {"Authorization": f"Bearer {urza.admin_token}"}
+        with httpx.Client(headers=headers, timeout=60) as client:
+            client.base_url = url = urza.url
+            artifact_id = upload(client, data).json()["artifact_id"]
+            # An upload under way when the process is killed.
+            other = artifact(108)
+            with raw_connection(urza) as connection:
+                connection.sendall(
+                    f"POST /api/v1/kernels HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {urza.admin_token}\r\n"
+                    f"X-Esper-SHA256: {'0' * 64}\r\nContent-Length: {len(other)}\r\n\r\n".encode()
+                    + other[:500]
+                )
+                scratch = tmp_path / "urza" / "blobs" / "tmp"
+                wait_until(lambda: any(scratch.iterdir()))
+                assert urza.kill() != 0
+            assert any(scratch.iterdir()), "nobody was there to remove it"
+        urza.restart()
+        assert urza.url == url
+        with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+            assert client.get(f"/api/v1/kernels/{artifact_id}/blob").content == data
+            wait_until(lambda: not any(scratch.iterdir()))
+        assert urza.stop() == 0
+
+
+def test_a_stop_lets_an_upload_end(tmp_path):
+    data = sample(109)
+    with running_urza(tmp_path) as urza, raw_connection(urza) as connection:
+        connection.sendall(
+            f"POST /api/v1/kernels HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {urza.admin_token}\r\n"
+            f"X-Esper-SHA256: {hashlib.sha256(data).hexdigest()}\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+            + data[:500]
+        )
+        scratch = tmp_path / "urza" / "blobs" / "tmp"
+        wait_until(lambda: scratch.exists() and any(scratch.iterdir()))
+        urza.process.terminate()
+        time.sleep(0.3)
+        connection.sendall(data[500:])
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+        assert received.startswith(b"HTTP/1.1 201")
+        assert urza.stop() == 0
+
+
+def test_a_port_in_use_is_one_line(urza, tmp_path):
+    port = urza.url.rpartition(":")[2]
+    run = [sys.executable, "-m", "esper.cli.main", "urza", "serve", "--port", port, "--data", str(tmp_path)]
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(f"esper urza: cannot listen on 127.0.0.1:{port}")
+    assert "Traceback" not in ended.stderr
+
+
+def test_only_files_that_nobody_writes_are_swept(tmp_path):
+    with incoming(tmp_path) as upload:
+        upload.write(b"abc")
+        (tmp_path / "upload-dead").write_bytes(b"x")
+        (tmp_path / "something-else").write_bytes(b"x")
+        assert sweep(tmp_path) == 1
+        assert upload.path.exists()
+        assert (upload.size, upload.sha256) == (3, hashlib.sha256(b"abc").hexdigest())
+    assert [path.name for path in tmp_path.iterdir()] == ["something-else"]
+
+
+def test_old_blobs_without_a_kernel_are_swept_at_the_start(tmp_path):
+    with running_urza(tmp_path) as urza:
+        client = httpx.Client(base_url=urza.url, headers={"Authorization": f"Bearer {urza.admin_token}"}, timeout=60)
+        with client:
+            kept = upload(client, artifact(110)).json()
+        urza.stop()
+        folder = tmp_path / "urza" / "blobs" / "sha256"
+        hour_ago = time.time() - 2 * 3600
+        orphans = {}
+        for name, age in (("0" * 64, hour_ago), ("1" * 64, time.time())):
+            orphans[name] = folder / name[:2] / name
+            orphans[name].parent.mkdir(exist_ok=True)
+            orphans[name].write_bytes(b"x")
+            os.utime(orphans[name], (age, age))
+        blob = folder / kept["sha256"][:2] / kept["sha256"]
+        os.utime(blob, (hour_ago, hour_ago))
+        urza.restart()
+        wait_until(lambda: not orphans["0" * 64].exists())
+        assert orphans["1" * 64].exists(), "it may belong to an upload of this moment"
+        assert blob.exists()
