@@ -2,7 +2,8 @@
 
 The clients are 200 keep-alive connections in one other process, each of which asks again as soon as it has its answer:
 the hardest form of "200 concurrent reads". They ask in turn about all kernels of the registry. Target: no error, p99
-under 100 ms.
+under 100 ms. For comparison the same with a header that Urza's short way (:mod:`esper.services.urza.quick`) does not
+know, so that every request goes through all layers of the server; that has no target.
 
 The clients speak HTTP by hand, because a client library takes several times as long for a request as the server does,
 and the clock would be showing that.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.artifacts.samples import sample
 from tests.services.urza.server import running_urza
@@ -31,21 +33,23 @@ KERNELS = 50
 P99_LIMIT_S = 0.100
 
 
-def test_concurrent_metadata_reads(benchmark: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("extra", ["", "X-Request-Id: 1\r\n"], ids=["as clients ask", "all layers"])
+def test_concurrent_metadata_reads(benchmark: Any, tmp_path: Path, extra: str) -> None:
     with running_urza(tmp_path, args=["--write-rate", "0"]) as urza:
         headers = {"Authorization": f"Bearer {urza.admin_token}"}
         with httpx.Client(base_url=urza.url, headers=headers, timeout=60) as client:
             ids = [_upload(client, seed) for seed in range(KERNELS)]
-        order = {"url": urza.url, "token": urza.admin_token, "ids": ids}
+        order = {"url": urza.url, "token": urza.admin_token, "ids": ids, "extra": extra}
         found = benchmark.pedantic(lambda: _measure(order), rounds=1, warmup_rounds=1)
     assert found["errors"] == 0
     assert found["answers"] == CLIENTS * REQUESTS
-    benchmark.extra_info.update(found, limit_s=P99_LIMIT_S)
+    benchmark.extra_info.update(found, **({} if extra else {"limit_s": P99_LIMIT_S}))
     verdict = "kept" if found["p99_s"] <= P99_LIMIT_S else "missed"
+    target = "" if extra else f"  target p99 {P99_LIMIT_S * 1e3:.0f} ms: {verdict}"
     print(
-        f"\n{CLIENTS} concurrent reads      p50 {found['p50_s'] * 1e3:.1f} ms  p99 {found['p99_s'] * 1e3:.1f} ms  "
-        f"worst {found['worst_s'] * 1e3:.1f} ms  {found['per_second']:.0f} a second, no error  "
-        f"target p99 {P99_LIMIT_S * 1e3:.0f} ms: {verdict}",
+        f"\n{CLIENTS} concurrent reads, {'all layers' if extra else 'as clients ask':16} "
+        f"p50 {found['p50_s'] * 1e3:.1f} ms  p99 {found['p99_s'] * 1e3:.1f} ms  worst {found['worst_s'] * 1e3:.1f} ms  "
+        f"{found['per_second']:.0f} a second, no error{target}",
         end="",
     )
 
@@ -114,7 +118,9 @@ class _Client(asyncio.Protocol):
 async def _ask_all(order: dict[str, Any]) -> dict[str, Any]:
     loop = asyncio.get_running_loop()
     url = httpx.URL(order["url"])
-    head = f"Host: {url.host}:{url.port}\r\nAccept: */*\r\nAuthorization: Bearer {order['token']}\r\n\r\n"
+    head = (
+        f"Host: {url.host}:{url.port}\r\nAccept: */*\r\nAuthorization: Bearer {order['token']}\r\n{order['extra']}\r\n"
+    )
     asks = [f"GET /api/v1/kernels/{name} HTTP/1.1\r\n{head}".encode() for name in order["ids"]]
     times: list[float] = []
     clients: list[_Client] = []

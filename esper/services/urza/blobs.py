@@ -43,6 +43,9 @@ class BlobStore(Protocol):
     def delete(self, sha256: str) -> None:
         """Remove a blob; nothing happens where there is none."""
 
+    def written_at(self, sha256: str) -> float | None:
+        """When the blob was last written, in seconds since the epoch; None where there is none."""
+
     def older_than(self, seconds: float) -> Iterator[str]:
         """Blobs written at least so long ago."""
 
@@ -118,6 +121,14 @@ class FolderBlobs:
         """Remove the file."""
         with self._failing("delete"):
             self._path(sha256).unlink(missing_ok=True)
+
+    def written_at(self, sha256: str) -> float | None:
+        """The file's time of modification."""
+        with self._failing("look up"):
+            try:
+                return self._path(sha256).stat().st_mtime
+            except FileNotFoundError:
+                return None
 
     def older_than(self, seconds: float) -> Iterator[str]:
         """Files last written at least so long ago."""

@@ -88,6 +88,14 @@ class S3Blobs:
         with self._failing("delete"), contextlib.suppress(FileNotFoundError):
             obstore.delete(self._store, blob_key(sha256))
 
+    def written_at(self, sha256: str) -> float | None:
+        """The object's time of modification."""
+        with self._failing("look up"):
+            try:
+                return obstore.head(self._store, blob_key(sha256))["last_modified"].timestamp()
+            except FileNotFoundError:
+                return None
+
     def older_than(self, seconds: float) -> Iterator[str]:
         """Objects last written at least so long ago."""
         before = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import time
 import weakref
-from collections.abc import Iterator
 from typing import Final
 
 import anyio.to_thread
@@ -28,6 +29,7 @@ __all__ = ["Service", "binary_ref"]
 
 #: A blob without a kernel that is older than this was left by a process that died between storing and recording.
 _ORPHAN_S: Final = 3600.0
+_SWEEP_AT_ONCE: Final = 500
 _log = logging.getLogger("esper.urza")
 
 
@@ -132,24 +134,24 @@ class Service:
     def _sweep(self) -> None:
         """Remove what earlier processes left behind; a failure is logged and is no reason not to serve."""
         try:
-            removed = scratch.sweep(self.settings.scratch) + sum(self._drop_orphan(s) for s in self._old_blobs())
+            removed = scratch.sweep(self.settings.scratch)
+            old = self.blobs.older_than(_ORPHAN_S)
+            while some := list(itertools.islice(old, _SWEEP_AT_ONCE)):
+                with self.database.read() as connection:
+                    known = kernel_store.known_sha256(connection, some)
+                removed += sum(self._drop_orphan(sha256) for sha256 in some if sha256 not in known)
         except Exception as error:
             _log.warning("what earlier processes left behind could not be removed: %s", error)
         else:
             if removed:
                 _log.info("removed %d files that earlier processes left behind", removed)
 
-    def _old_blobs(self) -> Iterator[str]:
-        yield from list(self.blobs.older_than(_ORPHAN_S))
-
     def _drop_orphan(self, sha256: str) -> bool:
-        with self.database.read() as connection:
-            if kernel_store.by_sha256(connection, sha256) is not None:
-                return False
         # Looked at again under the lock that recording a kernel takes.
         with self.database.write() as connection:
             self.database.lock(connection)
-            if kernel_store.by_sha256(connection, sha256) is not None or sha256 not in set(self._old_blobs()):
+            written = self.blobs.written_at(sha256)
+            if written is None or written > time.time() - _ORPHAN_S or kernel_store.known_sha256(connection, [sha256]):
                 return False
             self.blobs.delete(sha256)
         return True

@@ -8,7 +8,7 @@ import pytest
 
 from esper.artifacts import Artifact
 from esper.services.urza.lifecycle import KERNEL_STATUSES, TRANSITIONS
-from tests.artifacts.samples import with_manifest
+from tests.artifacts.samples import sample_with_binaries, with_manifest
 from tests.services.urza.api import artifact, error, running_api
 
 
@@ -230,6 +230,21 @@ def test_queries_rank(api):
     )
     assert first["score"] == 1.0 and first["tags"] == ["wanted"]
     assert second["score"] < 1.0 and second["latency_us"] == 5.0
+
+
+def test_binaries_count_for_their_architectures(api, monkeypatch):
+    # Whom this machine trusts is no matter of the registry's.
+    monkeypatch.setenv("ESPER_TRUST_POLICY", "strict")
+    plain = api.uploaded()
+    answer = api.upload(sample_with_binaries())
+    assert answer.status_code == 201
+    built = answer.json()["artifact_id"]
+    assert "-sm_80_sm_90-" in built
+    assert len(api("GET", f"/api/v1/kernels/{built}").json()["manifest"]["binaries"]) == 3
+    for architecture, found in [("sm_80", [built, plain]), ("sm_90", [built, plain]), ("sm_100", [plain])]:
+        assert ask(api, architecture=architecture) == found
+    # Without the question, binaries are no merit: equal scores come in the order of ids.
+    assert ask(api) == sorted([built, plain])
 
 
 def test_queries_refuse_what_they_do_not_know(local):

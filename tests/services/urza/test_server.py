@@ -14,7 +14,6 @@ import httpx
 import pytest
 
 from esper.services.urza.scratch import incoming, sweep
-from tests.artifacts.samples import sample
 from tests.services.urza.api import artifact
 from tests.services.urza.server import running_urza, wait_until
 
@@ -35,6 +34,13 @@ def client(urza):
 def upload(client, data, **options):
     headers = {"X-Esper-SHA256": hashlib.sha256(data).hexdigest()}
     return client.post("/api/v1/kernels", content=data, headers=headers, **options)
+
+
+def upload_head(urza, data):
+    return (
+        f"POST /api/v1/kernels HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {urza.admin_token}\r\n"
+        f"X-Esper-SHA256: {hashlib.sha256(data).hexdigest()}\r\nContent-Length: {len(data)}\r\n\r\n"
+    ).encode()
 
 
 def raw_connection(urza):
@@ -62,14 +68,10 @@ def left_behind(urza):
 
 def test_an_upload_that_breaks_off_leaves_nothing(urza, client):
     data = artifact(100)
-    head = (
-        f"POST /api/v1/kernels HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {urza.admin_token}\r\n"
-        f"X-Esper-SHA256: {hashlib.sha256(data).hexdigest()}\r\nContent-Length: {len(data)}\r\n\r\n"
-    ).encode()
     before = left_behind(urza)
     scratch = urza.folder / "urza" / "blobs" / "tmp"
     with raw_connection(urza) as connection:
-        connection.sendall(head + data[:1000])
+        connection.sendall(upload_head(urza, data) + data[:1000])
         wait_until(lambda: scratch.exists() and any(scratch.iterdir()))
     wait_until(lambda: not any(scratch.iterdir()))
     assert left_behind(urza) == before
@@ -190,50 +192,52 @@ def test_no_secret_is_logged(urza, client):
 
 
 def test_killed_and_started_again(tmp_path):
-    data = artifact(107)
+    data, other = artifact(107), artifact(108)
+    folder = tmp_path / "urza" / "blobs" / "sha256"
+    scratch = tmp_path / "urza" / "blobs" / "tmp"
     with running_urza(tmp_path) as urza:
         headers = {"Authorization": f"Bearer {urza.admin_token}"}
-        with httpx.Client(headers=headers, timeout=60) as client:
-            client.base_url = url = urza.url
-            artifact_id = upload(client, data).json()["artifact_id"]
+        with httpx.Client(base_url=urza.url, headers=headers, timeout=60) as client:
+            kept = upload(client, data).json()
             # An upload under way when the process is killed.
-            other = artifact(108)
             with raw_connection(urza) as connection:
-                connection.sendall(
-                    f"POST /api/v1/kernels HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {urza.admin_token}\r\n"
-                    f"X-Esper-SHA256: {'0' * 64}\r\nContent-Length: {len(other)}\r\n\r\n".encode()
-                    + other[:500]
-                )
-                scratch = tmp_path / "urza" / "blobs" / "tmp"
+                connection.sendall(upload_head(urza, other) + other[:500])
                 wait_until(lambda: any(scratch.iterdir()))
                 assert urza.kill() != 0
-            assert any(scratch.iterdir()), "nobody was there to remove it"
+        assert any(scratch.iterdir()), "nobody was there to remove it"
+        # Blobs that were stored and never recorded: an old one, and one that may be of an upload of this moment.
+        hours_ago = time.time() - 2 * 3600
+        orphans = [folder / (digit * 2) / (digit * 64) for digit in "01"]
+        for orphan, age in zip(orphans, (hours_ago, time.time()), strict=True):
+            orphan.parent.mkdir(exist_ok=True)
+            orphan.write_bytes(b"x")
+            os.utime(orphan, (age, age))
+        os.utime(folder / kept["sha256"][:2] / kept["sha256"], (hours_ago, hours_ago))
+        url = urza.url
         urza.restart()
         assert urza.url == url
-        with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
-            assert client.get(f"/api/v1/kernels/{artifact_id}/blob").content == data
-            wait_until(lambda: not any(scratch.iterdir()))
-        assert urza.stop() == 0
-
-
-def test_a_stop_lets_an_upload_end(tmp_path):
-    data = sample(109)
-    with running_urza(tmp_path) as urza, raw_connection(urza) as connection:
-        connection.sendall(
-            f"POST /api/v1/kernels HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {urza.admin_token}\r\n"
-            f"X-Esper-SHA256: {hashlib.sha256(data).hexdigest()}\r\nContent-Length: {len(data)}\r\n\r\n".encode()
-            + data[:500]
-        )
-        scratch = tmp_path / "urza" / "blobs" / "tmp"
-        wait_until(lambda: scratch.exists() and any(scratch.iterdir()))
-        urza.process.terminate()
-        time.sleep(0.3)
-        connection.sendall(data[500:])
-        received = b""
-        while piece := connection.recv(65536):
-            received += piece
+        wait_until(lambda: not any(scratch.iterdir()) and not orphans[0].exists())
+        assert orphans[1].exists()
+        assert httpx.get(url + kept["kernel_binary_ref"], headers=headers).content == data
+        # Asked to stop, it lets what is under way end.
+        with raw_connection(urza) as connection:
+            connection.sendall(upload_head(urza, other) + other[:500])
+            wait_until(lambda: any(scratch.iterdir()))
+            urza.process.terminate()
+            time.sleep(0.3)
+            connection.sendall(other[500:])
+            received = b""
+            while piece := connection.recv(65536):
+                received += piece
         assert received.startswith(b"HTTP/1.1 201")
         assert urza.stop() == 0
+
+
+def test_what_is_too_large_is_refused_before_it_is_sent(urza):
+    head = upload_head(urza, b"").replace(b"Content-Length: 0", b"Content-Length: 999999999999")
+    with raw_connection(urza) as connection:
+        connection.sendall(head)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413")
 
 
 def test_a_port_in_use_is_one_line(urza, tmp_path):
@@ -254,25 +258,3 @@ def test_only_files_that_nobody_writes_are_swept(tmp_path):
         assert upload.path.exists()
         assert (upload.size, upload.sha256) == (3, hashlib.sha256(b"abc").hexdigest())
     assert [path.name for path in tmp_path.iterdir()] == ["something-else"]
-
-
-def test_old_blobs_without_a_kernel_are_swept_at_the_start(tmp_path):
-    with running_urza(tmp_path) as urza:
-        client = httpx.Client(base_url=urza.url, headers={"Authorization": f"Bearer {urza.admin_token}"}, timeout=60)
-        with client:
-            kept = upload(client, artifact(110)).json()
-        urza.stop()
-        folder = tmp_path / "urza" / "blobs" / "sha256"
-        hour_ago = time.time() - 2 * 3600
-        orphans = {}
-        for name, age in (("0" * 64, hour_ago), ("1" * 64, time.time())):
-            orphans[name] = folder / name[:2] / name
-            orphans[name].parent.mkdir(exist_ok=True)
-            orphans[name].write_bytes(b"x")
-            os.utime(orphans[name], (age, age))
-        blob = folder / kept["sha256"][:2] / kept["sha256"]
-        os.utime(blob, (hour_ago, hour_ago))
-        urza.restart()
-        wait_until(lambda: not orphans["0" * 64].exists())
-        assert orphans["1" * 64].exists(), "it may belong to an upload of this moment"
-        assert blob.exists()
