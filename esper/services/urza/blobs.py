@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -42,12 +41,6 @@ class BlobStore(Protocol):
 
     def delete(self, sha256: str) -> None:
         """Remove a blob; nothing happens where there is none."""
-
-    def written_at(self, sha256: str) -> float | None:
-        """When the blob was last written, in seconds since the epoch; None where there is none."""
-
-    def older_than(self, seconds: float) -> Iterator[str]:
-        """Blobs written at least so long ago."""
 
 
 def blob_key(sha256: str) -> str:
@@ -121,22 +114,6 @@ class FolderBlobs:
         """Remove the file."""
         with self._failing("delete"):
             self._path(sha256).unlink(missing_ok=True)
-
-    def written_at(self, sha256: str) -> float | None:
-        """The file's time of modification."""
-        with self._failing("look up"):
-            try:
-                return self._path(sha256).stat().st_mtime
-            except FileNotFoundError:
-                return None
-
-    def older_than(self, seconds: float) -> Iterator[str]:
-        """Files last written at least so long ago."""
-        before = time.time() - seconds
-        for path in self._root.glob("sha256/??/*"):
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < before:
-                    yield path.name
 
     def _path(self, sha256: str) -> Path:
         return self._root / blob_key(sha256)

@@ -88,23 +88,6 @@ class S3Blobs:
         with self._failing("delete"), contextlib.suppress(FileNotFoundError):
             obstore.delete(self._store, blob_key(sha256))
 
-    def written_at(self, sha256: str) -> float | None:
-        """The object's time of modification."""
-        with self._failing("look up"):
-            try:
-                return obstore.head(self._store, blob_key(sha256))["last_modified"].timestamp()
-            except FileNotFoundError:
-                return None
-
-    def older_than(self, seconds: float) -> Iterator[str]:
-        """Objects last written at least so long ago."""
-        before = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
-        with self._failing("list"):
-            for page in obstore.list(self._store, "sha256/"):
-                for found in page:
-                    if found["last_modified"] < before:
-                        yield found["path"].rpartition("/")[2]
-
     @contextlib.contextmanager
     def _failing(self, what: str) -> Iterator[None]:
         try:

@@ -13,7 +13,7 @@ from esper.contracts.errors import ArtifactError
 from esper.services.urza import kernel_store
 from esper.services.urza.errors import ApiError, invalid, too_large, unavailable
 from esper.services.urza.roles import Caller
-from esper.services.urza.scratch import Incoming, incoming
+from esper.services.urza.scratch import Incoming, incoming, storing
 from esper.services.urza.service import Service, binary_ref
 from esper.services.urza.verify import Verified
 
@@ -91,23 +91,35 @@ def _known(service: Service, sha256: str) -> str | None:
 
 
 def _store(service: Service, upload: Incoming, found: Verified, tags: list[str], caller: Caller) -> bool:
-    service.blobs.put(found.sha256, upload.path, found.size)
+    with storing(service.settings.scratch, found.sha256) as settle:
+        service.blobs.put(found.sha256, upload.path, found.size)
+        try:
+            new = _record(service, found, tags, caller)
+        except Exception:
+            # Where this fails too, the mark stays, and the next start tries again.
+            service.drop_unrecorded(found.sha256)
+            settle()
+            raise
+        settle()
+    service.cards.drop(found.artifact_id)
+    return new
+
+
+def _record(service: Service, found: Verified, tags: list[str], caller: Caller) -> bool:
     try:
         with service.database.write("kernels") as connection:
-            # Against the sweep of blobs that no kernel has.
+            # Against those who remove blobs that no kernel has.
             service.database.lock(connection)
             if service.blobs.size(found.sha256) != found.size:
-                raise unavailable("the blob vanished while it was recorded; upload it again")
+                raise unavailable("the blob vanished before it was recorded; upload it again")
             kernel_store.insert(connection, found, tags, caller.name)
     except sa.exc.IntegrityError:
         # Another process took in the same bytes in the meantime.
         with service.database.write("kernels") as connection:
+            service.database.lock(connection)
             kernel_store.add_tags(connection, found.artifact_id, tags)
-        new = False
-    else:
-        new = True
-    service.cards.drop(found.artifact_id)
-    return new
+        return False
+    return True
 
 
 def _store_again(service: Service, upload: Incoming, artifact_id: str, tags: list[str]) -> None:

@@ -26,7 +26,6 @@ __all__ = [
     "change_status",
     "count_by_status",
     "insert",
-    "known_sha256",
     "missing",
     "page",
     "summary",
@@ -102,12 +101,6 @@ def by_sha256(connection: Connection, sha256: str) -> Row[*tuple[Any, ...]] | No
     """Id and status of the kernel with these bytes."""
     query = sa.select(kernels.c.artifact_id, kernels.c.status, kernels.c.size).where(kernels.c.sha256 == sha256)
     return connection.execute(query).first()
-
-
-def known_sha256(connection: Connection, candidates: Collection[str]) -> set[str]:
-    """Those of the hashes that are a kernel's."""
-    query = sa.select(kernels.c.sha256).where(kernels.c.sha256.in_(candidates))
-    return set(connection.execute(query).scalars())
 
 
 def card(connection: Connection, artifact_id: str) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """The short way for the request that a registry answers most: ``GET /api/v1/kernels/{id}``.
 
-What is left of such a request, when the answer is in memory, is the cost of the server's layers: about 0.6 ms, of which
-the answer itself takes 0.03. So a request that arrives whole, alone, and with nothing in its head but what is named
-here is answered before those layers; everything else (and whatever is not in memory) goes through them. Both ways give
-the same answers, which a test compares.
+When the answer is in memory, such a request costs what the server's layers cost: 1.4 ms, where this way takes 0.1.
+So a request that arrives whole, alone, and without a body is answered before those layers; everything else (and
+whatever is not in memory, or is not allowed) goes through them. Both ways give the same answers, which a test compares.
 """
 
 from __future__ import annotations
@@ -25,8 +24,12 @@ __all__ = ["quick_protocol"]
 _START: Final = b"GET /api/v1/kernels/"
 _LINE: Final = re.compile(rb"GET (/api/v1/kernels/([0-9a-f]{16}-[a-z0-9_]{1,32}-[a-z]{1,16}-[0-9a-f]{8})) HTTP/1\.1")
 _ROUTE: Final = "/api/v1/kernels/{artifact_id}"
-#: Headers that change nothing about the answer.
-_HARMLESS: Final = frozenset({b"user-agent", b"accept", b"accept-encoding", b"accept-language", b"traceparent"})
+#: The head after its first line: well-formed lines only.
+_LINES: Final = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)+\r\n")
+#: Headers that are looked at, once each.
+_KNOWN: Final = frozenset({b"host", b"authorization", b"connection", b"if-none-match"})
+#: Headers that say that there is more to the request than its head.
+_MORE: Final = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade", b"te", b"trailer"})
 _LONGEST: Final = 4096
 _access = logging.getLogger("esper.urza.access")
 
@@ -78,20 +81,18 @@ def _answer(service: Service, data: bytes) -> tuple[int, bytes, int] | None:
     """Status, headers with body, and length of the body; or None: not this way."""
     if len(data) > _LONGEST or data.find(b"\r\n\r\n") != len(data) - 4 or not service.watch.is_fresh():
         return None
-    first, *lines = data[:-4].split(b"\r\n")
+    first, _, lines = data.partition(b"\r\n")
     found = _LINE.fullmatch(first)
-    if found is None:
+    if found is None or _LINES.fullmatch(lines) is None:
         return None
     headers: dict[bytes, bytes] = {}
-    for line in lines:
-        name, colon, value = line.partition(b":")
+    for line in lines[:-4].split(b"\r\n"):
+        name, _, value = line.partition(b":")
         name = name.lower()
-        if name in _HARMLESS:
-            continue
-        # A header that stands twice, or that this way does not understand.
-        if not colon or name in headers or name not in (b"host", b"authorization", b"connection", b"if-none-match"):
+        if name in _MORE or name in headers:
             return None
-        headers[name] = value.strip()
+        if name in _KNOWN:
+            headers[name] = value.strip()
     if b"host" not in headers or headers.get(b"connection", b"keep-alive").lower() != b"keep-alive":
         return None
     card = service.cards.get(found[2].decode("ascii"))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-import time
 import weakref
-from typing import Final
 
 import anyio.to_thread
 import sqlalchemy as sa
@@ -27,9 +24,6 @@ from esper.services.urza.watch import Watch
 
 __all__ = ["Service", "binary_ref"]
 
-#: A blob without a kernel that is older than this was left by a process that died between storing and recording.
-_ORPHAN_S: Final = 3600.0
-_SWEEP_AT_ONCE: Final = 500
 _log = logging.getLogger("esper.urza")
 
 
@@ -131,30 +125,26 @@ class Service:
         """Held while bytes with this hash are taken in, so that the second of two uploads finds the first."""
         return self._uploads.setdefault(sha256, asyncio.Lock())
 
+    def drop_unrecorded(self, sha256: str) -> None:
+        """Remove a blob that was stored for a kernel which then could not be recorded."""
+        with self.database.write() as connection:
+            # Whoever records the same bytes at this moment does so before, or finds the blob gone.
+            self.database.lock(connection)
+            if kernel_store.by_sha256(connection, sha256) is None:
+                self.blobs.delete(sha256)
+
     def _sweep(self) -> None:
-        """Remove what earlier processes left behind; a failure is logged and is no reason not to serve."""
+        """Remove what earlier processes left behind; a failure is logged and is no reason not to serve.
+
+        Only what their own marks name: a blob that the database does not know may be another database's.
+        """
         try:
-            removed = scratch.sweep(self.settings.scratch)
-            old = self.blobs.older_than(_ORPHAN_S)
-            while some := list(itertools.islice(old, _SWEEP_AT_ONCE)):
-                with self.database.read() as connection:
-                    known = kernel_store.known_sha256(connection, some)
-                removed += sum(self._drop_orphan(sha256) for sha256 in some if sha256 not in known)
+            removed = scratch.sweep(self.settings.scratch, self.drop_unrecorded)
         except Exception as error:
             _log.warning("what earlier processes left behind could not be removed: %s", error)
         else:
             if removed:
                 _log.info("removed %d files that earlier processes left behind", removed)
-
-    def _drop_orphan(self, sha256: str) -> bool:
-        # Looked at again under the lock that recording a kernel takes.
-        with self.database.write() as connection:
-            self.database.lock(connection)
-            written = self.blobs.written_at(sha256)
-            if written is None or written > time.time() - _ORPHAN_S or kernel_store.known_sha256(connection, [sha256]):
-                return False
-            self.blobs.delete(sha256)
-        return True
 
     def _count_kernels(self) -> dict[str, int]:
         with self.database.read() as connection:

@@ -5,8 +5,10 @@ import itertools
 import json
 
 import pytest
+import sqlalchemy as sa
 
 from esper.artifacts import Artifact
+from esper.services.urza import kernel_store
 from esper.services.urza.lifecycle import KERNEL_STATUSES, TRANSITIONS
 from tests.artifacts.samples import sample_with_binaries, with_manifest
 from tests.services.urza.api import artifact, error, running_api
@@ -102,6 +104,31 @@ def test_a_damaged_blob_is_reported_and_mended_by_another_upload(local, tmp_path
         assert (answer.status_code, error(answer)) == (500, "blob_damaged")
         assert local.upload(artifact()).status_code == 200
         assert local("GET", f"/api/v1/kernels/{artifact_id}/blob").content == artifact()
+
+
+def test_a_kernel_that_cannot_be_recorded_leaves_no_blob(local, tmp_path, monkeypatch):
+    tags = ",".join(f"t{number}" for number in range(32))
+    monkeypatch.setattr(kernel_store, "MAX_TAGS", 31)
+    assert local.upload(artifact(), tags=tags).status_code == 422
+    assert files(tmp_path) == []
+
+    def gone(*_, **__):
+        raise sa.exc.OperationalError("INSERT", {}, Exception("gone"))
+
+    # The database goes away just then: the mark stays beside the blob.
+    monkeypatch.setattr(kernel_store, "insert", gone)
+    with monkeypatch.context() as down:
+        down.setattr(local.service, "drop_unrecorded", gone)
+        answer = local.upload(artifact())
+        assert (answer.status_code, error(answer)) == (503, "database_unavailable")
+    sha256 = hashlib.sha256(artifact()).hexdigest()
+    blob, mark = files(tmp_path)
+    assert blob == sha256 and mark.startswith(f"storing-{sha256}-")
+    monkeypatch.undo()
+    assert local.upload(artifact()).status_code == 201
+    local.service._sweep()
+    assert files(tmp_path) == [sha256]
+    assert local("GET", "/api/v1/kernels").json()["items"][0]["sha256"] == sha256
 
 
 def test_unknown_and_impossible_ids(api):

@@ -13,7 +13,7 @@ import time
 import httpx
 import pytest
 
-from esper.services.urza.scratch import incoming, sweep
+from esper.services.urza.scratch import incoming, storing, sweep
 from tests.services.urza.api import artifact
 from tests.services.urza.server import running_urza, wait_until
 
@@ -109,13 +109,14 @@ def test_both_ways_of_answering_give_the_same(urza, client):
 
     quick = get()
     assert quick[0] == b"http/1.1 200 ok"
-    # A header that the quick way does not know, a request in pieces, a query: the long way.
-    assert get("X-Unknown: 1\r\n") == quick
+    assert get("X-Forwarded-For: 10.0.0.1\r\nUser-Agent: some/1.0\r\n") == quick
+    # A header that could mean more to come, a request in pieces, a query: the long way.
+    assert get("Content-Length: 0\r\n") == quick
     assert get(cut=30) == quick
     assert get(line=f"GET {path}? HTTP/1.1") == quick
     unchanged = get(f"If-None-Match: {etag}\r\n")
     assert unchanged[0] == b"http/1.1 304 not modified"
-    assert unchanged == get(f"X-Unknown: 1\r\nIf-None-Match: {etag}\r\n")
+    assert unchanged == get(f"Content-Length: 0\r\nIf-None-Match: {etag}\r\n")
     # Two requests in one packet are answered in order.
     both = ask(
         urza,
@@ -136,6 +137,10 @@ def test_the_quick_way_asks_for_the_token_too(urza, client):
     answer = ask(urza, text + b"Content-Length: 4\r\nConnection: close\r\n\r\nGET ")
     assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
     assert ask(urza, text + b"Host: y\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 400")
+    for bad in (b"No colon", b"Na me: x", b"Nul: \0"):
+        assert ask(urza, text + bad + b"\r\n\r\n").startswith(b"HTTP/1.1 400"), bad
+    # A line that goes on belongs to the one before it, here the token.
+    assert ask(urza, text + b" more\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 401")
     assert ask(urza, text.replace(b"Host: x\r\n", b"") + b"\r\n").startswith(b"HTTP/1.1 400")
 
 
@@ -205,19 +210,19 @@ def test_killed_and_started_again(tmp_path):
                 wait_until(lambda: any(scratch.iterdir()))
                 assert urza.kill() != 0
         assert any(scratch.iterdir()), "nobody was there to remove it"
-        # Blobs that were stored and never recorded: an old one, and one that may be of an upload of this moment.
-        hours_ago = time.time() - 2 * 3600
-        orphans = [folder / (digit * 2) / (digit * 64) for digit in "01"]
-        for orphan, age in zip(orphans, (hours_ago, time.time()), strict=True):
-            orphan.parent.mkdir(exist_ok=True)
-            orphan.write_bytes(b"x")
-            os.utime(orphan, (age, age))
-        os.utime(folder / kept["sha256"][:2] / kept["sha256"], (hours_ago, hours_ago))
+        # A blob that was stored and not recorded, as its mark says; and blobs that are nobody's business: one that was
+        # recorded before its mark was removed, and one without a mark, perhaps another database's.
+        marked, foreign = (folder / (digit * 2) / (digit * 64) for digit in "01")
+        for blob in (marked, foreign):
+            blob.parent.mkdir(exist_ok=True)
+            blob.write_bytes(b"x")
+        for sha256 in ("0" * 64, kept["sha256"]):
+            (scratch / f"storing-{sha256}-0123").write_bytes(b"")
         url = urza.url
         urza.restart()
         assert urza.url == url
-        wait_until(lambda: not any(scratch.iterdir()) and not orphans[0].exists())
-        assert orphans[1].exists()
+        wait_until(lambda: not any(scratch.iterdir()))
+        assert not marked.exists() and foreign.exists()
         assert httpx.get(url + kept["kernel_binary_ref"], headers=headers).content == data
         # Asked to stop, it lets what is under way end.
         with raw_connection(urza) as connection:
@@ -249,12 +254,19 @@ def test_a_port_in_use_is_one_line(urza, tmp_path):
     assert "Traceback" not in ended.stderr
 
 
-def test_only_files_that_nobody_writes_are_swept(tmp_path):
-    with incoming(tmp_path) as upload:
+def test_only_files_that_nobody_uses_are_swept(tmp_path):
+    dropped = []
+    with incoming(tmp_path) as upload, storing(tmp_path, "a" * 64):
         upload.write(b"abc")
         (tmp_path / "upload-dead").write_bytes(b"x")
+        (tmp_path / f"storing-{'b' * 64}-dead").write_bytes(b"")
         (tmp_path / "something-else").write_bytes(b"x")
-        assert sweep(tmp_path) == 1
-        assert upload.path.exists()
+        assert sweep(tmp_path, dropped.append) == 2
+        assert upload.path.exists() and dropped == ["b" * 64]
         assert (upload.size, upload.sha256) == (3, hashlib.sha256(b"abc").hexdigest())
+    # Not settled: the mark stays for the next start.
+    assert sweep(tmp_path, dropped.append) == 1
+    with storing(tmp_path, "c" * 64) as settle:
+        settle()
+    assert dropped == ["b" * 64, "a" * 64]
     assert [path.name for path in tmp_path.iterdir()] == ["something-else"]
