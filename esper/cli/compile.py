@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     data = build(blueprint, **common)
     _write(args.output, data)
-    print(Artifact.open(data).artifact_id)
+    print(Artifact.open(data, policy="standard").artifact_id)
     return 0
 
 

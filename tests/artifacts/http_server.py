@@ -84,7 +84,7 @@ class FaultServer:
         return f"http://127.0.0.1:{self.port}"
 
     def add(self, data: bytes) -> str:
-        artifact_id = Artifact.open(data).artifact_id
+        artifact_id = Artifact.open(data, policy="standard").artifact_id
         self.contents[artifact_id] = data
         return artifact_id
 
@@ -161,7 +161,7 @@ class FaultServer:
 
     def _document(self, artifact_id: str) -> dict[str, object]:
         data = self.contents[artifact_id]
-        artifact = Artifact.open(data)
+        artifact = Artifact.open(data, policy="standard")
         return {
             "artifact_id": artifact_id,
             "status": "VALIDATED",

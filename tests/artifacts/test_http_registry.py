@@ -89,6 +89,14 @@ def test_publish(server):
     assert request.headers["authorization"] == f"Bearer {TOKEN}"
 
 
+def test_what_loading_would_refuse_is_published_all_the_same(server, monkeypatch):
+    monkeypatch.setenv("ESPER_TRUST_POLICY", "strict")
+    wanted = Artifact.open(sample(1), policy="standard").artifact_id
+    assert asyncio.run(make(server, TOKEN).publish(sample(1))) == wanted
+    with pytest.raises(ArtifactError, match="policy strict"):
+        Artifact.open(sample(1))
+
+
 def test_what_is_no_artifact_is_not_sent(server):
     with pytest.raises(ArtifactError):
         asyncio.run(make(server).publish(DATA[:-1]))

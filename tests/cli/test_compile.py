@@ -193,3 +193,10 @@ def test_short_names_of_dtypes(tmp_path, short, stored):
     artifact = Artifact.open(tmp_path / "k")
     assert str(artifact.tensors()["down.weight"].dtype) == f"torch.{stored}"
     assert (artifact.manifest.target, artifact.manifest.pipeline) == ("any", "fast")
+
+
+def test_a_strict_policy_of_loading_does_not_keep_anyone_from_compiling(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ESPER_TRUST_POLICY", "strict")
+    path = tmp_path / "k.safetensors"
+    assert main(["compile", "lowrank", "--d-in", "4", "--d-out", "4", "--rank", "2", "-o", str(path)]) == 0
+    assert capsys.readouterr().out.strip() == Artifact.open(path, policy="standard").artifact_id
