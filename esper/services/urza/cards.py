@@ -23,21 +23,21 @@ class Card:
         body: The JSON.
         etag: Of the body, with its quotes.
         expires: Monotonic time after which a presigned address in it is too old to be handed out.
-        head: The headers as they go over the wire, without status line and date.
+        head: The headers as ASGI wants them.
         head_unchanged: The same where the client has the body already.
     """
 
     body: bytes
     etag: str
     expires: float
-    head: bytes = field(init=False)
-    head_unchanged: bytes = field(init=False)
+    head: list[tuple[bytes, bytes]] = field(init=False)
+    head_unchanged: list[tuple[bytes, bytes]] = field(init=False)
 
     def __post_init__(self) -> None:
-        common = "".join(f"{name}: {value}\r\n" for name, value in self.headers().items())
-        body = f"content-length: {len(self.body)}\r\ncontent-type: application/json\r\n"
-        object.__setattr__(self, "head", f"{common}{body}\r\n".encode("latin-1"))
-        object.__setattr__(self, "head_unchanged", f"{common}\r\n".encode("latin-1"))
+        common = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self.headers().items()]
+        length = (b"content-length", b"%d" % len(self.body))
+        object.__setattr__(self, "head", [*common, length, (b"content-type", b"application/json")])
+        object.__setattr__(self, "head_unchanged", common)
 
     def headers(self) -> dict[str, str]:
         """Headers beside type and length."""

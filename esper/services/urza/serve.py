@@ -12,7 +12,7 @@ from typing import Final
 import uvicorn
 
 from esper.services.urza.app import create_app
-from esper.services.urza.quick import quick_protocol
+from esper.services.urza.quick import QuickWay
 from esper.services.urza.service import Service
 from esper.services.urza.settings import Settings
 
@@ -44,8 +44,7 @@ def serve(settings: Settings, host: str, port: int, *, access_log: bool = False)
                 flush=True,
             )
         config = uvicorn.Config(
-            create_app(service),
-            http=quick_protocol(service),
+            QuickWay(create_app(service), service),
             log_config=None,
             access_log=False,
             server_header=False,

@@ -110,13 +110,13 @@ def test_both_ways_of_answering_give_the_same(urza, client):
     quick = get()
     assert quick[0] == b"http/1.1 200 ok"
     assert get("X-Forwarded-For: 10.0.0.1\r\nUser-Agent: some/1.0\r\n") == quick
-    # A header that could mean more to come, a request in pieces, a query: the long way.
     assert get("Content-Length: 0\r\n") == quick
     assert get(cut=30) == quick
-    assert get(line=f"GET {path}? HTTP/1.1") == quick
+    # With a query: the long way.
+    assert get(line=f"GET {path}?x=1 HTTP/1.1") == quick
     unchanged = get(f"If-None-Match: {etag}\r\n")
     assert unchanged[0] == b"http/1.1 304 not modified"
-    assert unchanged == get(f"Content-Length: 0\r\nIf-None-Match: {etag}\r\n")
+    assert unchanged == get(f"If-None-Match: {etag}\r\n", line=f"GET {path}?x=1 HTTP/1.1")
     # Two requests in one packet are answered in order.
     both = ask(
         urza,
@@ -136,12 +136,10 @@ def test_the_quick_way_asks_for_the_token_too(urza, client):
     text = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {urza.admin_token}\r\n".encode()
     answer = ask(urza, text + b"Content-Length: 4\r\nConnection: close\r\n\r\nGET ")
     assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
-    assert ask(urza, text + b"Host: y\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 400")
-    for bad in (b"No colon", b"Na me: x", b"Nul: \0"):
-        assert ask(urza, text + bad + b"\r\n\r\n").startswith(b"HTTP/1.1 400"), bad
-    # A line that goes on belongs to the one before it, here the token.
-    assert ask(urza, text + b" more\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 401")
-    assert ask(urza, text.replace(b"Host: x\r\n", b"") + b"\r\n").startswith(b"HTTP/1.1 400")
+    # Two tokens: neither way picks the one that suits it.
+    twice = text + b"Authorization: Bearer wrong\r\nConnection: close\r\n\r\n"
+    other = f"GET {path}?x=1 HTTP/1.1".encode() + twice.partition(b"HTTP/1.1")[2]
+    assert ask(urza, twice).split(b" ", 2)[1] == ask(urza, other).split(b" ", 2)[1]
 
 
 def test_a_change_of_status_is_seen_at_once(client):
