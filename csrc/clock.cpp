@@ -84,6 +84,36 @@ PyObject* tick(PyObject* self, PyObject*) {
     Py_RETURN_NONE;
 }
 
+// Where a module keeps its clock: the same in every instance, since it is a slot.
+Py_ssize_t clock_offset = 0;
+PyTypeObject* clock_type = nullptr;
+
+// A call of a module that has a clock, without the frame of the __call__ that the class has in Python.
+PyObject* call_module(PyObject* self, PyObject* args, PyObject* kwargs) {
+    PyObject* clock = *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(self) + clock_offset);
+    if (clock == nullptr) {
+        PyErr_SetString(PyExc_AttributeError, "the module has no clock: its __init__ did not run");
+        return nullptr;
+    }
+    Py_INCREF(clock);  // the call may replace it
+    PyObject* result = Py_IS_TYPE(clock, clock_type) ? call(clock, args, kwargs) : PyObject_Call(clock, args, kwargs);
+    Py_DECREF(clock);
+    return result;
+}
+
+// Let instances of a class be called through the clock in their slot. The class's __call__ stays for those who look it
+// up to read it, as torch.compile does, and for subclasses, whose own table Python fills from it.
+void call_through_clock(pybind11::type type, pybind11::object slot) {
+    auto* cls = reinterpret_cast<PyTypeObject*>(type.ptr());
+    if (!Py_IS_TYPE(slot.ptr(), &PyMemberDescr_Type) || !PyType_HasFeature(cls, Py_TPFLAGS_HEAPTYPE))
+        throw pybind11::type_error("needs a class in Python and one of its slots");
+    const auto* descriptor = reinterpret_cast<PyMemberDescrObject*>(slot.ptr());
+    if (!PyType_IsSubtype(cls, PyDescr_TYPE(descriptor))) throw pybind11::type_error("the slot is not the class's");
+    clock_offset = descriptor->d_member->offset;
+    cls->tp_call = call_module;
+    PyType_Modified(cls);
+}
+
 int set_watched(PyObject* self, PyObject* value, void*) {
     if (value == nullptr || !PyTuple_Check(value)) {
         PyErr_SetString(PyExc_TypeError, "watched must be a tuple of dictionaries");
@@ -178,5 +208,8 @@ void bind_clock(pybind11::module_& m) {
     for (int i = 0; i < 4; ++i) hook_names[i] = PyUnicode_InternFromString(names[i]);
     PyObject* type = PyType_FromSpec(&spec);
     if (type == nullptr) throw pybind11::error_already_set();
+    clock_type = reinterpret_cast<PyTypeObject*>(type);
     m.attr("Clock") = pybind11::reinterpret_steal<pybind11::object>(type);
+    m.def("call_through_clock", &call_through_clock, pybind11::arg("type"), pybind11::arg("slot"),
+          "Let instances of a class be called through the Clock in a slot of theirs, without a Python frame.");
 }

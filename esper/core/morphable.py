@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.contracts.errors import ArtifactError
-from esper.core.clock import Clock, make_clock
+from esper.core.clock import Clock, Timed, call_through_clock, make_clock
 from esper.core.naming import GRAFT_PREFIX, GraftTree, HostNames
 from esper.execution import background
 from esper.execution.kasmina_layer import GrowthCallback, GrowthEvent, KasminaLayer
@@ -48,14 +48,14 @@ class _Fetched:
     outcome: Future[bool]
 
 
-class MorphableModel(HostNames):
+class MorphableModel(HostNames, Timed):
     """A network whose layers have seeds. Built by ``esper.wrap``.
 
     It is called, trained, moved, saved and inspected as the network it wraps: parameters and ``state_dict`` entries
     have the host's names, attributes it does not have itself are the host's. Parameters of awake seeds and the
     lattice stand beside them under names that start with ``esper.``.
 
-    Call :meth:`step` once per training step, after the optimizer's.
+    Call :attr:`step` once per training step, after the optimizer's.
 
     Args:
         wrapped_model: The network.
@@ -88,7 +88,7 @@ class MorphableModel(HostNames):
             list(self.kasmina_layers.values()), self.lattice, budget=monitor_budget, fixed_ns_per_step=FIXED_NS_PER_STEP
         )
         self._telemetry = any(layer.telemetry_enabled for layer in self.kasmina_layers.values())
-        self._clock = make_clock()
+        self.set_clock(make_clock())
         self._start()
 
     def _start(self) -> None:
@@ -106,9 +106,6 @@ class MorphableModel(HostNames):
         clock = self._clock
         clock.host, clock.host_call, clock.plain = self.wrapped_model, self._host_call, True
         clock.on_due = self._on_due
-        # The instance's step is the clock's own, which saves a frame; a subclass that has its own keeps it.
-        if type(self).step is MorphableModel.step:
-            self.__dict__["step"] = clock.tick
         for layer in self.kasmina_layers.values():
             layer._forwards = self._count_forwards
             layer._growth_callbacks.append(self._on_growth)
@@ -133,14 +130,6 @@ class MorphableModel(HostNames):
         self._host_call = self._clock.host_call = self.wrapped_model.__call__
         self._compiled = True
         self._clock.plain = False
-
-    def step(self) -> None:
-        """Do what is due between two training steps: ramps, faults, finished loads, samples. Never waits.
-
-        Costs about 0.1 us when nothing is due. An error here would break a run, so what goes wrong with a seed is put
-        on record in :meth:`get_layer_stats` instead.
-        """
-        self._clock.tick()
 
     def _touch(self) -> None:
         # Something changed by command: the next step has work.
@@ -208,10 +197,10 @@ class MorphableModel(HostNames):
     def request_kernel(
         self, layer_name: str, seed_idx: int, artifact_id: str, *, alpha: float = 0.3, ramp_steps: int = 0
     ) -> Future[bool]:
-        """Start the work of :meth:`load_kernel` in the background; :meth:`step` commits it when it is ready.
+        """Start the work of :meth:`load_kernel` in the background; :attr:`step` commits it when it is ready.
 
         Returns:
-            A future with the result of :meth:`load_kernel`; it is done after the :meth:`step` that committed. Do not
+            A future with the result of :meth:`load_kernel`; it is done after the :attr:`step` that committed. Do not
             wait for it in the thread that trains.
 
         Raises:
@@ -323,7 +312,7 @@ class MorphableModel(HostNames):
 
         ``callback(event, layer_name, seed_idx, parameters)`` gets the event "bound" or "unbound".
 
-        It runs on the thread that commits, inside :meth:`step` or :meth:`load_kernel`. If it raises, training goes on:
+        It runs on the thread that commits, inside :attr:`step` or :meth:`load_kernel`. If it raises, training goes on:
         a seed that was to be bound stays dormant, and the reason is on record. Returns a function that ends it.
         """
         key = id(callback)
@@ -437,7 +426,6 @@ class MorphableModel(HostNames):
         state["_clock"] = (self._clock.calls, self._clock.steps)
         for name in (
             "__call__",
-            "step",
             "_host_call",
             "_requested",
             "_fetched",
@@ -448,7 +436,8 @@ class MorphableModel(HostNames):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | {"_clock": make_clock(*state["_clock"])})
+        self.set_clock(make_clock(*state.pop("_clock")))
+        super().__setstate__(state)
         self._start()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MorphableModel:
@@ -459,6 +448,9 @@ class MorphableModel(HostNames):
         memo[id(self)] = twin
         twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
         return twin
+
+
+call_through_clock(MorphableModel)
 
 
 def _calling(host: nn.Module) -> Callable[..., Any]:

@@ -170,3 +170,30 @@ def test_the_native_clock_refuses_what_it_cannot_use() -> None:
             module.Clock().watched = wrong
     clock = make_clock(3, 4)
     assert (clock.calls, clock.steps, clock.due) == (3, 4, 0)
+
+
+def test_a_model_without_a_clock_says_so() -> None:
+    unfinished = esper.MorphableModel.__new__(esper.MorphableModel)
+    with pytest.raises(AttributeError, match="no clock"):
+        unfinished(torch.randn(2, 4))
+
+
+def test_a_class_that_takes_calls_another_way(model: esper.MorphableModel) -> None:
+    class Louder(esper.MorphableModel):
+        def __call__(self, x: Tensor) -> Tensor:
+            return 2 * super().__call__(x)
+
+    x = torch.randn(2, 4)
+    twin = Louder(nn.Sequential(nn.Linear(4, 4)), {})
+    assert torch.equal(twin(x), 2 * twin.wrapped_model(x))
+    assert twin._clock.calls == 1
+    twin.close()
+
+
+def test_only_a_slot_of_the_class_is_taken_for_a_clock() -> None:
+    module = native.load()
+    if module is None:
+        pytest.skip(f"no extension: {native.reason()}")
+    for kind, slot in [(nn.Module, 3), (int, Clock.__dict__["calls"]), (nn.Linear, Clock.__dict__["calls"])]:
+        with pytest.raises(TypeError, match="slot"):
+            module.call_through_clock(kind, slot)

@@ -32,7 +32,7 @@ def python_calls(run: Any) -> Counter[str]:
 
 class TestPhase2ExecutionPipeline:
     def test_performance_overhead_measurement(self) -> None:
-        """Dormant means: nothing of Esper on the path of a layer, one frame for the model, in place of the host's own.
+        """Dormant means: nothing of Esper on the path of a layer, and no Python of Esper's on that of the model.
 
         The ratio itself is measured by bench/test_dormant_overhead.py; here the mechanism is checked by counting
         calls, which no load of the machine changes.
@@ -48,16 +48,12 @@ class TestPhase2ExecutionPipeline:
 
         bare = python_calls(lambda: host(x))
         wrapped = python_calls(lambda: model(x))
-        # nn.Module's two frames for the root are replaced by one, which asks whether a graph is being traced: no more
-        # calls than the host alone.
-        assert sum(wrapped.values()) <= sum(bare.values())
-        ours = {name: count for name, count in wrapped.items() if "/esper/" in name}
-        assert [name.rpartition(":")[2] for name in ours] == ["MorphableModel.__call__"]
-        assert set(ours.values()) == {1}
-
-        # The clock is in C: a step with nothing due enters no Python function. (In Python, where the extension is
-        # missing, it is one; tests/core/test_clock.py.)
+        # The clock is in C (in Python where the extension is missing: tests/core/test_clock.py), so neither a call nor
+        # a step with nothing due enters a Python function of ours; nn.Module's two frames for the root are saved.
         assert native.load() is not None
+        assert wrapped == bare - Counter(
+            {name: 1 for name in bare if name.endswith(("Module._wrapped_call_impl", "Module._call_impl"))}
+        )
         assert python_calls(model.step) == Counter()
 
         # Nothing recorded, launched or allocated by Esper either: the operators are the host's.
