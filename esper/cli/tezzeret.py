@@ -127,10 +127,15 @@ def _work(args: argparse.Namespace) -> int:
 
 
 async def _serve(args: argparse.Namespace, kind: str, url: str, registry: Any, settings: WorkerSettings) -> int:
+    from esper.artifacts.http_registry import HttpRegistry
+    from esper.services.tezzeret.urza_record import UrzaRecord
     from esper.services.tezzeret.worker import Worker
 
     queue = _open(kind, url, lease_s=settings.lease_s, name=args.name)
-    worker = Worker(queue, registry, settings, signer=_signer(args.sign_key), say=_say)
+    # Urza's own jobs are on its record already.
+    known = args.registry or os.environ.get("ESPER_REGISTRY", "")
+    record = UrzaRecord(known, _say) if kind == "redis" and isinstance(registry, HttpRegistry) else None
+    worker = Worker(queue, registry, settings, signer=_signer(args.sign_key), record=record, say=_say)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.stop)
@@ -139,6 +144,8 @@ async def _serve(args: argparse.Namespace, kind: str, url: str, registry: Any, s
         await worker.run(once=args.once)
     finally:
         await queue.close()
+        if record is not None:
+            await record.close()
     _say("stopped")
     return 0
 

@@ -22,6 +22,7 @@ import pytest
 
 from esper.artifacts import Artifact, FileRegistry, open_registry
 from esper.artifacts.folder import ArtifactFolder
+from esper.blueprints import blueprint_hash, get
 from esper.cli.main import main as esper
 from esper.contracts.errors import ArtifactError, RegistryUnavailableError
 from esper.contracts.messages import OonaMessage
@@ -159,6 +160,11 @@ def test_submit_compile_publish_query_load_train_fossilize(parts, tmp_path, caps
     assert parts.redis.client().xpending(JOBS, GROUP)["pending"] == 0
     assert parts.redis.client().xlen(DEAD_LETTERS) == 0
 
+    # The blueprint is on Urza's record, though its job went through Redis.
+    on_record = ask(parts.urza, f"/blueprints/{announced.blueprint_hash}")
+    assert (on_record["status"], on_record["kernels"]) == ("COMPILED", [artifact_id])
+    assert [line["to"] for line in on_record["history"]] == ["UNVALIDATED", "COMPILING", "COMPILED"]
+
     # In Urza, its bytes in S3.
     detail = ask(parts.urza, f"/kernels/{artifact_id}")
     assert (detail["status"], detail["manifest"]["d_in"]) == ("PENDING_BENCHMARKING", D_IN)
@@ -193,6 +199,17 @@ def test_what_is_no_blueprint_is_on_record(parts, capsys):
         result = compiled(parts.redis.url, job(blueprint={"schema": 1, "name": "x", "nodes": []}))
     assert (result.status, result.artifact_id, result.attempts) == (JobStatus.INVALID, None, 1)
     assert "BlueprintError" in result.log
+
+
+def test_what_does_not_fit_is_on_record_at_urza_too(parts):
+    """A blueprint that is one, at sizes it cannot have."""
+    alien = get("elementwise")
+    with worker(parts):
+        result = compiled(parts.redis.url, job(blueprint=alien.to_dict(), d_in=3, d_out=5))
+    assert (result.status, result.attempts) == (JobStatus.INVALID, 1)
+    found = ask(parts.urza, f"/blueprints/{blueprint_hash(alien)}")
+    assert found["status"] == "INVALID"
+    assert result.log.splitlines()[-1] in found["history"][-1]["reason"]
 
 
 # -- faults

@@ -6,25 +6,16 @@ Urza keeps the leases and counts the attempts; this side polls, less often the l
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Mapping
-from typing import Any, Final
-from urllib.parse import unquote, urlsplit, urlunsplit
+from typing import Final
 
-import httpx
-
-from esper.contracts import strict_json
-from esper.contracts.errors import ArtifactError, EsperError
-from esper.contracts.messages import MAX_MESSAGE_BYTES
-from esper.contracts.registry import mask_credentials
 from esper.services.tezzeret.job import CompileJob, CompileResult, JobError, JobStatus
-from esper.services.tezzeret.queue import DEFAULT_LEASE_S, Backoff, Claim, QueueUnavailableError, worker_name
+from esper.services.tezzeret.queue import DEFAULT_LEASE_S, Backoff, Claim, worker_name
+from esper.services.tezzeret.urza_link import UrzaLink
 
 __all__ = ["UrzaQueue"]
 
-_API: Final = "/api/v1"
-_TIMEOUT_S: Final = 10.0
 _FIRST_POLL_S: Final = 0.25
 _LONGEST_POLL_S: Final = 5.0
 _JOB_FIELDS: Final = ("d_in", "d_out", "seed", "dtype", "pipeline", "architectures", "tags", "job_id", "blueprint")
@@ -49,16 +40,7 @@ class UrzaQueue:
     """
 
     def __init__(self, url: str, *, lease_s: float = DEFAULT_LEASE_S, name: str | None = None) -> None:
-        self._url = mask_credentials(url)
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{self._url} is not the address of an Urza; expected http://host:port")
-        user, _, host = parts.netloc.rpartition("@")
-        login, _, password = user.partition(":")
-        token = unquote(password or login) or os.environ.get("ESPER_REGISTRY_TOKEN", "")
-        base = urlunsplit((parts.scheme, host, parts.path.rstrip("/").removesuffix(_API) + _API, "", ""))
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.AsyncClient(base_url=base, headers=headers, timeout=_TIMEOUT_S)
+        self._link = UrzaLink(url)
         self.name = worker_name(name)
         # Urza takes a second to a day.
         self._lease_s = min(86_400.0, max(1.0, lease_s))
@@ -68,7 +50,7 @@ class UrzaQueue:
     @property
     def url(self) -> str:
         """Where Urza is, without the token."""
-        return self._url
+        return self._link.url
 
     # -- the worker's side --
 
@@ -79,7 +61,9 @@ class UrzaQueue:
             await asyncio.sleep(min(wait_s, pause))
             if pause > wait_s:
                 return None
-        status, found = await self._ask("POST", "/jobs/claim", {"worker": self.name, "lease_s": self._lease_s}, (204,))
+        status, found = await self._link.ask(
+            "POST", "/jobs/claim", {"worker": self.name, "lease_s": self._lease_s}, (204,)
+        )
         if status == 204:
             self._next_poll = time.monotonic() + self._idle.next()
             return None
@@ -100,7 +84,7 @@ class UrzaQueue:
         """See :class:`~esper.services.tezzeret.queue.JobQueue`."""
         job_id, _, lease = claim.token.partition(" ")
         body = {"lease": lease, "lease_s": self._lease_s}
-        status, _ = await self._ask("POST", f"/jobs/{job_id}/renew", body, (404, 409))
+        status, _ = await self._link.ask("POST", f"/jobs/{job_id}/renew", body, (404, 409))
         return status < 300
 
     async def finish(self, claim: Claim, result: CompileResult) -> bool:
@@ -122,7 +106,7 @@ class UrzaQueue:
 
     async def close(self) -> None:
         """Disconnect."""
-        await self._http.aclose()
+        await self._link.close()
 
     # -- the submitter's side --
 
@@ -137,10 +121,10 @@ class UrzaQueue:
             JobError: Urza refuses the job; the message says why.
         """
         body = {name: value for name, value in job.to_payload().items() if name != "job_id"}
-        _, answer = await self._ask("POST", "/blueprints", body)
+        _, answer = await self._link.ask("POST", "/blueprints", body)
         job_id = answer.get("job_id")
         if not isinstance(job_id, str):
-            raise JobError(f"{self._url} took the blueprint, but made no job of it")
+            raise JobError(f"{self.url} took the blueprint, but made no job of it")
         return job_id
 
     async def result(self, job_id: str, *, timeout_s: float) -> CompileResult | None:
@@ -148,7 +132,7 @@ class UrzaQueue:
         deadline = time.monotonic() + timeout_s
         pauses = Backoff(_FIRST_POLL_S, _LONGEST_POLL_S / 5)
         while True:
-            _, found = await self._ask("GET", f"/jobs/{job_id}")
+            _, found = await self._link.ask("GET", f"/jobs/{job_id}")
             if (status := _STATUSES.get(str(found.get("status")))) is not None:
                 return CompileResult(
                     job_id=job_id,
@@ -170,46 +154,5 @@ class UrzaQueue:
         body = {"status": status, "lease": lease, "log": log.replace("\0", "?")}
         if artifact_id is not None:
             body["artifact_id"] = artifact_id
-        code, _ = await self._ask("POST", f"/jobs/{job_id}/finish", body, (404, 409))
+        code, _ = await self._link.ask("POST", f"/jobs/{job_id}/finish", body, (404, 409))
         return code < 300
-
-    async def _ask(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, expected: tuple[int, ...] = ()
-    ) -> tuple[int, dict[str, Any]]:
-        """The status and the object that Urza answers with; statuses of failure only where ``expected``."""
-        try:
-            async with asyncio.timeout(2 * _TIMEOUT_S), self._http.stream(method, path, json=body) as response:
-                text = bytearray()
-                async for piece in response.aiter_bytes():
-                    text += piece
-                    if len(text) > 2 * MAX_MESSAGE_BYTES:
-                        raise QueueUnavailableError(f"Urza {self._url} answers with more than {len(text) - 1} bytes")
-                status = response.status_code
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            if isinstance(error, EsperError):
-                raise
-            said = str(error) or type(error).__name__
-            raise QueueUnavailableError(f"Urza {self._url} does not answer: {said}") from error
-        if status in expected:
-            return status, {}
-        answer = self._parsed(bytes(text), status)
-        if status in (400, 404, 409, 413, 422):
-            raise JobError(f"Urza {self._url} refuses it: {_fault(answer)}")
-        if not 200 <= status < 300:
-            raise QueueUnavailableError(f"Urza {self._url} answers with status {status}: {_fault(answer)}")
-        return status, answer
-
-    def _parsed(self, text: bytes, status: int) -> dict[str, Any]:
-        try:
-            answer = strict_json.loads(text, what="the answer", max_bytes=2 * MAX_MESSAGE_BYTES)
-        except ArtifactError as error:
-            if status >= 300:
-                return {}
-            raise QueueUnavailableError(f"Urza {self._url} answers what is no JSON: {error}") from None
-        return answer if isinstance(answer, dict) else {}
-
-
-def _fault(answer: Mapping[str, Any]) -> str:
-    fault = answer.get("error")
-    said = fault.get("message") if isinstance(fault, dict) else None
-    return said if isinstance(said, str) else "no reason given"

@@ -30,6 +30,7 @@ from esper.services.tezzeret.queue import (
     QueueUnavailableError,
 )
 from esper.services.tezzeret.runner import Outcome, compile_in_sandbox
+from esper.services.tezzeret.urza_record import UrzaRecord
 
 __all__ = ["Worker", "WorkerSettings"]
 
@@ -85,6 +86,7 @@ class Worker:
         registry: Where artifacts go.
         settings: How.
         signer: Signs what was compiled, here and not in the sandbox, which never sees the key.
+        record: Where blueprints' statuses are kept, if the queue does not do so itself.
         say: Told in one line what happens.
     """
 
@@ -95,11 +97,12 @@ class Worker:
         settings: WorkerSettings | None = None,
         *,
         signer: Signer | None = None,
+        record: UrzaRecord | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._queue, self._registry = queue, registry
         self._settings = settings if settings is not None else WorkerSettings()
-        self._signer, self._say = signer, say
+        self._signer, self._record, self._say = signer, record, say
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._running: dict[asyncio.Task[None], asyncio.Task[None]] = {}
@@ -223,6 +226,8 @@ class Worker:
             outcome = Outcome(None, None, f"this worker does not run pipeline {job.pipeline}", final=False)
         else:
             self._say(f"job {job.job_id} compiling")
+            if self._record is not None:
+                await self._record.began(job)
             outcome = await compile_in_sandbox(job, settings.limits, self._folder)
         if outcome.data is not None:
             try:
@@ -273,6 +278,8 @@ class Worker:
 
     async def _finish(self, claim: Claim, result: CompileResult) -> None:
         ours = await self._insist(lambda: self._queue.finish(claim, result))
+        if ours and self._record is not None:
+            await self._record.ended(claim.job, result)
         note = "" if ours else " (another worker was first)"
         reason = "" if result.status is JobStatus.COMPILED else f": {_last_line(result.log)}"
         self._say(f"job {result.job_id} {result.status}{note}{reason}")

@@ -10,12 +10,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from esper.contracts import strict_json
-from esper.services.urza.errors import not_found
-from esper.services.urza.lifecycle import is_legal
+from esper.services.urza.errors import conflict, not_found
+from esper.services.urza.lifecycle import check_move, is_legal
 from esper.services.urza.records import history_of, iso, record
 from esper.services.urza.tables import blueprints, jobs, kernels
 
-__all__ = ["describe", "insert_if_new", "move", "page", "status_of"]
+__all__ = ["change_status", "describe", "insert_if_new", "move", "page", "status_of"]
 
 _FIRST_STATUS = "UNVALIDATED"
 
@@ -53,6 +53,24 @@ def move(connection: Connection, blueprint_id: str, after: str, *, by: str, reas
         return
     connection.execute(sa.update(blueprints).where(blueprints.c.blueprint_id == blueprint_id).values(status=after))
     record(connection, "blueprint", blueprint_id, before, after, by, reason)
+
+
+def change_status(connection: Connection, blueprint_id: str, after: str, *, by: str, reason: str) -> None:
+    """Follow a job that somebody else keeps; the status it has already is no move. The caller holds the lock.
+
+    Raises:
+        ApiError: 404; 409 where the move is illegal, or COMPILED is claimed of a blueprint without a kernel here.
+    """
+    before = status_of(connection, blueprint_id)
+    if before is None:
+        raise not_found(f"there is no blueprint {blueprint_id}")
+    if before == after:
+        return
+    check_move("blueprint", blueprint_id, before, after)
+    its_kernels = sa.select(kernels.c.artifact_id).where(kernels.c.blueprint_hash == blueprint_id).limit(1)
+    if after == "COMPILED" and connection.execute(its_kernels).first() is None:
+        raise conflict(f"blueprint {blueprint_id} has no kernel here; upload it first", "no_kernel")
+    move(connection, blueprint_id, after, by=by, reason=reason)
 
 
 def describe(connection: Connection, blueprint_id: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from esper.services.urza.routes_kernels import Cursor, Limit
 from esper.services.urza.schemas import (
     BlueprintDetail,
     BlueprintList,
+    BlueprintStatusChange,
     BlueprintSubmission,
     ClaimedJob,
     Job,
@@ -101,6 +102,23 @@ def describe_blueprint(blueprint_id: BlueprintId, service: Shared, _: Reader) ->
     """The blueprint, its jobs, its kernels, its history."""
     with service.database.read() as connection:
         return JSONResponse(blueprint_store.describe(connection, blueprint_id))
+
+
+@router.post(
+    "/blueprints/{blueprint_id}/status",
+    tags=["blueprints"],
+    response_model=Submitted,
+    responses=errors(400, 404, 409, 413, 429),
+    summary="Say where a blueprint stands",
+)
+def change_status(
+    blueprint_id: BlueprintId, service: Shared, caller: Publisher, change: BlueprintStatusChange
+) -> JSONResponse:
+    """For workers whose jobs come from elsewhere. Legal moves only; every one is kept in the history."""
+    with service.database.write() as connection:
+        service.database.lock(connection)
+        blueprint_store.change_status(connection, blueprint_id, change.status, by=caller.name, reason=change.reason)
+    return JSONResponse({"blueprint_id": blueprint_id, "status": change.status})
 
 
 @router.get("/jobs", tags=["jobs"], response_model=JobList, responses=errors(), summary="List compile jobs")

@@ -110,6 +110,13 @@ class Submitted(BaseModel):
     status: BlueprintStatus
 
 
+class BlueprintStatusChange(_In):
+    """Where a blueprint stands, told by a worker whose jobs Urza does not hand out."""
+
+    status: BlueprintStatus
+    reason: Reason = ""
+
+
 class BlueprintSummary(BaseModel):
     """One line of the list of blueprints."""
 

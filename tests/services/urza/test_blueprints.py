@@ -5,9 +5,10 @@ import time
 
 import pytest
 
+from esper.artifacts import Artifact
 from esper.blueprints import blueprint_hash, get
 from esper.services.urza import job_store
-from tests.services.urza.api import error
+from tests.services.urza.api import artifact, error
 
 BOTTLENECK = get("bottleneck", rank=2)
 
@@ -203,3 +204,31 @@ def test_text_that_no_database_stores_is_refused(api):
     assert claim(api, lease_s=0).status_code == 422
     assert api("GET", f"/api/v1/jobs/{'0' * 32}").status_code == 404
     assert api("GET", f"/api/v1/blueprints/{'0' * 64}").status_code == 404
+
+
+def test_a_worker_whose_jobs_come_from_elsewhere_says_where_a_blueprint_stands(api):
+    def say(status, reason="", blueprint=BOTTLENECK):
+        path = f"/api/v1/blueprints/{blueprint_hash(blueprint)}/status"
+        return api("POST", path, json={"status": status, "reason": reason})
+
+    assert error(say("COMPILING")) == "not_found"
+    submit(api)
+    assert error(say("COMPILED")) == "illegal_transition"
+    assert say("COMPILING", "job 1").json() == {"blueprint_id": blueprint_hash(BOTTLENECK), "status": "COMPILING"}
+    # Said again it is no move; without a kernel nothing is compiled.
+    assert say("COMPILING", "job 2").status_code == 200
+    assert error(say("COMPILED")) == "no_kernel"
+    assert say("INVALID", "out of memory").status_code == 200
+    assert say("COMPILING", "job 3").status_code == 200
+    found = Artifact.open(artifact(1)).blueprint
+    assert blueprint_hash(found) == blueprint_hash(BOTTLENECK)
+    api.uploaded(1)
+    assert say("COMPILED", "job 3").status_code == 200
+    history = api("GET", f"/api/v1/blueprints/{blueprint_hash(BOTTLENECK)}").json()["history"]
+    assert [(line["to"], line["reason"]) for line in history] == [
+        ("UNVALIDATED", "submitted"),
+        ("COMPILING", "job 1"),
+        ("INVALID", "out of memory"),
+        ("COMPILING", "job 3"),
+        ("COMPILED", "job 3"),
+    ]

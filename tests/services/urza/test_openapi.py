@@ -27,7 +27,7 @@ CHECKS = [
     ignored_auth,
     unsupported_method,
 ]
-OPERATIONS = 17
+OPERATIONS = 18
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,7 @@ def test_successes_are_as_described(running, described):
     call("GET", "/api/v1/blueprints", 200)
     of_blueprint = {"path_parameters": {"blueprint_id": submitted["blueprint_id"]}}
     call("GET", "/api/v1/blueprints/{blueprint_id}", 200, **of_blueprint)
+    send("/api/v1/blueprints/{blueprint_id}/status", 200, {"status": "COMPILING"}, **of_blueprint)
     of_kernel = {"path_parameters": {"artifact_id": artifact_id}}
     send(
         "/api/v1/kernels/{artifact_id}/status", 200, {"status": "VALIDATED", "metrics": {"latency_us": 1}}, **of_kernel

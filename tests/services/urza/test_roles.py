@@ -30,6 +30,7 @@ OPERATIONS = [
     ("read", "GET", "/api/v1/openapi.json", {}),
     ("publish", "POST", "/api/v1/kernels", {"content": b"x", "headers": {"X-Esper-SHA256": "0" * 64}}),
     ("publish", "POST", "/api/v1/blueprints", {"json": {"blueprint": {}}}),
+    ("publish", "POST", f"/api/v1/blueprints/{'0' * 64}/status", {"json": {"status": "COMPILING"}}),
     ("publish", "POST", "/api/v1/jobs/claim", {"json": {"worker": "w"}}),
     ("publish", "POST", f"{JOB}/renew", {"json": {}}),
     ("publish", "POST", f"{JOB}/finish", {"json": {"status": "retry"}}),

@@ -1,0 +1,101 @@
+"""Urza's API as Tezzeret uses it: questions in JSON, answers that are checked."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import httpx
+
+from esper.contracts import strict_json
+from esper.contracts.errors import ArtifactError, EsperError
+from esper.contracts.messages import MAX_MESSAGE_BYTES
+from esper.contracts.registry import mask_credentials
+from esper.services.tezzeret.job import JobError
+from esper.services.tezzeret.queue import QueueUnavailableError
+
+__all__ = ["UrzaLink"]
+
+_API: Final = "/api/v1"
+_TIMEOUT_S: Final = 10.0
+
+
+class UrzaLink:
+    """A client of one Urza, for one event loop.
+
+    Args:
+        url: Urza's address; the token, with the role ``publish``, in it (``http://:TOKEN@host:8470``) or in
+            ``ESPER_REGISTRY_TOKEN``.
+
+    Raises:
+        ValueError: not an http or https URL.
+    """
+
+    def __init__(self, url: str) -> None:
+        #: Where Urza is, without the token.
+        self.url = mask_credentials(url)
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{self.url} is not the address of an Urza; expected http://host:port")
+        user, _, host = parts.netloc.rpartition("@")
+        login, _, password = user.partition(":")
+        token = unquote(password or login) or os.environ.get("ESPER_REGISTRY_TOKEN", "")
+        base = urlunsplit((parts.scheme, host, parts.path.rstrip("/").removesuffix(_API) + _API, "", ""))
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.AsyncClient(base_url=base, headers=headers, timeout=_TIMEOUT_S)
+
+    async def close(self) -> None:
+        """Disconnect."""
+        await self._http.aclose()
+
+    async def ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, expected: tuple[int, ...] = ()
+    ) -> tuple[int, dict[str, Any]]:
+        """Ask for ``path`` under ``/api/v1``.
+
+        Returns:
+            The status and the object that Urza answers with; of a failure the status alone, if it is ``expected``.
+
+        Raises:
+            QueueUnavailableError: Urza does not answer, or refuses us.
+            JobError: Urza refuses what was asked; the message says why.
+        """
+        try:
+            async with asyncio.timeout(2 * _TIMEOUT_S), self._http.stream(method, path, json=body) as response:
+                text = bytearray()
+                async for piece in response.aiter_bytes():
+                    text += piece
+                    if len(text) > 2 * MAX_MESSAGE_BYTES:
+                        raise QueueUnavailableError(f"Urza {self.url} answers with more than {len(text) - 1} bytes")
+                status = response.status_code
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            if isinstance(error, EsperError):
+                raise
+            said = str(error) or type(error).__name__
+            raise QueueUnavailableError(f"Urza {self.url} does not answer: {said}") from error
+        if status in expected:
+            return status, {}
+        answer = self._parsed(bytes(text), status)
+        if status in (400, 404, 409, 413, 422):
+            raise JobError(f"Urza {self.url} refuses it: {_fault(answer)}")
+        if not 200 <= status < 300:
+            raise QueueUnavailableError(f"Urza {self.url} answers with status {status}: {_fault(answer)}")
+        return status, answer
+
+    def _parsed(self, text: bytes, status: int) -> dict[str, Any]:
+        try:
+            answer = strict_json.loads(text, what="the answer", max_bytes=2 * MAX_MESSAGE_BYTES)
+        except ArtifactError as error:
+            if status >= 300:
+                return {}
+            raise QueueUnavailableError(f"Urza {self.url} answers what is no JSON: {error}") from None
+        return answer if isinstance(answer, dict) else {}
+
+
+def _fault(answer: Mapping[str, Any]) -> str:
+    fault = answer.get("error")
+    said = fault.get("message") if isinstance(fault, dict) else None
+    return said if isinstance(said, str) else "no reason given"
