@@ -206,19 +206,22 @@ class KernelSource:
         if sha256[:8] != parse_artifact_id(artifact_id).version:
             raise ArtifactError(f"the bytes' SHA-256 is {sha256}: they are truncated, altered, or another artifact's")
         try:
-            artifact = self._adopt(data, sha256, self._policy)
+            artifact = self._adopt(data, sha256, self._policy, seen=from_disk)
         except ArtifactError as error:
             if from_disk and self._policy != "standard":
                 # Sound, and merely not trusted enough for this cache: it is left to those who trust more.
-                self._adopt(data, sha256, "standard")
+                self._adopt(data, sha256, "standard", seen=True)
                 raise _RefusedError(str(error)) from None
             raise
         if artifact.artifact_id != artifact_id:
             raise ArtifactError(f"asked for {artifact_id}, was given {artifact.artifact_id}")
         return artifact
 
-    def _adopt(self, data: bytes | bytearray, sha256: str, policy: str) -> Artifact:
-        return Artifact.adopt(data, sha256=sha256, max_bytes=self._max_bytes, trusted_keys=self._keys, policy=policy)
+    def _adopt(self, data: bytes | bytearray, sha256: str, policy: str, *, seen: bool) -> Artifact:
+        # What is on the disk was opened before it was stored, and its hash was just found to be what it was then.
+        return Artifact.adopt(
+            data, sha256=sha256, max_bytes=self._max_bytes, trusted_keys=self._keys, policy=policy, seen=seen
+        )
 
 
 class _RefusedError(Exception):
