@@ -121,6 +121,7 @@ class Rig:
 def nothing_disturbed(monkeypatch):
     """The rig's probes disturb nothing beyond what its clock shows; one test says otherwise."""
     monkeypatch.setattr(pacing, "_UNSEEN_NS", 3_000.0)
+    monkeypatch.setattr(pacing, "_UNSEEN_TIMES", 0.0)
 
 
 def test_what_the_clock_does_not_see_is_paid_for_too(monkeypatch):
@@ -131,6 +132,14 @@ def test_what_the_clock_does_not_see_is_paid_for_too(monkeypatch):
     rig.run(20_000, host_ns=300_000, probe_ns=8_000)
     assert 2 < len(rig.probes) < len(seen.probes) / 3
     assert rig.share + len(rig.probes) * pacing._UNSEEN_NS / rig.host_ns <= 0.005
+
+
+def test_a_slow_machine_is_charged_more(monkeypatch):
+    fast, slow = ProbePacer(0.005), ProbePacer(0.005)
+    monkeypatch.undo()
+    fast.probed(30_000.0)
+    slow.probed(90_000.0)
+    assert (fast.probes_ns, slow.probes_ns) == (130_000.0, 270_000.0)
 
 
 def test_the_budget_is_kept_and_used():
