@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Self
 
-__all__ = ["HEALTH_SIGNAL_VERSION", "HealthSignal"]
+__all__ = ["HEALTH_SIGNAL_VERSION", "SETTLED_STATES", "HealthSignal"]
 
 HEALTH_SIGNAL_VERSION: Final = 1
 
 #: Lifecycle states by number, as ``SeedLifecycleState`` has them.
 _LIFECYCLE_STATES = range(8)
+#: Those that a command may end: asleep, or awake and settled. Of the others, loading and grafting are under way, a
+#: fossilized seed is done, and a culled one waits for its time.
+SETTLED_STATES: Final = frozenset((0, 2, 3, 6))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +94,11 @@ class HealthSignal:
             raise TypeError(f"HealthSignal.{name} is {value!r} ({type(value).__name__}); need a number")
         if not math.isfinite(value) or not low <= value <= high:
             raise ValueError(f"HealthSignal.{name} is {value}; need a finite number in [{low}, {high}]")
+
+    @property
+    def ready(self) -> bool:
+        """Whether a decision may rest on it: the window saw the seed, and no change of the seed is under way or past."""
+        return self.lifecycle_state in SETTLED_STATES and self.health_score is not None and self.window_samples > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
