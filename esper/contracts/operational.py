@@ -97,7 +97,7 @@ class HealthSignal:
 
     @property
     def ready(self) -> bool:
-        """Whether a decision may rest on it: the window saw the seed, and no change of the seed is under way or past."""
+        """Whether a decision may rest on it: the window saw the seed, and no change of it is under way or past."""
         return self.lifecycle_state in SETTLED_STATES and self.health_score is not None and self.window_samples > 0
 
     def to_dict(self) -> dict[str, Any]:
