@@ -1,8 +1,8 @@
 """What others tell a training process to do with its seeds, and what came of it.
 
 A command is signed with a key that sender and trainer share (``ESPER_CONTROL_KEY``): whoever can write to the bus is
-not thereby allowed to change a network. The signature is an HMAC-SHA256 (RFC 2104) over everything else in the command, so
-that nothing in it can be altered; its time of issue and its nonce let the trainer refuse what is old or comes again.
+not thereby allowed to change a network. The signature is an HMAC-SHA256 (RFC 2104) over everything else in it, so that
+nothing can be altered; its time of issue and its nonce let the trainer refuse what is old or comes again.
 """
 
 from __future__ import annotations
