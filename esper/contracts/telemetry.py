@@ -144,7 +144,7 @@ class HealthWindow:
 
     @property
     def ready(self) -> Array:
-        """bool ``[len(self)]``: where a decision may rest on this window; see :attr:`HealthSignal.ready`."""
+        """Where a decision may rest on this window, bool ``[len(self)]``; see :attr:`HealthSignal.ready`."""
         settled: Array = _SETTLED[self.columns["lifecycle_state"]]
         return settled & ~np.isnan(self.columns["health_score"]) & (self.window_samples > 0)
 
@@ -325,9 +325,7 @@ class RunEvent:
     @property
     def topic(self) -> TopicNames:
         """Where it travels."""
-        return (
-            TopicNames.SYSTEM_EVENTS_EPOCH if self.kind in _ABOUT_THE_RUN else TopicNames.INNOVATION_FIELD_REPORTS
-        )
+        return TopicNames.SYSTEM_EVENTS_EPOCH if self.kind in _ABOUT_THE_RUN else TopicNames.INNOVATION_FIELD_REPORTS
 
     def to_payload(self) -> dict[str, Any]:
         """JSON values."""
