@@ -177,7 +177,7 @@ class HealthWindow:
         """JSON values; a column is its type and its bytes in base64."""
         found = {name: getattr(self, name) for name in _WINDOW_FIELDS}
         found["columns"] = {
-            name: [dtype.str, base64.b64encode(np.ascontiguousarray(self.columns[name])).decode("ascii")]
+            name: [dtype.str, base64.b64encode(self.columns[name].tobytes()).decode("ascii")]
             for name, dtype in COLUMNS.items()
         }
         return {"type": _WINDOW_TYPE, "version": _WINDOW_VERSION, **found}
