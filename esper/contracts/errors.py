@@ -13,6 +13,12 @@ __all__ = [
     "ArtifactError",
     "BlueprintError",
     "BlueprintShapeError",
+    "BusDeniedError",
+    "BusError",
+    "BusFullError",
+    "BusURLError",
+    "BusUnavailableError",
+    "BusWrongTypeError",
     "EsperError",
     "KernelNotFoundError",
     "RegistryUnavailableError",
@@ -88,3 +94,37 @@ class RegistryUnavailableError(EsperError, ConnectionError):
         super().__init__(message)
         self.retryable = retryable
         self.retry_after_s = retry_after_s
+
+
+class BusError(EsperError):
+    """The message bus did not do what it was asked to.
+
+    Attributes:
+        retryable: Whether asking again may help by itself; False where somebody has to change something first.
+    """
+
+    retryable = False
+
+
+class BusUnavailableError(BusError, ConnectionError):
+    """The bus did not answer in time, or cannot be reached. May pass."""
+
+    retryable = True
+
+
+class BusFullError(BusError):
+    """The bus has no memory left for another message. May pass, when something is trimmed."""
+
+    retryable = True
+
+
+class BusDeniedError(BusError, PermissionError):
+    """The bus wants a user or password, does not take the one given, or does not permit the command."""
+
+
+class BusWrongTypeError(BusError, TypeError):
+    """Under the name of a stream the bus keeps something else."""
+
+
+class BusURLError(BusError, ValueError):
+    """What was given as the URL of a bus is none that this version can open."""
