@@ -8,6 +8,7 @@ do about it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 __all__ = [
     "ArtifactError",
@@ -101,21 +102,27 @@ class BusError(EsperError):
 
     Attributes:
         retryable: Whether asking again may help by itself; False where somebody has to change something first.
+        reason: What the server or the operating system said, alone; empty where neither spoke.
     """
 
-    retryable = False
+    _retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, retryable: bool | None = None, reason: str = "") -> None:
+        super().__init__(message)
+        self.retryable = self._retryable if retryable is None else retryable
+        self.reason = reason
 
 
 class BusUnavailableError(BusError, ConnectionError):
     """The bus did not answer in time, or cannot be reached. May pass."""
 
-    retryable = True
+    _retryable = True
 
 
 class BusFullError(BusError):
     """The bus has no memory left for another message. May pass, when something is trimmed."""
 
-    retryable = True
+    _retryable = True
 
 
 class BusDeniedError(BusError, PermissionError):
