@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
 
-from esper.artifacts.backoff import parse_retry_after
+from esper.contracts.backoff import parse_retry_after
 from esper.artifacts.http_pool import Address, Pools, Timeouts
 from esper.artifacts.http_wire import Response
 from esper.contracts import strict_json

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
-from esper.artifacts.backoff import Backoff
+from esper.contracts.backoff import Backoff
 from esper.artifacts.http_access import Access, Answer
 from esper.contracts.errors import ArtifactError, RegistryUnavailableError
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from esper.artifacts.artifact import DEFAULT_MAX_BYTES, Artifact
-from esper.artifacts.backoff import Backoff
+from esper.contracts.backoff import Backoff
 from esper.artifacts.http_access import TOKEN_VARIABLE, Access, HttpTimes
 from esper.artifacts.http_download import Source, download
 from esper.artifacts.text import summarise

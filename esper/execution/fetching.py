@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from esper.artifacts.backoff import Backoff
+from esper.contracts.backoff import Backoff
 from esper.contracts.errors import ArtifactError, KernelNotFoundError, RegistryUnavailableError
 from esper.contracts.registry import RegistryClient
 from esper.execution.circuit_breaker import CircuitBreaker

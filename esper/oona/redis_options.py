@@ -1,0 +1,86 @@
+"""What redis-py is told about a bus's address, the same for its blocking and its asyncio half."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from esper.contracts.errors import EsperError
+from esper.oona.commands import Batch, Command
+from esper.oona.failures import translate
+from esper.oona.urls import BusAddress
+
+__all__ = ["about", "check_installed", "connection_options", "read_batch", "sentinel_options"]
+
+
+def check_installed() -> None:
+    """Say what is missing before anything is asked of it.
+
+    Raises:
+        EsperError: the Python package ``redis`` is not installed.
+    """
+    try:
+        import redis  # noqa: F401
+    except ImportError:
+        raise EsperError("a bus in Redis needs the Python package redis: pip install redis") from None
+
+
+def connection_options(address: BusAddress, timeout_s: float, retry: Any) -> dict[str, Any]:
+    """Keyword arguments of a redis-py client.
+
+    RESP2, because every server has it. No retries, because the engine makes them and counts them. Every wait is bounded.
+    """
+    options: dict[str, Any] = {
+        "username": address.username,
+        "password": address.password,
+        "protocol": 2,
+        "retry": retry,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "socket_keepalive": True,
+    }
+    if address.kind == "unix":
+        options["unix_socket_path"] = address.path
+    if address.kind != "cluster":
+        options["db"] = address.db
+    if address.kind == "single":
+        options["host"], options["port"] = address.hosts[0]
+    return options | _tls(address)
+
+
+def sentinel_options(address: BusAddress, timeout_s: float, retry: Any) -> dict[str, Any]:
+    """Keyword arguments of the clients that ask sentinels: their own user and password."""
+    return {
+        "username": address.sentinel_username,
+        "password": address.sentinel_password,
+        "protocol": 2,
+        "retry": retry,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "socket_keepalive": True,
+    } | _tls(address)
+
+
+def about(step: Command | Batch) -> str:
+    """The streams that a step touches, for messages."""
+    commands = step.commands if isinstance(step, Batch) else [step]
+    return ", ".join(dict.fromkeys(each.about for each in commands if each.about))
+
+
+def read_batch(batch: Batch, answers: list[Any], address: BusAddress) -> list[Any]:
+    """The answers of a pipeline, in the engine's terms.
+
+    Raises:
+        BusError: the first refusal among them.
+    """
+    for command, answer in zip(batch.commands, answers, strict=True):
+        if isinstance(answer, Exception):
+            raise translate(answer, address, command.about) from None
+    return [command.read(answer) for command, answer in zip(batch.commands, answers, strict=True)]
+
+
+def _tls(address: BusAddress) -> dict[str, Any]:
+    if not address.tls:
+        return {}
+    # Said outright, because older redis-py did not look at the host name unless told to.
+    checks = address.tls_options.get("ssl_cert_reqs") != "none"
+    return {"ssl": True, "ssl_check_hostname": checks, **address.tls_options}
