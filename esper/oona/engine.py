@@ -7,6 +7,7 @@ is thrown into the generator as an error of the contract.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -14,7 +15,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from esper.contracts.backoff import Backoff
 from esper.contracts.bus import BusHealth, Delivery
-from esper.contracts.errors import BusError, BusUnavailableError
+from esper.contracts.errors import BusError, BusFullError, BusUnavailableError
 from esper.contracts.messages import MessageError, OonaMessage
 from esper.oona.commands import (
     BEGINNING,
@@ -305,10 +306,9 @@ class Engine:
     def _join(self, stream: str, group: str) -> Steps[None]:
         if (stream, group) in self._joined:
             return
-        try:
+        # A full server refuses before it looks. If there is no group, reading says so.
+        with contextlib.suppress(GroupExistsError, BusFullError):
             yield from self._ask(MakeGroup(stream, group, BEGINNING))
-        except GroupExistsError:
-            pass
         self._joined.add((stream, group))
 
     def _recreate(self, streams: tuple[str, ...], group: str) -> Steps[None]:

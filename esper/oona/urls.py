@@ -117,21 +117,19 @@ def parse(url: str) -> BusAddress:
     if "#" in rest:
         raise BusURLError(f"the bus's URL {shown} has a #; {_ENCODE}")
     location, _, query = rest.partition("?")
-    options = _options(query, kind, tls, shown)
     login, at, place = location.rpartition("@")
     username, _, password = login.partition(":")
     if at and kind == "memory":
         raise BusURLError(f"{shown}: a bus in memory has no user and no password")
-    if "/" in login:
+    if "/" in login or "@" in query:
         raise BusURLError(f"{shown} is ambiguous: {_ENCODE}")
     address, slash, path = place.partition("/")
     hosts: tuple[tuple[str, int], ...] = ()
-    service, db = "", 0
+    found = service = ""
     if kind in ("unix", "memory"):
         if kind == "unix" and (address or not path):
             raise BusURLError(f"{shown} names no socket; need unix:///path/to.sock (three slashes)")
-        path = unquote(slash + path) if kind == "unix" else unquote(place.strip("/"))
-        db = _database(options.pop("db", ""), shown)
+        found, path = unquote(slash + path) if kind == "unix" else unquote(place.strip("/")), ""
     else:
         hosts = tuple(_host(each, _PORTS[kind], shown) for each in address.split(","))
         if kind == "single" and len(hosts) > 1:
@@ -141,15 +139,16 @@ def parse(url: str) -> BusAddress:
             service = unquote(service)
             if not service:
                 raise BusURLError(f"{shown} names no service; need redis+sentinel://host:port/service")
-        db = _database(path.rstrip("/") or options.pop("db", ""), shown)
-        if kind == "cluster" and db:
-            raise BusURLError(f"{shown} asks for database {db}; a cluster has only database 0")
-        path = ""
+    # Not before: in a URL that is wrong up to here, a piece of a password might pass for the name of an option.
+    options = _options(query, kind, tls, shown)
+    db = _database(path.rstrip("/") or options.get("db", ""), shown)
+    if kind == "cluster" and db:
+        raise BusURLError(f"{shown} asks for database {db}; a cluster has only database 0")
     return BusAddress(
         kind=kind,
         shown=shown.partition("?")[0],
         hosts=hosts,
-        path=path,
+        path=found,
         db=db,
         service=service,
         tls=tls,
