@@ -86,7 +86,7 @@ def mask_credentials(url: str) -> str:
         parts = urlsplit(url)
     except ValueError:
         return "***"
-    if not parts.scheme or not parts.netloc:
+    if not parts.scheme or not (parts.netloc or parts.query):
         return url
     netloc = "***@" + parts.netloc.rpartition("@")[2] if "@" in parts.netloc else parts.netloc
     return urlunsplit((parts.scheme, netloc, parts.path, "***" if parts.query else "", ""))

@@ -22,6 +22,7 @@ from esper.contracts.registry import mask_credentials
         ("https://host/x?token=secret#frag", "https://host/x?***"),
         ("https://host/x", "https://host/x"),
         ("file:///a/b", "file:///a/b"),
+        ("unix:///run/redis.sock?password=secret", "unix:///run/redis.sock?***"),
         ("/a/b", "/a/b"),
         ("http://[::1", "***"),
     ],
