@@ -86,7 +86,8 @@ def mask_credentials(url: str) -> str:
         parts = urlsplit(url)
     except ValueError:
         return "***"
-    if not parts.scheme or not (parts.netloc or parts.query):
-        return url
+    if not parts.scheme or not parts.netloc:
+        # A socket's password stands in the query.
+        return url.partition("?")[0] + "?***" if parts.scheme and parts.query else url
     netloc = "***@" + parts.netloc.rpartition("@")[2] if "@" in parts.netloc else parts.netloc
     return urlunsplit((parts.scheme, netloc, parts.path, "***" if parts.query else "", ""))
