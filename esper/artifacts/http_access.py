@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
 
-from esper.contracts.backoff import parse_retry_after
 from esper.artifacts.http_pool import Address, Pools, Timeouts
 from esper.artifacts.http_wire import Response
 from esper.contracts import strict_json
+from esper.contracts.backoff import parse_retry_after
 from esper.contracts.errors import ArtifactError, EsperError, KernelNotFoundError, RegistryUnavailableError
 from esper.contracts.registry import mask_credentials
 

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
-from esper.contracts.backoff import Backoff
 from esper.artifacts.http_access import Access, Answer
+from esper.contracts.backoff import Backoff
 from esper.contracts.errors import ArtifactError, RegistryUnavailableError
 
 __all__ = ["Source", "download"]

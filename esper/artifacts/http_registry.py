@@ -10,12 +10,12 @@ from typing import Any, Final
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from esper.artifacts.artifact import DEFAULT_MAX_BYTES, Artifact
-from esper.contracts.backoff import Backoff
 from esper.artifacts.http_access import TOKEN_VARIABLE, Access, HttpTimes
 from esper.artifacts.http_download import Source, download
 from esper.artifacts.text import summarise
 from esper.artifacts.workers import run_blocking
 from esper.contracts import strict_json
+from esper.contracts.backoff import Backoff
 from esper.contracts.errors import ArtifactError, KernelNotFoundError, RegistryUnavailableError
 from esper.contracts.ids import check_sha256, parse_artifact_id
 from esper.contracts.manifest import Manifest

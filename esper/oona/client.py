@@ -193,7 +193,6 @@ class OonaClient(Base):
         self._closing = threading.Event()
 
 
-
 class Follower:
     """Places in streams, moving on as they are read."""
 

@@ -4,6 +4,7 @@ The engine decides which commands to give and never speaks to anything; a link c
 :mod:`async_redis_link`, :mod:`memory_link`). Each command knows its form on the wire and how to read redis-py's answer
 to it, in RESP2.
 """
+# ruff: noqa: D102 - the base class says what the methods do
 
 from __future__ import annotations
 
@@ -178,7 +179,15 @@ class Read(Command):
 
     def wire(self) -> Wire:
         block = ("BLOCK", self.block_ms) if self.block_ms else ()
-        return ("XREAD", "COUNT", self.count, *block, "STREAMS", *(s for s, _ in self.places), *(i for _, i in self.places))
+        return (
+            "XREAD",
+            "COUNT",
+            self.count,
+            *block,
+            "STREAMS",
+            *(s for s, _ in self.places),
+            *(i for _, i in self.places),
+        )
 
     @property
     def about(self) -> str:

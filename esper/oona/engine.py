@@ -124,9 +124,7 @@ class Engine:
         texts = [(message.topic.value, message.to_json()) for message in messages]
         ids: list[str] = []
         for part in _parts(texts):
-            adds = [
-                Add(stream, fields_of(text), self._trimmer.max_length(stream, len(text))) for stream, text in part
-            ]
+            adds = [Add(stream, fields_of(text), self._trimmer.max_length(stream, len(text))) for stream, text in part]
             trims = self._trimmer.due([add.stream for add in adds])
             try:
                 if len(adds) == 1 and not trims:
@@ -152,7 +150,8 @@ class Engine:
             trims.append(Trim(_name("stream", stream), min_id=f"{oldest}-0", exact=exact))
         if not trims:
             raise ValueError("say what to trim to: max_length or max_age_s")
-        return sum((yield from self._ask(Batch(trims))))
+        counts: list[int] = yield from self._ask(Batch(trims))
+        return sum(counts)
 
     # -- consuming --
 
@@ -219,7 +218,8 @@ class Engine:
         ]
         if not commands:
             return 0
-        done = sum((yield from self._ask(Batch(commands))))
+        counts: list[int] = yield from self._ask(Batch(commands))
+        done = sum(counts)
         self.counters.add("acknowledged", done)
         return done
 
@@ -273,9 +273,11 @@ class Engine:
             try:
                 answer = yield step
             except BusUnavailableError as error:
-                pause = self._backoff.pause_s(attempt) or 0.0
-                if not error.retryable or time.monotonic() + pause >= give_up:
+                left_s = give_up - time.monotonic()
+                if not error.retryable or left_s <= 0:
                     raise
+                # The last try comes when patience ends, not before.
+                pause = min(self._backoff.pause_s(attempt) or 0.0, left_s)
             else:
                 return answer
             attempt += 1
@@ -285,7 +287,7 @@ class Engine:
     def _look(
         self, names: tuple[str, ...], deadline: float, command: Callable[[tuple[str, ...], int], Command]
     ) -> Steps[StreamEntries]:
-        """Entries of one command for all streams, or of one for each where they live apart; waits once, not for long."""
+        """Entries of one command for all streams, or of one for each where they live apart. Waits once."""
         left_ms = max(0, int((deadline - time.monotonic()) * 1000))
         if not self._split or len(names) == 1:
             block = min(left_ms, _LONGEST_BLOCK_MS, int(self.settings.timeout_s * 500))

@@ -45,7 +45,7 @@ def message_of(stream: str, entry: Entry) -> OonaMessage:
     """
     raw = entry.fields.get(_FIELD)
     if raw is None:
-        names = ", ".join(f"{ascii(name):.40}" for name in list(entry.fields)[:8])
+        names = ", ".join(f"{name!a:.40}" for name in list(entry.fields)[:8])
         raise MessageError(f"the entry has no field {FIELD!r}; it has: {names or 'none'}")
     message = OonaMessage.from_json(raw)
     if message.topic != stream:

@@ -27,7 +27,7 @@ def check_installed() -> None:
 def connection_options(address: BusAddress, timeout_s: float, retry: Any) -> dict[str, Any]:
     """Keyword arguments of a redis-py client.
 
-    RESP2, because every server has it. No retries, because the engine makes them and counts them. Every wait is bounded.
+    RESP2, because every server has it. No retries, because the engine makes and counts them. Every wait is bounded.
     """
     options: dict[str, Any] = {
         "username": address.username,

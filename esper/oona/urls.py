@@ -8,8 +8,8 @@
     memory://[name]                                       in this process, no server
 
 ``rediss+sentinel`` and ``rediss+cluster`` speak TLS. User and password are percent-encoded where they hold one of
-``/ ? # @ : [ ]``. They are shown nowhere: a :class:`BusAddress` has no ``repr`` of them, and errors about a URL name its
-parts rather than quote it.
+``/ ? # @ : [ ]``. They are shown nowhere: the ``repr`` of a :class:`BusAddress` leaves them out, and errors about
+a URL name its parts rather than quote it.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from esper.artifacts import Artifact
-from esper.contracts.backoff import Backoff, parse_retry_after
 from esper.artifacts.http_registry import HttpRegistry, HttpTimes
+from esper.contracts.backoff import Backoff, parse_retry_after
 from esper.contracts.errors import ArtifactError, RegistryUnavailableError
 from tests.artifacts.http_server import error, running_server, with_
 from tests.artifacts.samples import sample

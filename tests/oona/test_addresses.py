@@ -79,9 +79,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     paths = folder / "cert.pem", folder / "key.pem"
     paths[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
     paths[1].write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return paths
 
@@ -93,9 +91,12 @@ def test_tls(server: RedisServer, certificate: tuple[Path, Path], waiting: bool)
         place = Place(f"rediss://127.0.0.1:{proxy.port}/0?ssl_ca_certs={certificate[0]}", waiting)
         everything(place.client())
         # A stranger's certificate, and one for another host, are not made right by trying again.
-        for url in (f"rediss://127.0.0.1:{proxy.port}/0", f"rediss://localhost:{proxy.port}/0?ssl_ca_certs={certificate[0]}"):
+        for url in (
+            f"rediss://127.0.0.1:{proxy.port}/0",
+            f"rediss://localhost:{proxy.port}/0?ssl_ca_certs={certificate[0]}",
+        ):
             began = time.monotonic()
-            with pytest.raises(BusUnavailableError, match="(?i)certificate") as caught:
+            with pytest.raises(BusUnavailableError, match=r"(?i)certificate") as caught:
                 place.client(url, start_patience_s=60.0, patience_s=60.0).connect()
             assert time.monotonic() - began < 20
             assert not caught.value.retryable
@@ -153,14 +154,18 @@ def test_sentinel(server: RedisServer, sentinel: int, waiting: bool) -> None:
     place.close()
 
 
+def cluster_node(folder: Path, **options: object) -> RedisServer:
+    """One node, not started. Nodes speak to each other 10000 ports higher."""
+    node = RedisServer(folder, cluster_enabled="yes", cluster_node_timeout=1000, **options)
+    while node.port > 55_000:
+        node.port = free_port()
+    return node
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[list[RedisServer]]:
     """Two nodes with half of the slots each."""
-    nodes = [RedisServer(tmp_path / name, cluster_enabled="yes", cluster_node_timeout=1000) for name in ("a", "b")]
-    for node in nodes:
-        # Nodes speak to each other 10000 ports higher.
-        while node.port > 55_000:
-            node.port = free_port()
+    nodes = [cluster_node(tmp_path / name) for name in ("a", "b")]
     try:
         for node, slots in zip(nodes, (range(8192), range(8192, 16384)), strict=True):
             node.start()
@@ -211,11 +216,11 @@ def test_cluster(cluster: list[RedisServer], waiting: bool) -> None:
 
 
 def test_a_wrong_password_in_a_cluster_and_behind_sentinels(tmp_path: Path, waiting: bool) -> None:
-    node = RedisServer(tmp_path, cluster_enabled="yes", requirepass="SECRET")
+    node = cluster_node(tmp_path, requirepass="SECRET")
     node.start()
     try:
         place = Place(f"redis+cluster://:WRONG-SECRET@127.0.0.1:{node.port}", waiting)
-        with pytest.raises(BusError, match="(?i)password") as caught:
+        with pytest.raises(BusError, match=r"(?i)password") as caught:
             place.client(start_patience_s=0.2).connect()
         assert "SECRET" not in str(caught.value)
         place.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
@@ -53,10 +54,11 @@ def test_nothing_there_at_the_start_is_one_error_that_says_what_to_check(waiting
     text = str(error)
     assert text.startswith(f"no Redis at redis://***@127.0.0.1:{port}/3 after ")
     assert "attempts in" in text
-    assert "Connection refused" in text
+    # In the words of the system, or of asyncio.
+    assert "Connection refused" in text or "Connect call failed" in text
     assert "Check that redis-server runs there, that host and port in REDIS_URL are right" in text
     assert "SECRET" not in text
-    assert 0.1 < took < QUICK["start_patience_s"] + SLACK_S
+    assert QUICK["start_patience_s"] <= took < QUICK["start_patience_s"] + SLACK_S
 
 
 def test_a_server_that_comes_up_late_is_waited_for(tmp_path, waiting: bool) -> None:
@@ -207,9 +209,11 @@ def test_cut_in_the_middle_of_answers(server: RedisServer, waiting: bool) -> Non
         firsts = [number for index, number in enumerate(numbers(found)) if number not in numbers(found)[:index]]
         assert firsts == list(range(30))
         seen: set[int] = set()
+        cuts = itertools.cycle([500, None, None])
 
         def all_seen() -> bool:
-            proxy.cut_after = 500
+            # Not always: what is oldest is handed out first, and would be cut off every time.
+            proxy.cut_after = next(cuts)
             some = client.consume([EPOCH], "g", "c", count=3, block=50)
             seen.update(numbers(some))
             client.acknowledge(some)
@@ -272,7 +276,9 @@ def test_a_password_that_is_missing_or_wrong(tmp_path, waiting: bool, login: str
 
 def test_a_user_who_may_not(server: RedisServer, waiting: bool) -> None:
     looking = server.client()
-    looking.acl_setuser("reader", enabled=True, passwords=["+SECRET"], keys=["*"], categories=["+@read"], commands=["+ping"])
+    looking.acl_setuser(
+        "reader", enabled=True, passwords=["+SECRET"], keys=["*"], categories=["+@read"], commands=["+ping"]
+    )
     place = Place(f"redis://reader:SECRET@127.0.0.1:{server.port}", waiting)
     client = place.client()
     # INFO is forbidden too, and nobody needs it.

@@ -40,7 +40,11 @@ def nothing_shows(text: str) -> None:
 
 
 def test_nothing_there(waiting: bool, caplog: pytest.LogCaptureFixture) -> None:
-    for start in ("redis://user:{}@127.0.0.1:{}/0", "redis+sentinel://:{}@127.0.0.1:{}/main", "redis+cluster://:{}@127.0.0.1:{}"):
+    for start in (
+        "redis://user:{}@127.0.0.1:{}/0",
+        "redis+sentinel://:{}@127.0.0.1:{}/main",
+        "redis+cluster://:{}@127.0.0.1:{}",
+    ):
         place = Place(start.format(PASSWORD, free_port()), waiting)
         client = place.client(**QUICK)
         nothing_shows(repr(client) + client.url)
