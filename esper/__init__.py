@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esper import artifacts, blueprints, contracts, core, execution, grow, nn, ops, optim, services
+    from esper import artifacts, blueprints, contracts, core, distributed, execution, grow, nn, ops, optim, services
     from esper.artifacts.artifact import Artifact
     from esper.contracts.errors import (
         ArtifactError,
@@ -54,7 +54,19 @@ _HOMES = {
     "unwrap": "esper.core.model_wrapper",
     "wrap": "esper.core.model_wrapper",
 }
-_PACKAGES = ("artifacts", "blueprints", "contracts", "core", "execution", "grow", "nn", "ops", "optim", "services")
+_PACKAGES = (
+    "artifacts",
+    "blueprints",
+    "contracts",
+    "core",
+    "distributed",
+    "execution",
+    "grow",
+    "nn",
+    "ops",
+    "optim",
+    "services",
+)
 
 __all__ = [
     "Artifact",
@@ -76,6 +88,7 @@ __all__ = [
     "compile",
     "contracts",
     "core",
+    "distributed",
     "execution",
     "export",
     "grow",

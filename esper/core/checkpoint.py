@@ -39,6 +39,7 @@ from esper.core.checkpoint_format import (
 )
 from esper.core.model_wrapper import MorphableModel, find_targets, wrap
 from esper.core.naming import GRAFT_PREFIX, graft_key
+from esper.execution.grafts.reservation import Tap
 from esper.execution.kernel_executor import LoadedKernel
 from esper.execution.lattice import Lattice
 from esper.execution.lifecycle import AWAKE, SeedLifecycleState
@@ -61,7 +62,7 @@ def save(model: MorphableModel, path: str | os.PathLike[str]) -> None:
         CheckpointError: the host's state holds something that is no tensor (its modules' ``get_extra_state``).
         OSError: the file cannot be written; what was there before still is.
     """
-    state = model.state_dict()
+    state = _without_padding(model)
     foreign = [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)]
     if foreign:
         raise CheckpointError(
@@ -73,6 +74,8 @@ def save(model: MorphableModel, path: str | os.PathLike[str]) -> None:
         seeds_per_layer=model.lattice.seeds_per_layer,
         monitor_budget=model.monitor_budget,
         telemetry=any(layer.telemetry_enabled for layer in model.kasmina_layers.values()),
+        reserve_rank=model.reserve_rank,
+        reserve_tap=model.reserve_tap,
         layers=tuple(
             LayerRecord(name, type(layer.default_transform).__name__) for name, layer in model.kasmina_layers.items()
         ),
@@ -92,6 +95,7 @@ def load(
     registry: RegistryClient | str | None = None,
     cache_size_mb: int = 128,
     preserve_original: bool = False,
+    reserve_rank: int | None = None,
 ) -> MorphableModel:
     """Rebuild a grown network from a file and a fresh host; no registry is asked.
 
@@ -102,6 +106,8 @@ def load(
         registry: Where kernels that are woken from now on come from; as in ``esper.wrap``.
         cache_size_mb: As in ``esper.wrap``.
         preserve_original: As in ``esper.wrap``; False puts the result into ``host`` itself.
+        reserve_rank: As in ``esper.wrap``; None is what the saved network had. The file holds no reserved memory, only
+            what seeds occupied of it, so another rank will do if every seed fits.
 
     Returns:
         The network as it was saved: weights, buffers, grafts, alphas, states, health. A load that was under way is
@@ -124,6 +130,8 @@ def load(
         telemetry_enabled=record.telemetry,
         preserve_original=preserve_original,
         registry=registry,
+        reserve_rank=record.reserve_rank if reserve_rank is None else reserve_rank,
+        reserve_tap=_tap(source, record.reserve_tap),
         monitor_budget=record.monitor_budget,
     )
     try:
@@ -135,10 +143,32 @@ def load(
             for seed_idx in layer.grafts.bound:
                 layer.state_layout.reset_seed(seed_idx)
                 layer.grafts.unbind(seed_idx)
-            layer.disarm_probe()  # gives the host its own forward back, as there is no graft any more
+            layer.disarm_probe()
+            layer.hold_path(False)  # gives the host its own forward back, as there is no graft any more
         model.close()
         raise
     return model
+
+
+def _without_padding(model: MorphableModel) -> dict[str, Any]:
+    """The model's state; of reserved memory only what seeds occupy, under the names it has in a network that grows."""
+    state = dict(model.state_dict())
+    if not model.reserve_rank:
+        return state
+    for layer_name, layer in model.kasmina_layers.items():
+        prefix = f"{_MARKER}{graft_key(layer_name)}.seed"
+        for name in [name for name in state if name.startswith(prefix)]:
+            del state[name]
+        for seed_idx in layer.grafts.bound:
+            for name, tensor in layer.grafts.seed_tensors(seed_idx).items():
+                state[f"{prefix}{seed_idx}.{name}"] = tensor
+    return state
+
+
+def _tap(path: Path, tap: str) -> Tap:
+    if tap not in ("input", "output"):
+        raise CheckpointError(f"{path}: its reserve_tap is {tap!r}, neither 'input' nor 'output'")
+    return "input" if tap == "input" else "output"
 
 
 def _seed_records(model: MorphableModel) -> Iterator[SeedRecord]:
@@ -305,8 +335,14 @@ def _check_lattice(path: Path, record: Record, tensors: Mapping[str, Tensor]) ->
 
 def _fill(path: Path, model: MorphableModel, tensors: Mapping[str, Tensor]) -> None:
     """Put in all weights and the lattice."""
+    state = dict(tensors)
+    if model.reserve_rank:
+        # The seeds' weights are in place already: binding has copied them into the memory reserved for them.
+        grafts = tuple(f"{_MARKER}{graft_key(name)}.seed" for name in model.kasmina_layers)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(grafts)}
+        state |= {f"{_MARKER}{name}": tensor for name, tensor in model.esper.state_dict().items()}
     try:
-        model.load_state_dict(dict(tensors))
+        model.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     for layer in model.kasmina_layers.values():

@@ -13,8 +13,8 @@ from esper.contracts.errors import EsperError
 
 __all__ = ["FORMAT_VERSION", "CheckpointError", "LayerRecord", "Record", "SeedRecord", "read_record", "write_record"]
 
-FORMAT_VERSION = 1
-KNOWN_VERSIONS = (1,)
+FORMAT_VERSION = 2
+KNOWN_VERSIONS = (1, 2)
 
 #: The one key of the file's metadata: several would be written in no particular order, and equal networks give equal
 #: files. Its value is the SHA-256 of the manifest's text, a line break, and the text.
@@ -63,6 +63,8 @@ class Record:
         telemetry: Whether activations were monitored.
         layers: In the lattice's order.
         seeds: Those with a kernel.
+        reserve_rank: As given to ``esper.wrap``; since version 2.
+        reserve_tap: As given to ``esper.wrap``; since version 2.
         aliases: Entries that share another entry's memory (tied weights), by name: stored once.
         hashes: SHA-256 of every stored tensor's bytes.
     """
@@ -71,6 +73,8 @@ class Record:
     seeds_per_layer: int
     monitor_budget: float
     telemetry: bool
+    reserve_rank: int
+    reserve_tap: str
     layers: tuple[LayerRecord, ...]
     seeds: tuple[SeedRecord, ...]
     aliases: Mapping[str, str]
@@ -110,6 +114,8 @@ def read_record(metadata: Mapping[str, str]) -> Record:
 
 
 def _record(data: Mapping[str, Any]) -> Record:
+    if data["version"] == 1:  # before memory could be reserved
+        data = {"reserve_rank": 0, "reserve_tap": "input", **data}
     values = _exactly(Record, data)
     values["layers"] = tuple(LayerRecord(**_exactly(LayerRecord, item)) for item in values["layers"])
     values["seeds"] = tuple(SeedRecord(**_exactly(SeedRecord, item)) for item in values["seeds"])

@@ -119,7 +119,7 @@ def _awake(layer: KasminaLayer) -> tuple[list[ExportedSeed], Tensor]:
             seeds.append(
                 ExportedSeed(
                     blueprint=seed.blueprint,
-                    tensors=layer.grafts.seed_parameters(seed.place.index),
+                    tensors={name: _own(t) for name, t in layer.grafts.seed_tensors(seed.place.index).items()},
                     widths=validate(seed.blueprint, kernel.d_in, kernel.d_out).widths,
                     begin=seed.place.begin,
                     end=seed.place.end,
@@ -130,11 +130,16 @@ def _awake(layer: KasminaLayer) -> tuple[list[ExportedSeed], Tensor]:
     return seeds, host_factor
 
 
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
 def _detach(layer: KasminaLayer) -> None:
     """Give the host its own forward back."""
     for seed_idx in layer.grafts.bound:
         layer.grafts.unbind(seed_idx)
     layer.disarm_probe()
+    layer.hold_path(False)
 
 
 def _tied_parameters(body: nn.Module) -> set[int]:

@@ -10,8 +10,9 @@ from torch import nn
 
 from esper.contracts.registry import RegistryClient
 from esper.core.morphable import MorphableModel
+from esper.execution.grafts.reservation import Reservation, Tap
 from esper.execution.host_binding import fast_path_ancestors
-from esper.execution.hosts import SUPPORTED_HOSTS
+from esper.execution.hosts import SUPPORTED_HOSTS, describe_host
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.state_layout import Lattice
@@ -35,6 +36,7 @@ def wrap(
     registry: RegistryClient | str | None = None,
     bus: object | None = None,
     reserve_rank: int = 0,
+    reserve_tap: Tap = "input",
     monitor_budget: float = 0.005,
 ) -> MorphableModel:
     """Give every target layer of a model a few dormant seeds.
@@ -52,20 +54,29 @@ def wrap(
         registry: Where kernels come from: a client, a ``file://`` URL or a path. None means ``ESPER_REGISTRY``, else
             the user's own registry folder.
         bus: Reserved for the message bus; only None is accepted in this version.
-        reserve_rank: Reserved for grafts of fixed shape; only 0 is accepted in this version.
+        reserve_rank: R > 0 sets memory aside for every seed from the start, for low-rank kernels of rank up to R:
+            parameters, shapes and addresses then never change, which is what DDP, FSDP2, ``torch.compile`` and CUDA
+            graphs want (docs/reserved.md). 0 lets the memory grow as seeds wake.
+        reserve_tap: What kernels in reserved memory read: their layer's "input" or its "output".
         monitor_budget: Share of the host's time that monitoring may take (0.005 = 0.5 %).
 
     Raises:
-        ValueError: an unknown layer name, a layer that its parent never calls, or an argument out of range.
+        ValueError: an unknown layer name, a layer that its parent never calls, an argument out of range, or memory to
+            be reserved for a layer that has no size of its own (an activation).
         NotImplementedError: a target type that Esper does not support; the message names it.
         TypeError: ``model`` is not a module, or is wrapped already.
     """
-    _check_arguments(model, seeds_per_layer, bus, reserve_rank, monitor_budget)
+    _check_arguments(model, seeds_per_layer, bus, reserve_rank, reserve_tap, monitor_budget)
     body = copy.deepcopy(model) if preserve_original else model
     targets = find_targets(body, target_layers)
     if not targets:
         wanted = "Linear or Conv2d" if target_layers is None else ", ".join(map(_describe, target_layers))
         warnings.warn(f"{type(model).__name__} has no layer to give seeds to (looked for {wanted})", stacklevel=2)
+    reserved = {
+        name: Reservation.of(describe_host(host), reserve_rank, reserve_tap, name)
+        for name, host in targets.items()
+        if reserve_rank
+    }
     cache = KernelCache(cache_size_mb, registry=registry)
     lattice = Lattice(len(targets), seeds_per_layer)
     layers = {
@@ -78,6 +89,7 @@ def wrap(
             state_layout=lattice.layer(index),
             register_host=False,
             fast_path=tuple(fast_path_ancestors(body, "" if host is body else name)),
+            reservation=reserved.get(name),
         )
         for index, (name, host) in enumerate(targets.items())
     }
@@ -87,6 +99,8 @@ def wrap(
         model if preserve_original else None,
         lattice=lattice,
         monitor_budget=monitor_budget,
+        reserve_rank=reserve_rank,
+        reserve_tap=reserve_tap,
     )
 
 
@@ -139,7 +153,9 @@ def _bypassed(model: nn.Module) -> set[int]:
     return {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
 
 
-def _check_arguments(model: nn.Module, seeds_per_layer: int, bus: object, reserve_rank: int, budget: float) -> None:
+def _check_arguments(
+    model: nn.Module, seeds_per_layer: int, bus: object, reserve_rank: int, reserve_tap: str, budget: float
+) -> None:
     if isinstance(model, MorphableModel):
         raise TypeError("the model is wrapped already; esper.unwrap(model) gives back what was wrapped")
     if not isinstance(model, nn.Module):
@@ -150,10 +166,10 @@ def _check_arguments(model: nn.Module, seeds_per_layer: int, bus: object, reserv
         raise ValueError(f"monitor_budget is a share of the host's time, between 0 and 1, got {budget}")
     if bus is not None:
         raise ValueError("bus= is not available in this version: pass None")
-    if reserve_rank:
-        raise ValueError(
-            f"reserve_rank={reserve_rank} is not available in this version: pass 0 (banks grow as seeds wake)"
-        )
+    if not isinstance(reserve_rank, int) or isinstance(reserve_rank, bool) or reserve_rank < 0:
+        raise ValueError(f"reserve_rank is a whole number of at least 0, got {reserve_rank!r}")
+    if reserve_tap not in ("input", "output"):
+        raise ValueError(f"reserve_tap is 'input' or 'output', got {reserve_tap!r}")
 
 
 def _describe(entry: type[nn.Module] | str) -> str:

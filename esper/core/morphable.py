@@ -6,19 +6,20 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from esper.contracts.errors import ArtifactError
 from esper.core.clock import Clock, Timed, call_through_clock, make_clock
-from esper.core.naming import GRAFT_PREFIX, GraftTree, HostNames
-from esper.execution import background
+from esper.core.consensus import several_ranks
+from esper.core.naming import GRAFT_PREFIX, GraftTree, HostNames, graft_key, is_sharded
+from esper.core.requests import KernelRequests
+from esper.core.tether import Tether
+from esper.core.variants import TwoForwards, Variants
+from esper.execution.grafts import ReservedGraftSet
+from esper.execution.grafts.reservation import Tap
 from esper.execution.kasmina_layer import GrowthCallback, GrowthEvent, KasminaLayer
-from esper.execution.kernel_executor import LoadedKernel
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.monitor import Monitor
 from esper.execution.state_layout import Lattice
@@ -35,20 +36,7 @@ FIXED_NS_PER_STEP = 100.0
 _NEVER = 1 << 62
 
 
-@dataclass(frozen=True, eq=False)
-class _Fetched:
-    """What the background loop hands to the training thread."""
-
-    layer: KasminaLayer
-    seed_idx: int
-    artifact_id: str
-    alpha: float
-    ramp_steps: int
-    fetch: Future[LoadedKernel | None]
-    outcome: Future[bool]
-
-
-class MorphableModel(HostNames, Timed):
+class MorphableModel(KernelRequests, TwoForwards, HostNames, Timed):
     """A network whose layers have seeds. Built by ``esper.wrap``.
 
     It is called, trained, moved, saved and inspected as the network it wraps: parameters and ``state_dict`` entries
@@ -63,6 +51,8 @@ class MorphableModel(HostNames, Timed):
         original_model: What ``esper.unwrap`` gives back; None gives back ``wrapped_model``.
         lattice: The layers' common state; by default one is made and the layers' states are moved into it.
         monitor_budget: Share of the host's time that monitoring may take.
+        reserve_rank: Rank that every layer has reserved for each seed; 0 for grafts that grow.
+        reserve_tap: What seeds with reserved memory read, as given to ``esper.wrap``.
     """
 
     _host: nn.Module
@@ -75,6 +65,8 @@ class MorphableModel(HostNames, Timed):
         *,
         lattice: Lattice | None = None,
         monitor_budget: float = 0.005,
+        reserve_rank: int = 0,
+        reserve_tap: Tap = "input",
     ) -> None:
         super().__init__(wrapped_model)
         self.__dict__["original_model"] = original_model
@@ -84,6 +76,8 @@ class MorphableModel(HostNames, Timed):
             self.lattice.to(parameter.device)
         self.esper = GraftTree(self.kasmina_layers)
         self.monitor_budget = monitor_budget
+        self.reserve_rank = reserve_rank
+        self.reserve_tap = reserve_tap
         self.monitor = Monitor(
             list(self.kasmina_layers.values()), self.lattice, budget=monitor_budget, fixed_ns_per_step=FIXED_NS_PER_STEP
         )
@@ -93,23 +87,28 @@ class MorphableModel(HostNames, Timed):
 
     def _start(self) -> None:
         """What belongs to one process and one copy: called on construction, copying and unpickling."""
-        self._host_call = self.wrapped_model._call_impl
-        # torch.compile asks the instance for its __call__ (a plain call asks the class): it gets the host, so that the
-        # graph is guarded by what the host's own would be.
-        self.__dict__["__call__"] = _calling(self.wrapped_model)
-        self._requested: set[_Fetched] = set()
-        self._fetched: deque[_Fetched] = deque()
+        self._requested = set()
+        self._fetched = deque()
         self._growth_callbacks: dict[int, GrowthCallback] = {}
+        self._variants = Variants(self)
         self._closed = False
         # A copy is not compiled: torch drops the compiled call of a module that is copied or pickled.
         self._compiled = False
+        self._consensus = None
+        self._warned = False
+        self._tether: Tether | None = None
+        self._clock.host, self._clock.on_due = self.wrapped_model, self._on_due
+        self._route()
         clock = self._clock
-        clock.host, clock.host_call, clock.plain = self.wrapped_model, self._host_call, True
-        clock.on_due = self._on_due
         for layer in self.kasmina_layers.values():
             layer._forwards = self._count_forwards
             layer._growth_callbacks.append(self._on_growth)
+            if isinstance(layer.grafts, ReservedGraftSet):
+                layer.grafts.before_write = self._reshard
         self.monitor.on_request = self._touch
+        self._variants.follow()
+        if several_ranks():
+            self.tie_reserved()
         clock.due = 0
 
     # -- calls -------------------------------------------------------------------------------------
@@ -127,16 +126,50 @@ class MorphableModel(HostNames, Timed):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the host in place, as ``nn.Module.compile``."""
         self.wrapped_model.compile(*args, **kwargs)
-        self._host_call = self._clock.host_call = self.wrapped_model.__call__
         self._compiled = True
-        self._clock.plain = False
+        self._route()
+
+    def _route(self) -> None:
+        """Settle where a call goes."""
+        host, tether, clock = self.wrapped_model, self._tether, self._clock
+        call: Callable[..., Any] = host.__call__ if self._compiled else host._call_impl
+        self._host_call = clock.host_call = call if tether is None else _calling(call, tether)
+        clock.plain = not self._compiled and tether is None
+        # torch.compile asks the instance for its __call__ (a plain call asks the class): it gets the host, so that the
+        # graph is guarded by what the host's own would be.
+        self.__dict__["__call__"] = _calling(host, tether)
+
+    def tie_reserved(self) -> None:
+        """Give the outputs an edge to all reserved parameters: DDP waits for the gradient of every parameter it knows.
+
+        A model that is wrapped after ``torch.distributed.init_process_group`` has it already.
+        """
+        if self._tether is not None:
+            self._tether.renew()
+        elif self.reserve_rank:
+            self._tether = Tether(lambda: list(self.esper.parameters()))
+            self._route()
+
+    def _reshard(self) -> None:
+        """FSDP2: have the sharded parameters in place, which are the ones that last."""
+        if is_sharded(self):
+            self.reshard()
 
     def _touch(self) -> None:
         # Something changed by command: the next step has work.
         self._clock.due = 0
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self._tether is not None:
+            self._tether.renew()
+        return self
+
     def _on_due(self, clock: Clock) -> None:
         clock.due = _NEVER
+        if self._consensus is not None:
+            self._fetched.clear()  # they are looked at when all ranks look at theirs
+            clock.due = self._consensus.round(clock.steps)
         while self._fetched:
             self._commit(self._fetched.popleft())
         if self.lattice.needs_step:
@@ -146,7 +179,7 @@ class MorphableModel(HostNames, Timed):
         if self._telemetry:
             clock.due = min(clock.due, self._monitor_due(clock))
         # A fetch that ended while this ran has set `due` before it was overwritten.
-        if self._fetched:
+        if self._fetched and self._consensus is None:
             clock.due = 0
 
     def _follow_lattice(self) -> None:
@@ -167,81 +200,6 @@ class MorphableModel(HostNames, Timed):
         return self.monitor.on_due(clock.steps, eager=eager or clock.steps == 1)
 
     # -- seeds -------------------------------------------------------------------------------------
-
-    async def load_kernel(
-        self, layer_name: str, seed_idx: int, artifact_id: str, *, alpha: float = 0.3, ramp_steps: int = 0
-    ) -> bool:
-        """Fetch a kernel and wake a seed with it, between two forwards of the calling thread.
-
-        Args:
-            layer_name: The layer's dotted name.
-            seed_idx: Which of its seeds.
-            artifact_id: What to load.
-            alpha: Blend factor to reach, clamped to [0, 1].
-            ramp_steps: Training steps over which alpha rises from 0; 0 sets it at once.
-
-        Returns:
-            Whether the seed is awake with the new kernel; if not, :meth:`get_layer_stats` holds the reason under
-            "errors".
-
-        Raises:
-            ValueError: unknown layer, bad seed index, or alpha is NaN.
-            LifecycleError: the seed is fossilized, culled, or already loading.
-        """
-        layer = self.layer(layer_name)
-        try:
-            return await layer.load_kernel(seed_idx, artifact_id, alpha=alpha, ramp_steps=ramp_steps)
-        finally:
-            self._clock.due = 0
-
-    def request_kernel(
-        self, layer_name: str, seed_idx: int, artifact_id: str, *, alpha: float = 0.3, ramp_steps: int = 0
-    ) -> Future[bool]:
-        """Start the work of :meth:`load_kernel` in the background; :attr:`step` commits it when it is ready.
-
-        Returns:
-            A future with the result of :meth:`load_kernel`; it is done after the :attr:`step` that committed. Do not
-            wait for it in the thread that trains.
-
-        Raises:
-            As :meth:`load_kernel`, at once.
-        """
-        if self._closed:
-            raise RuntimeError("the model is closed")
-        layer = self.layer(layer_name)
-        layer.begin_load(seed_idx, alpha)
-        outcome: Future[bool] = Future()
-        fetch = background.submit(layer.kernel_cache.load_kernel(artifact_id))
-        item = _Fetched(layer, seed_idx, artifact_id, alpha, ramp_steps, fetch, outcome)
-        self._requested.add(item)
-
-        def hand_over(_: object) -> None:
-            self._fetched.append(item)
-            self._clock.due = 0
-
-        fetch.add_done_callback(hand_over)
-        return outcome
-
-    def _commit(self, item: _Fetched) -> None:
-        layer, seed_idx = item.layer, item.seed_idx
-        self._requested.discard(item)
-        if self._closed:
-            return  # close() has cancelled it and put its seed back to sleep
-        if not item.outcome.set_running_or_notify_cancel():
-            layer.refuse(seed_idx, f"{item.artifact_id}: the request was cancelled", bad=False)
-            return
-        try:
-            kernel = item.fetch.result(timeout=0)
-            if kernel is None:
-                reason = layer.kernel_cache.last_error(item.artifact_id) or "not to be had"
-                done = layer.refuse(seed_idx, f"{item.artifact_id}: {reason}", bad=False)
-            else:
-                done = layer.commit(seed_idx, kernel, alpha=item.alpha, ramp_steps=item.ramp_steps)
-        except ArtifactError as error:
-            done = layer.refuse(seed_idx, f"{item.artifact_id}: {error}", bad=True)
-        except (Exception, CancelledError) as error:
-            done = layer.refuse(seed_idx, f"{item.artifact_id}: {type(error).__name__}: {error}", bad=False)
-        item.outcome.set_result(done)
 
     async def unload_kernel(self, layer_name: str, seed_idx: int) -> bool:
         """Put a seed to sleep and drop its kernel; False when it was dormant already.
@@ -323,6 +281,7 @@ class MorphableModel(HostNames, Timed):
         self, event: GrowthEvent, layer_name: str, seed_idx: int, parameters: dict[str, nn.Parameter]
     ) -> None:
         self._clock.due = 0
+        self._variants.follow()
         failure: Exception | None = None
         for callback in tuple(self._growth_callbacks.values()):
             try:
@@ -334,10 +293,17 @@ class MorphableModel(HostNames, Timed):
 
     def graft_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of all awake seeds, by the names they have in :meth:`named_parameters`."""
-        return dict(self.esper.named_parameters(prefix=GRAFT_PREFIX))
+        return {
+            f"{GRAFT_PREFIX}.{graft_key(layer_name)}.seed{seed_idx}.{name}": parameter
+            for layer_name, layer in self.kasmina_layers.items()
+            for seed_idx in layer.grafts.bound
+            for name, parameter in layer.grafts.seed_parameters(seed_idx).items()
+        }
 
     def close(self) -> None:
         """End background work for this model: requests under way are cancelled and their seeds go back to sleep."""
+        if self._consensus is not None:
+            self._consensus.close()
         self._closed = True
         self.monitor.close()
         for layer in self.kasmina_layers.values():
@@ -385,6 +351,7 @@ class MorphableModel(HostNames, Timed):
             "active_seeds": self.lattice.get_active_count(),
             "total_kernel_executions": sum(layer.total_kernel_executions for layer in self.kasmina_layers.values()),
             "monitor": self.monitor.stats(),
+            "reserved": self.reserved_stats(),
             "layer_stats": layers,
         }
 
@@ -430,6 +397,9 @@ class MorphableModel(HostNames, Timed):
             "_requested",
             "_fetched",
             "_growth_callbacks",
+            "_variants",
+            "_consensus",
+            "_tether",
             "_compiled_call_impl",
         ):
             state.pop(name, None)
@@ -453,11 +423,18 @@ class MorphableModel(HostNames, Timed):
 call_through_clock(MorphableModel)
 
 
-def _calling(host: nn.Module) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return host(*args, **kwargs)
+def _calling(host: Callable[..., Any], tether: Tether | None) -> Callable[..., Any]:
+    if tether is None:
 
-    return call
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return host(*args, **kwargs)
+
+        return call
+
+    def tied(*args: Any, **kwargs: Any) -> Any:
+        return tether(host(*args, **kwargs))
+
+    return tied
 
 
 def _common_lattice(layers: Mapping[str, KasminaLayer]) -> Lattice:

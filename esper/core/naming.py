@@ -10,15 +10,21 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.lifecycle import AWAKE
 from esper.execution.state_layout import Lattice
 
-__all__ = ["GRAFT_PREFIX", "WRAPPED", "GraftTree", "HostNames", "graft_key"]
+__all__ = ["GRAFT_PREFIX", "WRAPPED", "GraftTree", "HostNames", "graft_key", "is_sharded"]
 
 #: Attribute of a MorphableModel that holds the host.
 WRAPPED = "wrapped_model"
 
 #: First part of the names of all grafts and of the lattice.
 GRAFT_PREFIX = "esper"
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``torch.distributed.fsdp.fully_shard`` was called on the module: it changes the module's class."""
+    return hasattr(type(module), "reshard")
 
 
 def graft_key(layer_name: str) -> str:
@@ -73,6 +79,10 @@ class HostNames(nn.Module):
         Parameters and buffers get their names from here, inside wrappers like DDP too.
         """
         seen = set() if memo is None else memo
+        if is_sharded(self) and self not in seen:
+            # FSDP2 keeps what it knows of its root with the root itself, and looks for it here.
+            seen.add(self)
+            yield prefix, self
         yield from self.wrapped_model.named_modules(seen, prefix, remove_duplicate)
         ours = f"{prefix}.{GRAFT_PREFIX}" if prefix else GRAFT_PREFIX
         yield from self.esper.named_modules(seen, ours, remove_duplicate)
@@ -116,11 +126,29 @@ class HostNames(nn.Module):
             )
         for key in lattice:
             del state_dict[f"{marker}lattice.{key}"]
+        if "lifecycle_states" in lattice and (odd := self._not_bound(lattice["lifecycle_states"])):
+            # With reserved memory the names are the same whatever is awake.
+            error_msgs.append(
+                f"the state_dict is of a network with other awake seeds ({', '.join(odd[:4])}). "
+                "esper.save and esper.load rebuild the grown structure by themselves."
+            )
         try:
             self.lattice.load_state_dict(lattice)
         except (ValueError, KeyError) as error:
             error_msgs.append(f"lattice: {error}")
         self._touch()
+
+    def _not_bound(self, states: Tensor) -> list[str]:
+        """Seeds that are awake in ``states`` and have no kernel here, or the other way round."""
+        awake = [int(state) in AWAKE for state in states.tolist()]
+        per_layer = self.lattice.seeds_per_layer
+        rows = ((name, grafts, index * per_layer) for index, (name, grafts) in enumerate(self.esper.named_children()))
+        return [
+            f"seed {seed_idx} of '{name}'"
+            for name, grafts, first in rows
+            for seed_idx, is_awake in enumerate(awake[first : first + per_layer])
+            if is_awake != (seed_idx in grafts.bound)  # type: ignore[operator]
+        ]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # The root's tables are shared with the host, so the default would convert its own tensors twice.

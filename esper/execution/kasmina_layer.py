@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.contracts.errors import ArtifactError, ShapeMismatchError
-from esper.execution.grafts import GraftSet
+from esper.execution.grafts import GraftSet, Reservation, ReservedGraftSet
 from esper.execution.host_binding import HostBinding
 from esper.execution.hosts import HostSpec, describe_host
 from esper.execution.kernel_cache import KernelCache
@@ -90,6 +90,7 @@ class KasminaLayer(nn.Module):
         state_layout: KasminaStateLayout | None = None,
         register_host: bool = True,
         fast_path: tuple[nn.Module, ...] = (),
+        reservation: Reservation | None = None,
     ) -> Self:
         """Build a layer around an existing module.
 
@@ -104,6 +105,7 @@ class KasminaLayer(nn.Module):
             register_host: Whether the host is a submodule of the layer (its parameters are then the layer's too).
                 ``wrap`` says no: there the host keeps its place in the network.
             fast_path: Modules whose fused inference path would pass the host by.
+            reservation: Memory to set aside for the seeds; None lets it grow as they wake.
 
         Raises:
             NotImplementedError: the host's type is not supported; the message names it.
@@ -115,7 +117,7 @@ class KasminaLayer(nn.Module):
         else:
             layer.__dict__["default_transform"] = host
         cache = kernel_cache if kernel_cache is not None else KernelCache(cache_size_mb)
-        layer._setup(num_seeds, layer_name, telemetry_enabled, cache, state_layout, fast_path)
+        layer._setup(num_seeds, layer_name, telemetry_enabled, cache, state_layout, fast_path, reservation)
         return layer
 
     def _setup(
@@ -126,6 +128,7 @@ class KasminaLayer(nn.Module):
         kernel_cache: KernelCache,
         state_layout: KasminaStateLayout | None,
         fast_path: tuple[nn.Module, ...],
+        reservation: Reservation | None = None,
     ) -> None:
         if num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {num_seeds}")
@@ -137,7 +140,11 @@ class KasminaLayer(nn.Module):
         if state_layout is None:
             state_layout = KasminaStateLayout(num_seeds, device=_device_of(host))
         self.state_layout = state_layout
-        self.grafts = GraftSet(describe_host(host), state_layout)
+        spec = describe_host(host)
+        if reservation is None:
+            self.grafts = GraftSet(spec, state_layout)
+        else:
+            self.grafts = ReservedGraftSet(spec, state_layout, reservation, _device_of(host))
         # nn.Module's attribute look-up for submodules is slow; the call path reads this one.
         self.__dict__["_grafts"] = self.grafts
         self._binding = HostBinding(host, fast_path)
@@ -148,6 +155,9 @@ class KasminaLayer(nn.Module):
         self._failures: dict[int, str] = {}
         self._growth_callbacks: list[GrowthCallback] = []
         self._forwards: Callable[[], int] | None = None
+        self._held = False
+        #: Takes measured microseconds in place of the layer's state.
+        self.latency_sink: Callable[[int], None] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the host, with its grafts if any are awake; arguments and result are the host's."""
@@ -193,7 +203,8 @@ class KasminaLayer(nn.Module):
         return result
 
     def _blend(self, x: Tensor, h: Tensor) -> Tensor:
-        if not _tracing():  # a counter that changes would recompile the graph
+        # A counter that changes would recompile the graph. A layer that is only held runs nothing.
+        if not _tracing() and self._grafts._kernels:
             counters = self._counters
             counters.executions += 1
             if not counters.executions % LATENCY_PERIOD:
@@ -223,6 +234,9 @@ class KasminaLayer(nn.Module):
             self._record_latency(int(start.elapsed_time(end) * 1000))
 
     def _record_latency(self, microseconds: int) -> None:
+        if self.latency_sink is not None:
+            self.latency_sink(microseconds)
+            return
         # All awake seeds of a layer run together, so they share one measurement.
         for seed_idx in self.grafts.bound:
             self.state_layout.update_telemetry(seed_idx, microseconds, math.nan)
@@ -259,8 +273,17 @@ class KasminaLayer(nn.Module):
         self._observer = None
         self._refresh()
 
+    def hold_path(self, held: bool) -> None:
+        """Keep the grafts on the path although no seed of this layer is awake, or no longer.
+
+        In a model with reserved memory all layers go together: so it has two forwards, asleep and awake, and not one
+        for each set of layers.
+        """
+        self._held = held
+        self._refresh()
+
     def _awake_method(self) -> str | None:
-        if not self.grafts.bound:
+        if not self._held and not self.grafts.bound:
             return None
         return "_awake_attention" if isinstance(self.default_transform, nn.MultiheadAttention) else "_awake_forward"
 
@@ -480,6 +503,7 @@ class KasminaLayer(nn.Module):
         state["_cuda_timing"] = None
         state["_growth_callbacks"] = []
         state["_forwards"] = None
+        state["latency_sink"] = None
         return state
 
 

@@ -235,9 +235,9 @@ class Lattice:
             self._reconcile()
             self._recount()
 
-    def expect_step(self) -> None:
-        """Say that flags or samples were written directly: the cheap part of :meth:`notify`."""
-        self._pending = True
+    def expect_step(self, wanted: bool = True) -> None:
+        """Say that flags or samples were written directly, the cheap part of :meth:`notify`; or that none are left."""
+        self._pending = wanted
 
     @property
     def needs_step(self) -> bool:

@@ -101,7 +101,7 @@ class TestWrapFunction:
         [
             ({"seeds_per_layer": 0}, "seeds_per_layer must be at least 1, got 0"),
             ({"monitor_budget": 2.0}, "monitor_budget is a share"),
-            ({"reserve_rank": 8}, "reserve_rank=8"),
+            ({"reserve_rank": -8}, "reserve_rank"),
             ({"bus": object()}, "bus="),
         ],
     )

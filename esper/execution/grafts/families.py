@@ -16,7 +16,7 @@ from torch import Tensor
 from esper.blueprints import interpret
 from esper.execution.grafts.seed import BoundSeed
 
-__all__ = ["contributions", "sample_tap"]
+__all__ = ["contributions", "linear_along", "sample_strided", "sample_tap"]
 
 #: Roles whose products a group of seeds shares, by family.
 _SHARED: Mapping[str, tuple[str, ...]] = {
@@ -61,8 +61,12 @@ def contributions(
 
 def sample_tap(seed: BoundSeed, x: Tensor, h: Tensor) -> Tensor:
     """What the seed reads: x or h, every ``strided``-th pixel of it."""
-    tap = x if seed.reads_input else h
-    sh, sw = seed.strided
+    return sample_strided(x if seed.reads_input else h, seed.strided)
+
+
+def sample_strided(tap: Tensor, stride: tuple[int, int]) -> Tensor:
+    """Every ``stride``-th pixel; the tensor itself for (1, 1)."""
+    sh, sw = stride
     return tap if (sh, sw) == (1, 1) else tap[..., ::sh, ::sw]
 
 
@@ -81,7 +85,9 @@ def _together(
             z = interpret.activate(seed.family.activation, z)
         if len(inner) == 2:
             z = z * inner[1][i]
-        results.append(_linear(z, weights[seed.family.tensor("up")], None, dim) if "up" in seed.family.roles else z)
+        results.append(
+            linear_along(z, weights[seed.family.tensor("up")], None, dim) if "up" in seed.family.roles else z
+        )
     return results
 
 
@@ -93,12 +99,12 @@ def _wide(
     biased = role in seeds[0].family.biases
     biases = [t[s.family.tensor(role, "bias")] for s, t in zip(seeds, tensors, strict=True)] if biased else []
     if len(seeds) == 1:
-        return [_linear(tap, weights[0], biases[0] if biased else None, dim)]
-    wide = _linear(tap, torch.cat(weights), torch.cat(biases) if biased else None, dim)
+        return [linear_along(tap, weights[0], biases[0] if biased else None, dim)]
+    wide = linear_along(tap, torch.cat(weights), torch.cat(biases) if biased else None, dim)
     return torch.split(wide, [w.shape[0] for w in weights], dim)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+def linear_along(x: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> Tensor:
     """A linear map along ``dim``; on images a 1x1 convolution, which needs no permuted copy."""
     spatial = x.dim() - 1 - dim
     if spatial == 0:

@@ -103,16 +103,8 @@ class GraftSet(nn.Module):
                 activation that has seen no input yet any kernel is taken; one that turns out not to fit is put in
                 :attr:`misfits` with the reason at the first forward, and its fault flag is raised.
         """
-        if not isinstance(seed_idx, int) or not 0 <= seed_idx < self.state_layout.num_seeds:
-            raise ValueError(f"Invalid seed index {seed_idx!r}: this layer has {self.state_layout.num_seeds} seeds")
-        if self.spec.is_resolved:
-            bind_seed(seed_idx, kernel, self.spec, self.state_layout.num_seeds)
-        tensors = kernel.tensors
-        if dtype is None:
-            dtype = self._like.dtype
-        weights = SeedWeights(tensors, dtype, self.state_layout.alpha_blend.device if device is None else device)
-        weights.train(self.training)
-        setattr(self, f"seed{seed_idx}", weights)
+        self._check(seed_idx, kernel)
+        self._hold(seed_idx, kernel, dtype, device)
         self._kernels[seed_idx] = kernel
         self.misfits.pop(seed_idx, None)
         self._changed()
@@ -120,10 +112,33 @@ class GraftSet(nn.Module):
     def unbind(self, seed_idx: int) -> None:
         """Drop a seed's kernel and parameters; one that is not bound is left as it is."""
         if seed_idx in self._kernels:
-            delattr(self, f"seed{seed_idx}")
+            self._drop(seed_idx)
             del self._kernels[seed_idx]
             self.misfits.pop(seed_idx, None)
             self._changed()
+
+    def _check(self, seed_idx: int, kernel: LoadedKernel) -> None:
+        """Raise what :meth:`bind` raises."""
+        if not isinstance(seed_idx, int) or not 0 <= seed_idx < self.state_layout.num_seeds:
+            raise ValueError(f"Invalid seed index {seed_idx!r}: this layer has {self.state_layout.num_seeds} seeds")
+        if self.spec.is_resolved:
+            bind_seed(seed_idx, kernel, self.spec, self.state_layout.num_seeds)
+
+    def _hold(
+        self, seed_idx: int, kernel: LoadedKernel, dtype: torch.dtype | None, device: torch.device | None
+    ) -> None:
+        """Make the seed's parameters."""
+        weights = SeedWeights(
+            kernel.tensors,
+            self._like.dtype if dtype is None else dtype,
+            self.state_layout.alpha_blend.device if device is None else device,
+        )
+        weights.train(self.training)
+        setattr(self, f"seed{seed_idx}", weights)
+
+    def _drop(self, seed_idx: int) -> None:
+        """Take the seed's parameters away."""
+        delattr(self, f"seed{seed_idx}")
 
     def kernel(self, seed_idx: int) -> LoadedKernel:
         """What the seed was bound with; its tensors are those of the artifact, not the trained ones."""
@@ -137,6 +152,10 @@ class GraftSet(nn.Module):
         if seed_idx not in self._kernels:
             return {}
         return dict(self._weights(seed_idx).named_parameters())
+
+    def seed_tensors(self, seed_idx: int) -> dict[str, Tensor]:
+        """The seed's trained weights by the blueprint's names, as large as its blueprint says; empty if not bound."""
+        return self._weights(seed_idx).tensors() if seed_idx in self._kernels else {}
 
     def _weights(self, seed_idx: int) -> SeedWeights:
         weights = self._modules[f"seed{seed_idx}"]

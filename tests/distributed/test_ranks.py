@@ -1,0 +1,115 @@
+"""Two processes train one network: everything that seeds do, they do on both at the same step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import scenarios
+from tests.distributed.ranks import Ranks
+
+
+def same(results: list[dict[str, Any]], *keys: str) -> None:
+    for key in keys:
+        assert results[0][key] == results[1][key], key
+
+
+DDP_OPTIONS = {
+    "plain": {},
+    "bucket views": {"gradient_as_bucket_view": True},
+    "static": {"static_graph": True},
+    "small buckets": {"bucket_cap_mb": 0.0001},
+}
+
+
+@pytest.mark.parametrize("options", DDP_OPTIONS.values(), ids=DDP_OPTIONS)
+def test_asleep_it_trains_as_the_bare_network_under_ddp(options: dict[str, Any], ranks: Ranks) -> None:
+    for result in ranks.run(scenarios.sleeps, options, None):
+        assert result["ours"] == result["bare"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "compiled"),
+    [
+        ("ddp", {}, None),
+        ("ddp", {"gradient_as_bucket_view": True}, None),
+        ("ddp", {"static_graph": True}, None),
+        ("ddp", {}, "aot_eager"),
+        ("fsdp", {}, None),
+        ("fsdp", {"reshard_after_forward": True}, None),
+    ],
+    ids=["ddp", "ddp-views", "ddp-static", "ddp-compiled", "fsdp", "fsdp-resharded"],
+)
+def test_seeds_wake_together_whatever_the_fetch_takes(
+    kind: str, options: dict[str, Any], compiled: str | None, ranks: Ranks
+) -> None:
+    fast, slow = ranks.run(scenarios.wakes_together, kind, options, compiled)
+    assert fast["done"] == slow["done"] == [True, True]
+    assert fast["grown"] == slow["grown"]
+    assert fast["end"] == slow["end"]
+    states = fast["end"]["states"]
+    # Requests after three steps; rank 0 has its artifacts long before rank 1, and waits.
+    awake = states.index("GRAFTING")
+    assert states[3] == "LOADING"
+    assert fast["own"] <= slow["own"] <= awake + 1
+    assert "ACTIVE" in states
+    assert states[-1] == "CULLED"
+    assert all(norm > 0 for norm in fast["awake"])
+    if kind == "fsdp":
+        reference, _ = ranks.run(scenarios.wakes_together, "ddp", {}, None)
+        if reference["end"]["states"] == states:  # else seeds have trained for another number of steps
+            for name, weights in reference["weights"].items():
+                # AdamW at 0.01 over some fifty steps; gradients averaged in another order.
+                torch.testing.assert_close(
+                    torch.tensor(fast["weights"][name]), torch.tensor(weights), rtol=1e-3, atol=1e-4
+                )
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["missing", "bad"])
+def test_what_one_rank_cannot_have_none_gets(bad: bool, ranks: Ranks) -> None:
+    results = ranks.run(scenarios.one_rank_fails, bad)
+    same(results, "parameters", "crc", "states", "plans", "done", "error")
+    assert results[0]["done"] is False
+    assert results[0]["states"][-1] == ("ERROR_RECOVERY" if bad else "DORMANT")
+    assert "rank 1: " in results[0]["error"]
+    assert ("hash is wrong" if bad else "gone") in results[0]["error"]
+
+
+def test_a_fault_on_one_rank_counts_on_all(ranks: Ranks) -> None:
+    results = ranks.run(scenarios.one_rank_overflows)
+    same(results, "parameters", "crc", "states", "plans", "faults")
+    assert results[0]["states"][-1] == "ERROR_RECOVERY"
+    # One more each step, from the step after the first.
+    assert results[0]["faults"][:3] == [0, 1, 2]
+
+
+def test_ranks_that_ask_for_different_kernels_get_none(ranks: Ranks) -> None:
+    results = ranks.run(scenarios.different_programs)
+    same(results, "parameters", "crc", "states", "done")
+    assert results[0]["done"] is False
+    assert all("different kernels" in result["error"] for result in results)
+
+
+def test_a_request_that_one_rank_cancels_is_refused_on_all(ranks: Ranks) -> None:
+    results = ranks.run(scenarios.cancelled_on_one_rank)
+    same(results, "parameters", "crc", "states", "error")
+    assert "rank 0: the request was cancelled" in results[0]["error"]
+    assert results[0]["states"][-1] == "DORMANT"
+
+
+def test_samples_and_latencies_reach_all_lattices_alike(ranks: Ranks) -> None:
+    results = ranks.run(scenarios.watched)
+    same(results, "crc", "states", "health", "done")
+    assert results[0]["done"] is True
+    assert all(result["samples"] > 0 for result in results)
+
+
+def test_what_several_ranks_may_not_do(ranks: Ranks) -> None:
+    for told in ranks.run(scenarios.refusals):
+        assert len(told) == 4, told
+        for text, words in zip(
+            told, ["attach(model) was not called", "request_kernel", "attach needs a model", "period"], strict=True
+        ):
+            assert words in text
