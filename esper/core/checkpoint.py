@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from esper.blueprints.families import match
 from esper.blueprints.ir import from_json
 from esper.blueprints.validation import validate
+from esper.contracts.bus import Bus
 from esper.contracts.errors import EsperError
 from esper.contracts.manifest import Manifest
 from esper.contracts.registry import RegistryClient
@@ -43,6 +44,7 @@ from esper.execution.grafts.reservation import Tap
 from esper.execution.kernel_executor import LoadedKernel
 from esper.execution.lattice import Lattice
 from esper.execution.lifecycle import AWAKE, SeedLifecycleState
+from esper.execution.telemetry.options import TelemetryOptions
 
 __all__ = ["FORMAT_VERSION", "CheckpointError", "load", "save"]
 
@@ -95,6 +97,8 @@ def load(
     registry: RegistryClient | str | None = None,
     cache_size_mb: int = 128,
     preserve_original: bool = False,
+    bus: Bus | str | None = None,
+    telemetry: TelemetryOptions | None = None,
     reserve_rank: int | None = None,
 ) -> MorphableModel:
     """Rebuild a grown network from a file and a fresh host; no registry is asked.
@@ -106,6 +110,8 @@ def load(
         registry: Where kernels that are woken from now on come from; as in ``esper.wrap``.
         cache_size_mb: As in ``esper.wrap``.
         preserve_original: As in ``esper.wrap``; False puts the result into ``host`` itself.
+        bus: Where the model publishes its telemetry; as in ``esper.wrap``.
+        telemetry: How it publishes; as in ``esper.wrap``.
         reserve_rank: As in ``esper.wrap``; None is what the saved network had. The file holds no reserved memory, only
             what seeds occupied of it, so another rank will do if every seed fits.
 
@@ -132,7 +138,9 @@ def load(
         registry=registry,
         reserve_rank=record.reserve_rank if reserve_rank is None else reserve_rank,
         reserve_tap=_tap(source, record.reserve_tap),
+        bus=bus,
         monitor_budget=record.monitor_budget,
+        telemetry=telemetry,
     )
     try:
         for seed in record.seeds:

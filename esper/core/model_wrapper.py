@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Iterable
 
 from torch import nn
 
+from esper.contracts.bus import Bus
 from esper.contracts.registry import RegistryClient
 from esper.core.morphable import MorphableModel
 from esper.execution.grafts.reservation import Reservation, Tap
@@ -16,11 +18,17 @@ from esper.execution.hosts import SUPPORTED_HOSTS, describe_host
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.state_layout import Lattice
+from esper.execution.telemetry.options import TelemetryOptions
 
-__all__ = ["ROOT_NAME", "MorphableModel", "find_targets", "unwrap", "wrap"]
+__all__ = ["ROOT_NAME", "MorphableModel", "find_bus", "find_targets", "unwrap", "wrap"]
 
 #: Layer name of a model that is itself a target (its dotted name would be empty).
 ROOT_NAME = "root"
+
+#: What the sender waits for an answer at most. It retries by itself, and spools meanwhile.
+BUS_TIMEOUT_S = 2.0
+#: How long a bus that is asked for may take to be there at the start.
+BUS_PATIENCE_S = 10.0
 
 DEFAULT_TARGETS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 
@@ -34,10 +42,11 @@ def wrap(
     preserve_original: bool = True,
     *,
     registry: RegistryClient | str | None = None,
-    bus: object | None = None,
+    bus: Bus | str | None = None,
     reserve_rank: int = 0,
     reserve_tap: Tap = "input",
     monitor_budget: float = 0.005,
+    telemetry: TelemetryOptions | None = None,
 ) -> MorphableModel:
     """Give every target layer of a model a few dormant seeds.
 
@@ -48,25 +57,28 @@ def wrap(
         target_layers: Module types, dotted names of single layers, or both; None means Linear and Conv2d.
         seeds_per_layer: Seeds of each layer.
         cache_size_mb: Memory for fetched kernels, in MiB, for the whole model.
-        telemetry_enabled: Whether the activations are monitored.
+        telemetry_enabled: Whether the activations are monitored; without, ``REDIS_URL`` is not looked at either.
         preserve_original: True wraps a copy and keeps a reference to ``model``; False wraps ``model`` itself and
             copies no weight.
         registry: Where kernels come from: a client, a ``file://`` URL or a path. None means ``ESPER_REGISTRY``, else
             the user's own registry folder.
-        bus: Reserved for the message bus; only None is accepted in this version.
+        bus: Where the model publishes its telemetry: a client, or a URL (``redis://``, ``rediss://``, ``memory://``).
+            None means ``REDIS_URL``; where that is not set either, nothing is published and no thread is started.
         reserve_rank: R > 0 sets memory aside for every seed from the start, for low-rank kernels of rank up to R:
             parameters, shapes and addresses then never change, which is what DDP, FSDP2, ``torch.compile`` and CUDA
             graphs want (docs/reserved.md). 0 lets the memory grow as seeds wake.
         reserve_tap: What kernels in reserved memory read: their layer's "input" or its "output".
         monitor_budget: Share of the host's time that monitoring may take (0.005 = 0.5 %).
+        telemetry: How it publishes; None for the defaults.
 
     Raises:
         ValueError: an unknown layer name, a layer that its parent never calls, an argument out of range, or memory to
             be reserved for a layer that has no size of its own (an activation).
         NotImplementedError: a target type that Esper does not support; the message names it.
-        TypeError: ``model`` is not a module, or is wrapped already.
+        TypeError: ``model`` is not a module, or is wrapped already; or ``bus`` is neither a client nor a URL.
+        BusError: nothing answers at the bus's URL, or it refuses; the message says what to check.
     """
-    _check_arguments(model, seeds_per_layer, bus, reserve_rank, reserve_tap, monitor_budget)
+    _check_arguments(model, seeds_per_layer, reserve_rank, reserve_tap, monitor_budget)
     body = copy.deepcopy(model) if preserve_original else model
     targets = find_targets(body, target_layers)
     if not targets:
@@ -77,6 +89,7 @@ def wrap(
         for name, host in targets.items()
         if reserve_rank
     }
+    client = find_bus(bus, telemetry_enabled)
     cache = KernelCache(cache_size_mb, registry=registry)
     lattice = Lattice(len(targets), seeds_per_layer)
     layers = {
@@ -93,7 +106,7 @@ def wrap(
         )
         for index, (name, host) in enumerate(targets.items())
     }
-    return MorphableModel(
+    wrapped = MorphableModel(
         body,
         layers,
         model if preserve_original else None,
@@ -102,6 +115,29 @@ def wrap(
         reserve_rank=reserve_rank,
         reserve_tap=reserve_tap,
     )
+    if client is not None:
+        wrapped.publish_to(client, telemetry, owns_bus=client is not bus)
+    return wrapped
+
+
+def find_bus(bus: Bus | str | None, telemetry_enabled: bool = True) -> Bus | None:
+    """The bus that :func:`wrap` publishes to: met once if it is given as a URL or by ``REDIS_URL``; or None.
+
+    Raises:
+        TypeError: neither a client nor a URL.
+        BusError: nothing answers there, or it refuses.
+    """
+    if bus is None and not (telemetry_enabled and os.environ.get("REDIS_URL", "").strip()):
+        return None
+    if bus is None or isinstance(bus, str):
+        # Loads the client's package only where one is wanted.
+        from esper.oona import BusSettings, OonaClient
+
+        settings = BusSettings(timeout_s=BUS_TIMEOUT_S, patience_s=0.0, start_patience_s=BUS_PATIENCE_S)
+        return OonaClient(bus, settings=settings)
+    if not isinstance(bus, Bus):
+        raise TypeError(f"bus takes a client or a URL, got {type(bus).__name__}")
+    return bus
 
 
 def unwrap(model: MorphableModel) -> nn.Module:
@@ -154,7 +190,7 @@ def _bypassed(model: nn.Module) -> set[int]:
 
 
 def _check_arguments(
-    model: nn.Module, seeds_per_layer: int, bus: object, reserve_rank: int, reserve_tap: str, budget: float
+    model: nn.Module, seeds_per_layer: int, reserve_rank: int, reserve_tap: str, budget: float
 ) -> None:
     if isinstance(model, MorphableModel):
         raise TypeError("the model is wrapped already; esper.unwrap(model) gives back what was wrapped")
@@ -164,8 +200,6 @@ def _check_arguments(
         raise ValueError(f"seeds_per_layer must be at least 1, got {seeds_per_layer}")
     if not 0 <= budget <= 1:
         raise ValueError(f"monitor_budget is a share of the host's time, between 0 and 1, got {budget}")
-    if bus is not None:
-        raise ValueError("bus= is not available in this version: pass None")
     if not isinstance(reserve_rank, int) or isinstance(reserve_rank, bool) or reserve_rank < 0:
         raise ValueError(f"reserve_rank is a whole number of at least 0, got {reserve_rank!r}")
     if reserve_tap not in ("input", "output"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from esper.core.clock import Clock, Timed, call_through_clock, make_clock
 from esper.core.consensus import several_ranks
 from esper.core.naming import GRAFT_PREFIX, GraftTree, HostNames, graft_key, is_sharded
+from esper.core.published import Published
 from esper.core.requests import KernelRequests
 from esper.core.tether import Tether
 from esper.core.variants import TwoForwards, Variants
@@ -36,7 +37,7 @@ FIXED_NS_PER_STEP = 100.0
 _NEVER = 1 << 62
 
 
-class MorphableModel(KernelRequests, TwoForwards, HostNames, Timed):
+class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
     """A network whose layers have seeds. Built by ``esper.wrap``.
 
     It is called, trained, moved, saved and inspected as the network it wraps: parameters and ``state_dict`` entries
@@ -92,6 +93,8 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Timed):
         self._growth_callbacks: dict[int, GrowthCallback] = {}
         self._variants = Variants(self)
         self._closed = False
+        # A copy is another network, which publishes nothing until it is told to.
+        self._publisher = None
         # A copy is not compiled: torch drops the compiled call of a module that is copied or pickled.
         self._compiled = False
         self._consensus = None
@@ -103,6 +106,7 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Timed):
         for layer in self.kasmina_layers.values():
             layer._forwards = self._count_forwards
             layer._growth_callbacks.append(self._on_growth)
+            layer._on_lifecycle = self._on_lifecycle
             if isinstance(layer.grafts, ReservedGraftSet):
                 layer.grafts.before_write = self._reshard
         self.monitor.on_request = self._touch
@@ -178,8 +182,11 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Timed):
             self._follow_lattice()
         if self._telemetry:
             clock.due = min(clock.due, self._monitor_due(clock))
-        # A fetch that ended while this ran has set `due` before it was overwritten.
-        if self._fetched and self._consensus is None:
+        publisher = self._publisher
+        if publisher is not None:
+            clock.due = min(clock.due, publisher.on_due(clock.steps, self, windows=self._telemetry))
+        # A fetch that ended while this ran, or a command that came, has set `due` before it was overwritten.
+        if (self._fetched and self._consensus is None) or (publisher is not None and publisher.wanted_now):
             clock.due = 0
 
     def _follow_lattice(self) -> None:
@@ -300,8 +307,13 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Timed):
             for name, parameter in layer.grafts.seed_parameters(seed_idx).items()
         }
 
-    def close(self) -> None:
-        """End background work for this model: requests under way are cancelled and their seeds go back to sleep."""
+    def close(self, timeout_s: float = 10.0) -> None:
+        """End background work for this model: requests under way are cancelled and their seeds go back to sleep.
+
+        Args:
+            timeout_s: How long to wait at most for telemetry that is still to be sent; what is not sent by then is
+                kept for the next run.
+        """
         if self._consensus is not None:
             self._consensus.close()
         self._closed = True
@@ -314,6 +326,8 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Timed):
         for item in self._requested:
             item.outcome.cancel()
         self._requested.clear()
+        if self._publisher is not None:
+            self._publisher.close(timeout_s)
 
     # -- statistics --------------------------------------------------------------------------------
 
@@ -400,6 +414,7 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Timed):
             "_variants",
             "_consensus",
             "_tether",
+            "_publisher",
             "_compiled_call_impl",
         ):
             state.pop(name, None)

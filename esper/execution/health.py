@@ -18,7 +18,7 @@ from esper.ops.stats import HealthField, seed_health
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["DEAD_EPS", "LayerHealth", "LayoutFields", "health_signals", "layer_health"]
+__all__ = ["DEAD_EPS", "ClosedWindow", "LayerHealth", "LayoutFields", "health_signals", "layer_health"]
 
 #: A feature whose largest magnitude in the window is no larger than this is dead.
 DEAD_EPS = 1e-6
@@ -45,6 +45,19 @@ class LayoutFields(Protocol):
     @property
     def exec_latency_us(self) -> Tensor:
         """int32, microseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedWindow:
+    """What was derived from a full window of one layer.
+
+    Attributes:
+        samples: Probes in it.
+        table: float64 ``[7, seeds]`` as ``seed_health`` gives it, never written again; on the layer's device.
+    """
+
+    samples: int
+    table: Tensor
 
 
 @dataclass(frozen=True, slots=True)

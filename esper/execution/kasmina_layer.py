@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.contracts.errors import ArtifactError, ShapeMismatchError
+from esper.contracts.telemetry import EventKind
 from esper.execution.grafts import GraftSet, Reservation, ReservedGraftSet
 from esper.execution.host_binding import HostBinding
 from esper.execution.hosts import HostSpec, describe_host
@@ -23,6 +24,8 @@ __all__ = ["GrowthEvent", "KasminaLayer"]
 
 GrowthEvent = Literal["bound", "unbound"]
 GrowthCallback = Callable[[GrowthEvent, str, int, dict[str, nn.Parameter]], None]
+#: Told what happened to a seed: kind, layer, seed, artifact id, reason. Must not raise.
+LifecycleCallback = Callable[[EventKind, str, int, str | None, str | None], None]
 Observer = Callable[[Tensor], None]
 
 #: One graft execution in this many is timed.
@@ -154,6 +157,7 @@ class KasminaLayer(nn.Module):
         self._artifacts: dict[int, str] = {}
         self._failures: dict[int, str] = {}
         self._growth_callbacks: list[GrowthCallback] = []
+        self._on_lifecycle: LifecycleCallback | None = None
         self._forwards: Callable[[], int] | None = None
         self._held = False
         #: Takes measured microseconds in place of the layer's state.
@@ -377,6 +381,7 @@ class KasminaLayer(nn.Module):
             )
         if seed_idx not in self.grafts.bound:
             self.state_layout.transition_seed_state(seed_idx, _State.LOADING)
+            self._tell(EventKind.SEED_LOADING, seed_idx)
 
     def commit(self, seed_idx: int, kernel: LoadedKernel, *, alpha: float, ramp_steps: int = 0) -> bool:
         """Wake a seed with a kernel that is here; False, and ERROR_RECOVERY, when it does not fit."""
@@ -404,7 +409,9 @@ class KasminaLayer(nn.Module):
             # Whoever was to train the new parameters may not have them: better no seed than one that never learns.
             self.release(seed_idx, _State.DORMANT)
             self._failures[seed_idx] = f"{kernel.artifact_id}: {failure}"
+            self._tell(EventKind.SEED_REFUSED, seed_idx, kernel.artifact_id, failure)
             return False
+        self._tell(EventKind.SEED_WOKEN, seed_idx, kernel.artifact_id)
         return True
 
     def refuse(self, seed_idx: int, reason: str, *, bad: bool) -> bool:
@@ -418,19 +425,24 @@ class KasminaLayer(nn.Module):
         elif layout.state_of(seed_idx) is _State.LOADING:
             layout.transition_seed_state(seed_idx, _State.DORMANT)
         self._refresh()
+        self._tell(EventKind.SEED_REFUSED, seed_idx, None, reason)
         return False
 
     def release(self, seed_idx: int, state: SeedLifecycleState) -> None:
         """Move a seed to a sleeping state and drop its kernel; an illegal move raises and changes nothing."""
         self.check_seed(seed_idx)
         self.state_layout.transition_seed_state(seed_idx, state)
+        artifact = self._artifacts.get(seed_idx)
         self._drop_graft(seed_idx)
         self._refresh()
+        kind = EventKind.SEED_CULLED if state is _State.CULLED else EventKind.SEED_UNLOADED
+        self._tell(kind, seed_idx, artifact)
 
     def fossilize(self, seed_idx: int) -> None:
         """Keep a seed for good: it stays awake at its alpha and is never unloaded."""
         self.check_seed(seed_idx)
         self.state_layout.transition_seed_state(seed_idx, _State.FOSSILIZED)
+        self._tell(EventKind.SEED_FOSSILIZED, seed_idx, self._artifacts.get(seed_idx))
 
     def on_fault_limit(self, seed_idx: int) -> None:
         """The lattice moved a seed to ERROR_RECOVERY: take its kernel off the path."""
@@ -439,6 +451,15 @@ class KasminaLayer(nn.Module):
         self._failures[seed_idx] = f"{artifact}: {why}"
         self._drop_graft(seed_idx)
         self._refresh()
+        self._tell(EventKind.SEED_FAULT, seed_idx, artifact, why)
+
+    def failure_of(self, seed_idx: int) -> str | None:
+        """Why the seed's last load or kernel failed; None when none did. Reads no device memory."""
+        return self._failures.get(seed_idx)
+
+    def _tell(self, kind: EventKind, seed_idx: int, artifact_id: str | None = None, reason: str | None = None) -> None:
+        if self._on_lifecycle is not None:
+            self._on_lifecycle(kind, self.layer_name, seed_idx, artifact_id, reason)
 
     def adopt_state(self, state_layout: KasminaStateLayout) -> None:
         """Keep the seeds' state in other rows from now on; they must hold what the present ones hold."""
@@ -502,6 +523,7 @@ class KasminaLayer(nn.Module):
         state["_observer"] = None
         state["_cuda_timing"] = None
         state["_growth_callbacks"] = []
+        state["_on_lifecycle"] = None
         state["_forwards"] = None
         state["latency_sink"] = None
         return state

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from esper.execution.health import DEAD_EPS, LayerHealth, layer_health
+from esper.execution.health import DEAD_EPS, ClosedWindow, LayerHealth, layer_health
 from esper.execution.pacing import NEVER, GraphPacer, ProbePacer
 from esper.ops.stats import CHUNK_FIELDS, FEATURE_FIELDS, HealthField, observe, seed_health
 
@@ -103,10 +103,11 @@ class Monitor:
         #: Called when somebody asked for samples, so that the caller comes back soon.
         self.on_request: Callable[[], None] | None = None
         self._clock = clock
-        self._probes = [_Probe(self, layer) for layer in layers]
+        self._probes = [_Probe(self, layer, index) for index, layer in enumerate(layers)]
         self._by_name = {probe.layer.layer_name: probe for probe in self._probes}
         if len(self._by_name) != len(self._probes):
             raise ValueError("Monitor: two layers have the same name")
+        self._closed_windows: dict[int, ClosedWindow] = {}
         self._turn = 0
         self._armed: _Probe | None = None
         self._requested = False
@@ -218,6 +219,14 @@ class Monitor:
             raise ValueError(f"Layer '{layer_name}' not found")
         return probe.health()
 
+    def take_closed(self) -> dict[int, ClosedWindow]:
+        """The last full window of each layer that closed one since the last call, by number of the layer.
+
+        Waits for nothing; for the training thread.
+        """
+        closed, self._closed_windows = self._closed_windows, {}
+        return closed
+
     def stats(self) -> dict[str, Any]:
         """What watching cost so far.
 
@@ -254,6 +263,7 @@ class Monitor:
         state["_armed"] = None
         state["_requested"] = False
         state["on_request"] = None
+        state["_closed_windows"] = {}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -273,6 +283,7 @@ class _Probe:
     __slots__ = (
         "chunks",
         "features",
+        "index",
         "last_chunks",
         "last_features",
         "last_samples",
@@ -284,9 +295,10 @@ class _Probe:
         "waiting",
     )
 
-    def __init__(self, monitor: Monitor, layer: ProbeTarget) -> None:
+    def __init__(self, monitor: Monitor, layer: ProbeTarget, index: int) -> None:
         self.monitor = monitor
         self.layer = layer
+        self.index = index
         self.features: Tensor | None = None
         self.chunks: Tensor | None = None
         self.last_features: Tensor | None = None
@@ -380,8 +392,9 @@ class _Probe:
 
         In place: a graph that was compiled or captured goes on writing to the same addresses.
         """
-        score = seed_health(features, chunks, self.monitor.eps)[HealthField.SCORE]
-        self.layer.state_layout.submit_health(score)
+        table = seed_health(features, chunks, self.monitor.eps)
+        self.layer.state_layout.submit_health(table[HealthField.SCORE])
+        self.monitor._closed_windows[self.index] = ClosedWindow(self.samples, table)
         if self.last_features is not None and self.last_chunks is not None:
             self.last_features.copy_(features)
             self.last_chunks.copy_(chunks)

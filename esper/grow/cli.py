@@ -93,21 +93,28 @@ def _run(args: argparse.Namespace) -> int:
 def _train(task: Any, args: argparse.Namespace, device: Any, out: Path, registry: str) -> int:
     from esper.contracts.errors import EsperError
     from esper.contracts.registry import RegistryUnavailableError
+    from esper.core.model_wrapper import find_bus
     from esper.grow import events
     from esper.grow.display import make_progress
     from esper.grow.experiment import NETWORKS, Experiment
     from esper.grow.trainer import Interrupted
 
     seeds = [args.seed + i for i in range(REPEATS)]
+    try:
+        # Before any training: a bus that was asked for and is not there is found at once.
+        bus = find_bus(None)
+    except EsperError as error:
+        raise GrowError(f"REDIS_URL: {error}") from error
     start = time.monotonic()
     with (
+        contextlib.closing(bus) if bus is not None else contextlib.nullcontext(),
         _one_thread(),
         events.EventLog(out / "events.jsonl") as log,
         make_progress(len(NETWORKS) * len(seeds), args.epochs) as progress,
         InterruptFlag() as interrupt,
     ):
         experiment = Experiment(
-            task, seeds, args.epochs, device, registry, out, log.write, progress, stop=interrupt.is_set
+            task, seeds, args.epochs, device, registry, out, log.write, progress, bus=bus, stop=interrupt.is_set
         )
         interrupted = False
         try:

@@ -7,6 +7,9 @@ Growth decisions see the validation part only.
 
 from __future__ import annotations
 
+import math
+import re
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,9 +19,11 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
+from esper.contracts.bus import Bus
 from esper.core.checkpoint import load as load_checkpoint
 from esper.core.checkpoint import save as save_checkpoint
 from esper.core.model_wrapper import MorphableModel, wrap
+from esper.execution.telemetry.options import TelemetryOptions
 from esper.grow import events
 from esper.grow.catalogue import build_catalogue
 from esper.grow.data import Split, Task, prepare
@@ -82,6 +87,7 @@ class Experiment:
         out: Folder for checkpoints.
         emit: Takes events.
         progress: Is told how far it is.
+        bus: Where the growing networks publish their telemetry, each as a run of its own; None for nowhere.
         stop: Asked before every training step; True ends the job with :class:`esper.grow.trainer.Interrupted`.
         results: Filled as networks finish, interrupted or not.
         layer_rows: Labels of the lattice's rows, ``"<layer>#<seed index>"``.
@@ -95,9 +101,12 @@ class Experiment:
     out: Path
     emit: Callable[[events.Event], None]
     progress: Progress
+    bus: Bus | None = None
     stop: Callable[[], bool] = lambda: False
     results: list[NetworkResult] = field(default_factory=list)
     layer_rows: list[str] = field(default_factory=list)
+    #: Tells runs apart that go to folders of one name.
+    _token: str = field(default_factory=lambda: secrets.token_hex(2))
 
     def run(self) -> None:
         """Train everything.
@@ -143,7 +152,14 @@ class Experiment:
 
     def _train_grown(self, split: Split, seed: int, catalogue: Catalogue) -> NetworkResult:
         host = self._host(seed)
-        model = wrap(host, seeds_per_layer=SEEDS_PER_LAYER, preserve_original=False, registry=self.registry)
+        model = wrap(
+            host,
+            seeds_per_layer=SEEDS_PER_LAYER,
+            preserve_original=False,
+            registry=self.registry,
+            bus=self.bus,
+            telemetry=TelemetryOptions(run_id=self._run_id(seed)),
+        )
         try:
             self.layer_rows = [
                 f"{name}#{i}" for name, layer in model.kasmina_layers.items() for i in range(layer.num_seeds)
@@ -161,6 +177,11 @@ class Experiment:
             return self._train("grown", model, trainer, split, seed, grower)
         finally:
             model.close()
+
+    def _run_id(self, seed: int) -> str:
+        """The name under which a growing network publishes."""
+        folder = re.sub(r"[^A-Za-z0-9._-]", "-", self.out.name)[:32]
+        return f"grow-{folder}-{self._token}-seed{seed}"
 
     def _train(
         self,
@@ -193,6 +214,12 @@ class Experiment:
                 )
                 if grower is not None:
                     grower.end_epoch(record)
+                if isinstance(model, MorphableModel):
+                    model.report_epoch(
+                        loss=record.validation_loss,
+                        accuracy=record.validation_accuracy,
+                        values={"train_loss": record.train_loss} if math.isfinite(record.train_loss) else {},
+                    )
                 self.progress.epoch(record)
         except Interrupted:
             interrupted = True
@@ -214,7 +241,8 @@ class Experiment:
         """Write the grown network, and make sure that the file gives the same network back."""
         path = self.out / f"grown-seed{seed}.safetensors"
         save_checkpoint(model, path)
-        restored = load_checkpoint(path, self._host(seed))
+        # It only answers, so it is no run and publishes nothing.
+        restored = load_checkpoint(path, self._host(seed), bus=self.bus)
         try:
             _, again = evaluate(restored, split.test_x, split.test_y)
         finally:

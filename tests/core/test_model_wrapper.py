@@ -102,12 +102,15 @@ class TestWrapFunction:
             ({"seeds_per_layer": 0}, "seeds_per_layer must be at least 1, got 0"),
             ({"monitor_budget": 2.0}, "monitor_budget is a share"),
             ({"reserve_rank": -8}, "reserve_rank"),
-            ({"bus": object()}, "bus="),
         ],
     )
     def test_bad_arguments(self, network: nn.Sequential, options: dict[str, object], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             wrap(network, **options)  # type: ignore[arg-type]
+
+    def test_a_bus_is_a_client_or_a_url(self, network: nn.Sequential) -> None:
+        with pytest.raises(TypeError, match="bus takes a client or a URL, got object"):
+            wrap(network, bus=object())  # type: ignore[arg-type]
 
     def test_wrapping_twice_is_refused(self, model: MorphableModel) -> None:
         with pytest.raises(TypeError, match="wrapped already"):

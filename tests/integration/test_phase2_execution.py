@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import esper
+from esper.contracts.messages import TopicNames
+from esper.contracts.telemetry import HealthWindow, read_payload
+from esper.execution.telemetry.options import TelemetryOptions
+from esper.oona import OonaClient
 from esper.ops import native
+from tests.servers import redis_server
 
 
 def python_calls(run: Any) -> Counter[str]:
@@ -72,3 +79,39 @@ class TestPhase2ExecutionPipeline:
         assert model.wrapped_model[0].forward.__func__ is not nn.Linear.forward
         model(torch.randn(2, 8))
         assert model.wrapped_model[0].forward.__func__ is nn.Linear.forward
+
+    def test_telemetry_configuration(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Telemetry is on unless it is switched off, and with Redis there its health signals are there to be read."""
+
+        def train(**options: Any) -> tuple[esper.MorphableModel, dict[str, Any]]:
+            model = esper.wrap(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), **options)
+            for _ in range(3):
+                model(torch.randn(4, 8)).sum().backward()
+                model.step()
+            model.close()
+            return model, model.telemetry_stats()
+
+        model, stats = train()
+        assert all(layer.telemetry_enabled for layer in model.kasmina_layers.values())
+        assert (stats["enabled"], stats["produced"]) == (False, 0), "no REDIS_URL, nothing to publish to"
+
+        with redis_server(tmp_path / "redis") as server:
+            monkeypatch.setenv("REDIS_URL", server.url)
+            options = TelemetryOptions(run_id="configured", every_steps=1, spool_dir=tmp_path / "spool")
+            model, stats = train(telemetry=options)
+            assert stats["delivered"] == stats["produced"] == 3 * 2 + 2
+            with OonaClient() as client:
+                streams = client.consume([TopicNames.TELEMETRY_SEED_HEALTH], "watchers", "one", count=100)
+            windows = [read_payload(delivery.message) for delivery in streams]
+            assert len(windows) == 6
+            signals = [signal for window in windows if isinstance(window, HealthWindow) for signal in window.signals()]
+            assert {(signal.layer_name, signal.seed_idx) for signal in signals} == {
+                (name, seed) for name in ("0", "2") for seed in range(4)
+            }
+            assert {signal.lifecycle_state for signal in signals} == {0}
+
+            model, stats = train(telemetry_enabled=False)
+            assert not any(layer.telemetry_enabled for layer in model.kasmina_layers.values())
+            assert stats["produced"] == 0
+            with server.client() as redis:
+                assert redis.xlen(TopicNames.TELEMETRY_SEED_HEALTH.value) == 6

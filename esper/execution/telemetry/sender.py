@@ -1,0 +1,408 @@
+"""The one thread that talks to the bus.
+
+It takes captures and events from two deques, packs them, and publishes each batch in one call. While the bus is away,
+and until the spool is empty again, everything goes through the spool, so that each layer's windows stay in order. What
+may or may not have been sent is sent again, under the same ``event_id``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from esper.contracts.backoff import Backoff
+from esper.contracts.bus import Bus
+from esper.contracts.commands import CommandOutcome
+from esper.contracts.messages import MessageError, OonaMessage, TopicNames
+from esper.contracts.telemetry import RunEvent
+from esper.execution.telemetry.capture import Capture
+from esper.execution.telemetry.commands import Accepted, Answer, Inbox
+from esper.execution.telemetry.counts import Counts
+from esper.execution.telemetry.packing import EVENT_TAG, Outgoing, Packer
+from esper.execution.telemetry.spool import Record, Spool, SpoolError
+
+__all__ = ["Report", "Sender"]
+
+#: What one call of ``publish_many`` carries. Messages of telemetry are small or, with many seeds, near 1 MiB.
+_BATCH: Final = 256
+_BATCH_BYTES: Final = 4 << 20
+_REPLAY_BYTES: Final = 1 << 20
+_FIRST_PAUSE_S: Final = 0.1
+#: After so much work the replay of a spool rests three times as long, unless the spool grows meanwhile.
+_REST: Final = 3.0
+_SMOOTHING: Final = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """An event or an outcome on its way to the sender."""
+
+    content: RunEvent | CommandOutcome
+    trace_id: str | None
+    at_ns: int
+
+
+class Sender:
+    """Publishes for one model in one process; made on the training thread, started with :meth:`start`.
+
+    Args:
+        bus: Where to.
+        packer: Makes the messages.
+        counts: Shared with the training thread.
+        spool_root: Folder of the spools for this bus; None for no spool.
+        spool_bytes: Most that the spool holds.
+        inbox: Where commands come from, if they are wanted.
+        command_interval_s: Seconds from one look for commands to the next.
+        on_commands: Told of commands and refusals, on this thread.
+        give_back: Takes a capture that is packed.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        packer: Packer,
+        counts: Counts,
+        *,
+        spool_root: Path | None,
+        spool_bytes: int,
+        inbox: Inbox | None,
+        command_interval_s: float,
+        on_commands: Callable[[list[Accepted], list[Answer]], None],
+        give_back: Callable[[Capture], None],
+    ) -> None:
+        self.captures: deque[Capture] = deque()
+        self.reports: deque[Report] = deque()
+        self.counts = counts
+        self.wake = threading.Event()
+        #: Bytes of the captures that were packed; the training thread counts those it handed over.
+        self.packed_bytes = 0
+        #: Processor seconds that one window takes, packing and publishing, smoothed.
+        self.window_cpu_s = 0.0
+        self.last_error = ""
+        self.lag_s = 0.0
+        self.spool_bytes = 0
+        self._bus = bus
+        self._packer = packer
+        self._spool_root = spool_root
+        self._max_spool_bytes = spool_bytes
+        self._inbox = inbox
+        self._command_interval_s = command_interval_s
+        self._on_commands = on_commands
+        self._give_back = give_back
+        self._spool: Spool | None = None
+        self._backoff = Backoff(_FIRST_PAUSE_S, 0.0)
+        self._failures = 0
+        self._away_since: float | None = None
+        self._retry_at = 0.0
+        self._poll_at = 0.0
+        self._last_length = 0
+        self._deadline: float | None = None
+        self._ending = False
+        self._abandoned = False
+        self._thread = threading.Thread(target=self._run, name="esper-telemetry", daemon=True)
+
+    # -- from other threads ------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def away_s(self) -> float:
+        """Seconds since the bus was last there; 0 while it is."""
+        since = self._away_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def stop(self, timeout_s: float) -> None:
+        """Ask the thread to send what it has and end; what cannot be sent in time stays in the spool."""
+        deadline = time.monotonic() + timeout_s
+        self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
+        self.wake.set()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread to end.
+
+        Returns:
+            Whether it did. What it has in hand when it did not (the bus or the disk hangs) counts as dropped.
+        """
+        if self._thread.ident:
+            self._thread.join(timeout_s)
+        ended = not self._thread.is_alive()
+        self._abandoned = True
+        self.captures.clear()
+        self.reports.clear()
+        self.counts.dropped_late += max(0, self.counts.snapshot()["in_flight"])
+        return ended
+
+    def forget(self) -> None:
+        """In a forked child, where this thread does not exist: let go of the parent's files."""
+        if self._spool is not None:
+            self._spool.forget()
+
+    # -- the thread --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._open_spool()
+            while not self._finished():
+                self.wake.wait(self._patience_s())
+                self.wake.clear()
+                self._turn()
+        except Exception as error:
+            # A fault of ours: the run goes on, and what was in hand is counted.
+            self.last_error = f"telemetry ended: {type(error).__name__}: {error}"
+            self._give_up_the_rest()
+        finally:
+            if self._spool is not None:
+                self._spool.close()
+
+    def _turn(self) -> None:
+        windows, began = len(self.captures), time.thread_time()
+        if batch := self._packed():
+            self._ship(batch)
+        if windows:
+            spent = (time.thread_time() - began) / windows
+            known = self.window_cpu_s
+            self.window_cpu_s = spent if not known else known + _SMOOTHING * (spent - known)
+        if self._spool is not None and len(self._spool) and time.monotonic() >= self._retry_at:
+            self._replay(self._spool)
+        if self._inbox is not None and self._deadline is None and time.monotonic() >= self._poll_at:
+            self._look_for_commands(self._inbox)
+
+    def _finished(self) -> bool:
+        if self._abandoned:
+            return True
+        if self._deadline is None:
+            return False
+        if not self._ending:
+            # One more try, whenever the next was due.
+            self._ending, self._failures, self._retry_at = True, 0, 0.0
+            return False
+        if self.captures or self.reports:
+            return False
+        waiting = self._spool is not None and len(self._spool) > 0
+        return not waiting or self._failures > 0 or time.monotonic() >= self._deadline
+
+    def _patience_s(self) -> float | None:
+        """How long to sleep unless woken."""
+        if self._deadline is not None:
+            return 0.0
+        until: list[float] = []
+        if self._spool is not None and len(self._spool):
+            until.append(self._retry_at)
+        if self._inbox is not None:
+            until.append(self._poll_at)
+        return max(0.0, min(until) - time.monotonic()) if until else None
+
+    # -- packing -----------------------------------------------------------------------------------
+
+    def _packed(self) -> list[Outgoing]:
+        """Messages of everything that waits; windows after the events that came before them."""
+        found: list[Outgoing] = []
+        while self.reports:
+            report = self.reports.popleft()
+            content = report.content
+            topic = content.topic if isinstance(content, RunEvent) else TopicNames.INNOVATION_FIELD_REPORTS
+            message = self._packer.message(topic, content.to_payload(), report.trace_id)
+            found.append(Outgoing(EVENT_TAG, message, report.at_ns))
+        total = 0
+        # One batch at a time, so that what waits for the bus is on disk or in the queue, which are bounded.
+        while self.captures and total < _BATCH_BYTES:
+            try:
+                capture = self.captures.popleft()
+            except IndexError:
+                break  # the training thread dropped it
+            size = capture.nbytes
+            capture.wait()
+            found += self._packer.pack(capture, self.counts.dropped_windows)
+            self.packed_bytes += size
+            total += size
+            self._give_back(capture)
+        if self.captures:
+            self.wake.set()
+        return found
+
+    # -- publishing --------------------------------------------------------------------------------
+
+    def _ship(self, batch: list[Outgoing]) -> None:
+        if self._spool is not None and len(self._spool):
+            self._keep(batch)
+            return
+        now = time.monotonic()
+        late = self._deadline is not None and now >= self._deadline
+        if late or (self._failures and now < self._retry_at):
+            self._keep(batch)
+            return
+        sent = 0
+        for part in _parts(batch):
+            refused = self._publish([outgoing.message for outgoing in part])
+            if refused is None:
+                self._keep(batch[sent:])
+                return
+            sent += len(part)
+            if not self._abandoned:
+                self.counts.delivered += len(part) - refused
+                self.counts.dropped_late += refused
+            self.lag_s = (time.monotonic_ns() - part[-1].captured_ns) * 1e-9
+
+    def _publish(self, messages: Sequence[OonaMessage]) -> int | None:
+        """Publish all: how many are no messages and were left out, or None if the bus did not take them."""
+        try:
+            try:
+                self._bus.publish_many(messages)
+                refused = 0
+            except MessageError:
+                refused = self._one_by_one(messages)
+        except Exception as error:
+            # Whatever a bus raises: it is one that somebody may have brought along.
+            self._lost(error)
+            return None
+        self._failures, self._away_since = 0, None
+        return refused
+
+    def _one_by_one(self, messages: Sequence[OonaMessage]) -> int:
+        """Publish those that are messages; how many are not."""
+        refused = 0
+        for message in messages:
+            try:
+                self._bus.publish_many([message])
+            except MessageError as error:
+                self.last_error = str(error)
+                refused += 1
+        return refused
+
+    def _lost(self, error: Exception) -> None:
+        now = time.monotonic()
+        self.last_error = f"{type(error).__name__}: {error}"
+        self._away_since = now if self._away_since is None else self._away_since
+        self._retry_at = now + (self._backoff.pause_s(self._failures) or 0.0)
+        self._failures += 1
+
+    # -- the spool ---------------------------------------------------------------------------------
+
+    def _open_spool(self) -> None:
+        if self._spool_root is None:
+            return
+        try:
+            self._spool = Spool(self._spool_root, self._max_spool_bytes)
+        except SpoolError as error:
+            self.last_error = str(error)
+            return
+        if self._spool.damaged:
+            self.last_error = f"{self._spool.damaged} spooled segments of an earlier process end in a torn record"
+        self._settle_spool(self._spool)
+
+    def _keep(self, batch: Sequence[Outgoing]) -> None:
+        """Put messages on disk; what does not fit or cannot be written is dropped and counted."""
+        spool = self._spool
+        for outgoing in batch:
+            if spool is not None:
+                try:
+                    spool.append(outgoing.tag, outgoing.message.to_json().encode("ascii"))
+                    continue
+                except (SpoolError, MessageError) as error:
+                    self.last_error = str(error)
+            self._dropped(outgoing.tag)
+        if spool is not None:
+            self._settle_spool(spool)
+
+    def _settle_spool(self, spool: Spool) -> None:
+        """Count what the spool holds and what it had to let go."""
+        own, others = spool.take_dropped()
+        for tag, number in own.items():
+            self._dropped(tag, number)
+        if self._abandoned:
+            return  # what was in hand is counted as dropped by now
+        self.counts.recovered_dropped += others.total()
+        self.counts.spooled = spool.own
+        self.spool_bytes = spool.size_bytes
+
+    def _dropped(self, tag: int, number: int = 1) -> None:
+        if self._abandoned:
+            return
+        self.counts.dropped_late += number
+        if tag >= 0:
+            self.counts.layers_dropped[tag] += number
+        elif tag == EVENT_TAG:
+            self.counts.events_dropped_late += number
+
+    def _replay(self, spool: Spool) -> None:
+        """Send the oldest of what is on disk."""
+        began = time.thread_time()
+        records = spool.head(_REPLAY_BYTES, _BATCH)
+        if not records:
+            self._settle_spool(spool)  # what there was could not be read
+            return
+        readable: list[tuple[Record, OonaMessage]] = []
+        for record in records:
+            try:
+                readable.append((record, OonaMessage.from_json(record.text)))
+            except MessageError as error:
+                # Its checksum is right, so it was written by a version that has other messages.
+                self.last_error = f"a spooled message cannot be read: {error}"
+        refused = self._publish([message for _, message in readable]) if readable else 0
+        if refused is None:
+            return
+        spool.take(records)
+        if not self._abandoned:
+            own, own_sent = sum(record.own for record in records), sum(record.own for record, _ in readable)
+            self.counts.delivered += own_sent - refused
+            self.counts.dropped_late += own - own_sent + refused
+            self.counts.recovered += len(readable) - own_sent
+            self.counts.recovered_dropped += len(records) - own - (len(readable) - own_sent)
+        self._settle_spool(spool)
+        self._rest(len(spool), time.thread_time() - began)
+
+    def _rest(self, length: int, spent_s: float) -> None:
+        """Let the training have the processor, unless the spool grows faster than it empties."""
+        shrank, self._last_length = length < self._last_length, length
+        self._retry_at = time.monotonic() + (_REST * spent_s if shrank and not self._ending else 0.0)
+
+    # -- commands ----------------------------------------------------------------------------------
+
+    def _look_for_commands(self, inbox: Inbox) -> None:
+        now = time.monotonic()
+        self._poll_at = now + self._command_interval_s
+        if self._failures and now < self._retry_at:
+            self._poll_at = self._retry_at
+            return
+        try:
+            accepted, answers = inbox.poll()
+        except Exception as error:
+            self.last_error = f"{type(error).__name__}: {error}"
+            self._poll_at = now + max(self._command_interval_s, 1.0)
+            return
+        if accepted or answers:
+            self._on_commands(accepted, answers)
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def _give_up_the_rest(self) -> None:
+        self._abandoned = True
+        self.captures.clear()
+        self.reports.clear()
+        self.counts.dropped_late += max(0, self.counts.snapshot()["in_flight"])
+
+
+def _parts(batch: Sequence[Outgoing]) -> Iterator[Sequence[Outgoing]]:
+    """Slices of ``batch`` that one call may carry."""
+    begin = size = 0
+    for index, outgoing in enumerate(batch):
+        columns: Any = outgoing.message.payload.get("columns", {})
+        own = sum(len(column[1]) for column in columns.values())
+        if index > begin and (index - begin >= _BATCH or size + own > _BATCH_BYTES):
+            yield batch[begin:index]
+            begin, size = index, 0
+        size += own
+    if begin < len(batch):
+        yield batch[begin:]

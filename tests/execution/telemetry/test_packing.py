@@ -1,0 +1,183 @@
+"""From a lattice and the monitor to messages: every value is the one that was there, in float32 or int32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from esper.contracts.messages import OonaMessage
+from esper.contracts.telemetry import COLUMNS, MAX_SEEDS_PER_MESSAGE, HealthWindow, read_payload
+from esper.execution.health import ClosedWindow
+from esper.execution.lifecycle import SeedLifecycleState
+from esper.execution.state_layout import Lattice
+from esper.execution.telemetry.capture import Capturer
+from esper.execution.telemetry.identity import Identity
+from esper.execution.telemetry.packing import PART_TAG, Packer, parts_of
+from esper.ops.stats import HealthField
+
+WHO = Identity("run-1", 2, 4, "esper-train-host-1-rank2of4")
+
+
+class Health:
+    def __init__(self) -> None:
+        self.closed: dict[int, ClosedWindow] = {}
+
+    def take_closed(self) -> dict[int, ClosedWindow]:
+        closed, self.closed = self.closed, {}
+        return closed
+
+
+def table(seeds: int, seed: int = 0) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    rows = np.empty((len(HealthField), seeds))
+    rows[HealthField.SAMPLES] = rng.integers(1, 1000, seeds)
+    rows[HealthField.MEAN] = rng.standard_normal(seeds) * 1e3
+    rows[HealthField.VARIANCE] = rng.random(seeds) * 1e5
+    rows[HealthField.DEAD_RATIO] = rng.random(seeds)
+    rows[HealthField.CORRELATION] = rng.random(seeds) * 2 - 1
+    rows[HealthField.NON_FINITE] = rng.integers(0, 5, seeds)
+    rows[HealthField.SCORE] = rng.random(seeds)
+    return torch.from_numpy(rows)
+
+
+def lattice(layers: int, seeds: int) -> Lattice:
+    rng = np.random.default_rng(1)
+    made = Lattice(layers, seeds)
+    rows = layers * seeds
+    made.lifecycle_states.copy_(torch.from_numpy(rng.integers(0, 8, rows).astype(np.uint8)))
+    made.alpha_blend.copy_(torch.from_numpy(rng.random(rows)))
+    made.error_count.copy_(torch.from_numpy(rng.integers(0, 3, rows)))
+    made.exec_latency_us.copy_(torch.from_numpy(rng.integers(0, 2**31, rows)))
+    made.notify()
+    return made
+
+
+def windows(found: Any) -> list[HealthWindow]:
+    read = [read_payload(OonaMessage.from_json(outgoing.message.to_json())) for outgoing in found]
+    assert all(isinstance(window, HealthWindow) for window in read)
+    return read  # type: ignore[return-value]
+
+
+def test_every_value_is_the_one_that_was_there() -> None:
+    layers, seeds = 3, 5
+    state, health = lattice(layers, seeds), Health()
+    capturer, packer = Capturer(state, health), Packer(WHO, ["a", "b", "c"], seeds)
+    tables = {index: table(seeds, index) for index in (0, 2)}
+    health.closed = {index: ClosedWindow(16 + index, each) for index, each in tables.items()}
+    capture = capturer.take(7, 100, 3)
+    capture.wait()
+    sent = windows(packer.pack(capture, lambda layer: 10 + layer))
+    assert [window.layer_name for window in sent] == ["a", "b", "c"]
+    for index, window in enumerate(sent):
+        assert (window.run_id, window.rank, window.world_size) == ("run-1", 2, 4)
+        assert (window.sequence, window.step, window.epoch, window.num_seeds, window.seed_offset) == (7, 100, 3, 5, 0)
+        assert window.dropped_windows == 10 + index
+        assert window.window_samples == (16 + index if index in tables else 0)
+        assert window.captured_at == capture.captured_at
+        rows = slice(index * seeds, (index + 1) * seeds)
+        expected = {
+            "lifecycle_state": state.lifecycle_states[rows],
+            "alpha": state.alpha_blend[rows],
+            "error_count": state.error_count[rows],
+            "exec_latency_us": state.exec_latency_us[rows],
+        }
+        for name, tensor in expected.items():
+            np.testing.assert_array_equal(window.columns[name], tensor.numpy(), err_msg=name)
+        if index not in tables:
+            assert np.isnan(window.columns["health_score"]).all()
+            assert not window.columns["activation_mean"].any()
+            continue
+        from_table = {
+            "activation_mean": HealthField.MEAN,
+            "activation_variance": HealthField.VARIANCE,
+            "dead_neuron_ratio": HealthField.DEAD_RATIO,
+            "avg_correlation": HealthField.CORRELATION,
+            "nonfinite_count": HealthField.NON_FINITE,
+            "health_score": HealthField.SCORE,
+        }
+        for name, row in from_table.items():
+            np.testing.assert_array_equal(
+                window.columns[name], tables[index][row].numpy().astype(COLUMNS[name]), err_msg=name
+            )
+
+
+def test_health_stays_until_there_is_newer() -> None:
+    state, health = Lattice(1, 2), Health()
+    capturer, packer = Capturer(state, health), Packer(WHO, ["a"], 2)
+    health.closed = {0: ClosedWindow(16, table(2))}
+    first, second = (windows(packer.pack(capturer.take(i, i, 0), lambda _: 0))[0] for i in range(2))
+    np.testing.assert_array_equal(first.columns["health_score"], second.columns["health_score"])
+    assert second.window_samples == 16
+
+
+def test_values_beyond_the_types_are_held_at_their_ends() -> None:
+    wild = table(2)
+    wild[HealthField.MEAN] = torch.tensor([-1e300, 1e300], dtype=torch.float64)
+    wild[HealthField.VARIANCE] = torch.tensor([torch.inf, torch.nan], dtype=torch.float64)
+    wild[HealthField.NON_FINITE] = torch.tensor([2.0**40, 0.0], dtype=torch.float64)
+    wild[HealthField.SCORE] = torch.tensor([torch.nan, 1.0], dtype=torch.float64)
+    state, health = Lattice(1, 2), Health()
+    health.closed = {0: ClosedWindow(1, wild)}
+    state.alpha_blend[0] = torch.nan
+    (window,) = windows(Packer(WHO, ["a"], 2).pack(Capturer(state, health).take(0, 0, 0), lambda _: 0))
+    most = np.finfo(np.float32).max
+    assert window.columns["activation_mean"].tolist() == [-most, most]
+    assert window.columns["activation_variance"].tolist() == [most, 0.0]
+    assert window.columns["nonfinite_count"].tolist() == [2**31 - 1, 0]
+    assert np.isnan(window.columns["health_score"][0])
+    assert window.columns["alpha"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("seeds", [MAX_SEEDS_PER_MESSAGE, MAX_SEEDS_PER_MESSAGE + 1, 3 * MAX_SEEDS_PER_MESSAGE - 1])
+def test_a_layer_of_very_many_seeds_takes_several_messages(seeds: int) -> None:
+    state = lattice(2, seeds)
+    found = Packer(WHO, ["a", "b"], seeds).pack(Capturer(state, Health()).take(0, 0, 0), lambda _: 0)
+    parts = parts_of(seeds)
+    assert [outgoing.tag for outgoing in found] == [0, *[PART_TAG] * (parts - 1), 1, *[PART_TAG] * (parts - 1)]
+    for index in range(2):
+        own = windows(found[index * parts : (index + 1) * parts])
+        assert [window.seed_offset for window in own] == [i * MAX_SEEDS_PER_MESSAGE for i in range(parts)]
+        together = np.concatenate([window.columns["alpha"] for window in own])
+        np.testing.assert_array_equal(together, state.alpha_blend[index * seeds : (index + 1) * seeds].numpy())
+
+
+def test_a_capture_is_of_its_moment() -> None:
+    state = Lattice(1, 2)
+    capturer = Capturer(state, Health())
+    capture = capturer.take(0, 0, 0)
+    state.layer(0).transition_seed_state(0, SeedLifecycleState.LOADING)
+    (window,) = windows(Packer(WHO, ["a"], 2).pack(capture, lambda _: 0))
+    assert window.columns["lifecycle_state"].tolist() == [0, 0]
+
+
+def test_buffers_are_used_again() -> None:
+    capturer = Capturer(Lattice(1, 2), Health())
+    first = capturer.take(0, 0, 0)
+    capturer.spare.give_back(first)
+    second = capturer.take(1, 1, 0)
+    assert second.snapshot.buffer is first.snapshot.buffer
+    assert capturer.take(2, 2, 0).snapshot.buffer is not first.snapshot.buffer
+
+
+@pytest.mark.gpu
+def test_a_window_of_a_gpu_arrives_without_waiting_for_it() -> None:
+    state, health = lattice(2, 1000).to("cuda"), Health()
+    health.closed = {1: ClosedWindow(16, table(1000).cuda())}
+    expected = state.alpha_blend.cpu(), table(1000)[HealthField.SCORE]
+    spin = torch.randn(2048, 2048, device="cuda")
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(50):
+                spin = spin @ spin / 2048
+            capture = Capturer(state, health).take(0, 0, 0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    capture.wait()
+    found = windows(Packer(WHO, ["a", "b"], 1000).pack(capture, lambda _: 0))
+    together = np.concatenate([window.columns["alpha"] for window in found])
+    np.testing.assert_array_equal(together, expected[0].numpy())
+    np.testing.assert_array_equal(found[1].columns["health_score"], expected[1].numpy().astype(np.float32))
