@@ -48,13 +48,20 @@ class Recorder:
 
 
 def build(folder: Path) -> Recorder:
-    """Compile the recorder; skips the test where there is no C compiler."""
+    """Compile the recorder and load it; skips the test where there is no C compiler."""
+    return Recorder(build_library(folder, "librecorder.so"))
+
+
+def build_library(folder: Path, name: str) -> Path:
+    """Compile it under that name: a process that loads it under the driver's own takes it for the driver."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no C compiler to build the recording driver with")
-    library = folder / "librecorder.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(_SOURCE)], check=True)
-    return Recorder(library)
+    library = folder / name
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", f"-Wl,-soname,{name}", "-o", str(library), str(_SOURCE)], check=True
+    )
+    return library
 
 
 def tiny_cubin(symbol: str = "k", sizes: tuple[int, ...] = (8, 4), arch: int = 90) -> bytes:
