@@ -28,6 +28,7 @@ __all__ = [
     "SeedJudged",
     "SeedRefused",
     "SeedRequested",
+    "SeedsObserved",
 ]
 
 
@@ -135,6 +136,19 @@ class SeedJudged(Event):
     verdict: Literal["fossilized", "culled"]
     loss_before: float
     loss_after: float
+
+
+@dataclass(frozen=True)
+class SeedsObserved(Event):
+    """How the seeds of a layer stand after an epoch; ``lifecycle`` has numbers of ``SeedLifecycleState``."""
+
+    kind: ClassVar[str] = "seeds_observed"
+    seed: int
+    epoch: int
+    layer: str
+    lifecycle: list[int]
+    alpha: list[float]
+    health: list[float | None]
 
 
 @dataclass(frozen=True)

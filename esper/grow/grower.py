@@ -10,6 +10,7 @@ model's own ``step``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -124,6 +125,7 @@ class Grower:
         elif record.epoch >= trial.ends_after:
             self._judge(trial)
         self.traces.append(self._trace(record.epoch))
+        self._observe()
 
     def finish(self) -> None:
         """End of training: a seed still on trial has not shown that it helps, and goes."""
@@ -207,6 +209,13 @@ class Grower:
 
     def _mean_recent(self) -> float:
         return sum(self._recent) / len(self._recent)
+
+    def _observe(self) -> None:
+        for name, layer in self.model.kasmina_layers.items():
+            layout = layer.state_layout
+            health = [value if math.isfinite(value) else None for value in _health_of(layout)]
+            states, alphas = layout.lifecycle_states.tolist(), layout.alpha_blend.tolist()
+            self._emit(events.SeedsObserved(self._seed, self._epoch, name, states, alphas, health))
 
     def _trace(self, epoch: int) -> SeedTrace:
         lattice = self.model.lattice

@@ -108,7 +108,7 @@ def test_event_lines(tmp_path: Path) -> None:
 
 def test_event_types_are_distinct_and_none_hides_a_field_of_the_line() -> None:
     kinds = [kind.kind for kind in events.Event.__subclasses__()]
-    assert len(kinds) == len(set(kinds)) == 11
+    assert len(kinds) == len(set(kinds)) == 12
     for kind in events.Event.__subclasses__():
         assert not {field.name for field in fields(kind)} & {"seq", "time", "elapsed_s", "event"}
 
