@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": ("esper.cli.verify", "check an artifact's hashes, blueprint and signatures"),
     "urza": ("esper.cli.urza", "run and administer the registry service"),
     "tezzeret": ("esper.cli.tezzeret", "run the compile worker, or hand it a blueprint"),
+    "monitor": ("esper.cli.monitor", "watch a running job, or a recording of one"),
     "demo": ("esper.cli.demo", "show the whole pipeline at work on this machine"),
     "env": ("esper.cli.env", "show versions, devices, and which backend every operation uses"),
     "bench": ("esper.cli.bench", "run the benchmarks of a checkout"),
