@@ -78,6 +78,8 @@ def reserved_blend(
     wide = accumulation_dtype(h.dtype)
     features = (-1, *(1 for _ in range(h.dim() - 1 - dim)))
     with torch.no_grad():
+        if torch.compiler.is_compiling():
+            plan, alpha = _as_it_is_now(plan), _as_it_is_now(alpha)
         code, used, _, _, _, has_bias = plan.unbind(1)
         share, host = _coefficients(plan, alpha.to(wide), weights[2].shape[0])
         # [S, R]: rows that a kernel occupies and that count. What lies behind a closed row is never read: memory of a
@@ -101,6 +103,15 @@ def reserved_blend(
     with torch.no_grad():
         blamed = _faults(tap, h.detach(), y.detach(), z.detach(), up.detach(), seeds, dim)
     return blend.contain(y, h, signal, blamed.any()), blamed
+
+
+def _as_it_is_now(t: Tensor) -> Tensor:
+    """A copy that a compiler keeps for the backward.
+
+    Left to itself it would read the original there again, which has moved by then, and compute the rest anew. Of what
+    leaves a tensor as it is, a sum along a dimension of 1 is what partitioners do not compute twice.
+    """
+    return t.unsqueeze(0).cumsum(0, dtype=t.dtype)[0]
 
 
 def _coefficients(plan: Tensor, alpha: Tensor, features: int) -> tuple[Tensor, Tensor]:
