@@ -20,6 +20,7 @@ from esper.execution.grafts.seed import BoundSeed, bind_seed
 from esper.execution.host_binding import fast_path_ancestors
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.nn.attention import GraftedAttention
+from esper.nn.seeded import Seeded
 
 __all__ = ["ExportError", "export"]
 
@@ -135,11 +136,13 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _detach(layer: KasminaLayer) -> None:
-    """Give the host its own forward back."""
+    """Give the host its own forward back; one of :mod:`esper.nn` becomes torch's."""
     for seed_idx in layer.grafts.bound:
         layer.grafts.unbind(seed_idx)
     layer.disarm_probe()
     layer.hold_path(False)
+    if isinstance(layer.default_transform, Seeded):
+        layer.default_transform.shed()
 
 
 def _tied_parameters(body: nn.Module) -> set[int]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from esper.blueprints import interpret
 from esper.blueprints.ir import Blueprint
 
-__all__ = ["ExportedSeed", "fold", "is_linear"]
+__all__ = ["ExportedSeed", "computes_as", "fold", "is_linear"]
 
 _LINEAR_OPS = frozenset({"input", "output", "linear", "pointwise", "scale", "shift", "add"})
 
@@ -75,13 +75,19 @@ def fold(host: nn.Module, seeds: Sequence[ExportedSeed], host_factor: Tensor) ->
     """
     if not all(is_linear(seed.blueprint) for seed in seeds):
         return False
-    if isinstance(host, nn.Linear):
+    if isinstance(host, nn.Linear) and computes_as(host, nn.Linear):
         return _fold_linear(host, seeds, host_factor)
-    if isinstance(host, nn.Conv2d):
+    if isinstance(host, nn.Conv2d) and computes_as(host, nn.Conv2d):
         return _fold_conv(host, seeds, host_factor)
-    if isinstance(host, (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)):
-        return _fold_affine(host, seeds, host_factor)
+    for kind in (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d):
+        if isinstance(host, kind) and computes_as(host, kind):
+            return _fold_affine(host, seeds, host_factor)
     return False
+
+
+def computes_as(host: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``host`` is a ``kind`` whose forward nobody has replaced: only then its weights say what it computes."""
+    return isinstance(host, kind) and type(host).forward is kind.forward and "forward" not in host.__dict__
 
 
 def _fold_linear(host: nn.Linear, seeds: Sequence[ExportedSeed], host_factor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx import Node as FxNode
 
 from esper.blueprints.ir import Node
-from esper.core.export_fold import ExportedSeed
+from esper.core.export_fold import ExportedSeed, computes_as
 
 __all__ = ["graft_module", "grafted_host"]
 
@@ -42,7 +42,7 @@ def grafted_host(host: nn.Module, seeds: Sequence[ExportedSeed], host_factor: Te
     root = nn.Module()
     graph = Graph()
     x = graph.placeholder("input")
-    if isinstance(host, nn.Linear):
+    if isinstance(host, nn.Linear) and computes_as(host, nn.Linear):
         for kind in ("weight", "bias"):
             root.register_parameter(kind, host._parameters[kind])
         bias = None if host.bias is None else graph.get_attr("bias")
@@ -54,7 +54,7 @@ def grafted_host(host: nn.Module, seeds: Sequence[ExportedSeed], host_factor: Te
     writer = _Writer(root, graph, channel_dim, images)
     graph.output(writer.blend(x, h, seeds, host_factor))
     module = GraphModule(root, graph, class_name=f"Grafted{type(host).__name__}")
-    if isinstance(host, nn.Linear) and host.bias is None:
+    if "host" not in root._modules and host.bias is None:
         module.register_parameter("bias", None)
     module.train(host.training)
     return module

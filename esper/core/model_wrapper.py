@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -14,11 +15,12 @@ from esper.contracts.registry import RegistryClient
 from esper.core.morphable import MorphableModel
 from esper.execution.grafts.reservation import Reservation, Tap
 from esper.execution.host_binding import fast_path_ancestors
-from esper.execution.hosts import SUPPORTED_HOSTS, describe_host
+from esper.execution.hosts import describe_host, foreign_linear, supported_hosts
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache
-from esper.execution.state_layout import Lattice
+from esper.execution.state_layout import KasminaStateLayout, Lattice
 from esper.execution.telemetry.options import TelemetryOptions
+from esper.nn.seeded import Seeded
 
 __all__ = ["ROOT_NAME", "MorphableModel", "find_bus", "find_targets", "unwrap", "wrap"]
 
@@ -54,7 +56,9 @@ def wrap(
 
     Args:
         model: Any network. Its layers stay in place; its ``state_dict`` keys stay valid.
-        target_layers: Module types, dotted names of single layers, or both; None means Linear and Conv2d.
+        target_layers: Module types, dotted names of single layers, or both; None means Linear and Conv2d (and
+            the ``Conv1D`` of ``transformers``, which is a Linear). Layers that bring their own seeds
+            (:mod:`esper.nn`) come on top, with these seeds as they are.
         seeds_per_layer: Seeds of each layer.
         cache_size_mb: Memory for fetched kernels, in MiB, for the whole model.
         telemetry_enabled: Whether the activations are monitored; without, ``REDIS_URL`` is not looked at either.
@@ -72,8 +76,9 @@ def wrap(
         telemetry: How it publishes; None for the defaults.
 
     Raises:
-        ValueError: an unknown layer name, a layer that its parent never calls, an argument out of range, or memory to
-            be reserved for a layer that has no size of its own (an activation).
+        ValueError: an unknown layer name, a layer that its parent never calls, an argument out of range, a layer that
+            brings another number of seeds than ``seeds_per_layer``, or memory to be reserved for a layer that has no
+            size of its own (an activation) or brings awake seeds.
         NotImplementedError: a target type that Esper does not support; the message names it.
         TypeError: ``model`` is not a module, or is wrapped already; or ``bus`` is neither a client nor a URL.
         BusError: nothing answers at the bus's URL, or it refuses; the message says what to check.
@@ -84,6 +89,7 @@ def wrap(
     if not targets:
         wanted = "Linear or Conv2d" if target_layers is None else ", ".join(map(_describe, target_layers))
         warnings.warn(f"{type(model).__name__} has no layer to give seeds to (looked for {wanted})", stacklevel=2)
+    _check_seeds(targets, seeds_per_layer, reserve_rank)
     reserved = {
         name: Reservation.of(describe_host(host), reserve_rank, reserve_tap, name)
         for name, host in targets.items()
@@ -93,14 +99,12 @@ def wrap(
     cache = KernelCache(cache_size_mb, registry=registry)
     lattice = Lattice(len(targets), seeds_per_layer)
     layers = {
-        name: KasminaLayer.from_host(
+        name: _layer(
             host,
-            num_seeds=seeds_per_layer,
             telemetry_enabled=telemetry_enabled,
             layer_name=name,
             kernel_cache=cache,
             state_layout=lattice.layer(index),
-            register_host=False,
             fast_path=tuple(fast_path_ancestors(body, "" if host is body else name)),
             reservation=reserved.get(name),
         )
@@ -140,6 +144,30 @@ def find_bus(bus: Bus | str | None, telemetry_enabled: bool = True) -> Bus | Non
     return bus
 
 
+def _check_seeds(targets: Mapping[str, nn.Module], seeds_per_layer: int, reserve_rank: int) -> None:
+    """Raise ValueError where a layer brings seeds that do not fit the model's."""
+    for name, host in targets.items():
+        if not isinstance(host, Seeded):
+            continue
+        if host.num_seeds != seeds_per_layer:
+            raise ValueError(
+                f"layer '{name}' is a {type(host).__name__} with {host.num_seeds} seeds, but seeds_per_layer is "
+                f"{seeds_per_layer}; all layers of a model have the same number of seeds"
+            )
+        if reserve_rank and host.seeds.grafts.bound:
+            raise ValueError(
+                f"layer '{name}' brings awake seeds, whose memory is their own; with reserve_rank wake them after wrap"
+            )
+
+
+def _layer(host: nn.Module, *, state_layout: KasminaStateLayout, **options: Any) -> KasminaLayer:
+    if isinstance(host, Seeded):
+        return host.seeds.hand_over(state_layout=state_layout, **options)
+    return KasminaLayer.from_host(
+        host, num_seeds=state_layout.num_seeds, state_layout=state_layout, register_host=False, **options
+    )
+
+
 def unwrap(model: MorphableModel) -> nn.Module:
     """The model given to :func:`wrap` if it was preserved, else the wrapped one, as it was trained."""
     return model.original_model if model.original_model is not None else model.wrapped_model
@@ -148,19 +176,19 @@ def unwrap(model: MorphableModel) -> nn.Module:
 def find_targets(
     model: nn.Module, target_layers: Iterable[type[nn.Module] | str] | None = None
 ) -> dict[str, nn.Module]:
-    """The layers that :func:`wrap` would give seeds to, by name, each module once.
+    """The layers that :func:`wrap` would give seeds to, or that bring their own, by name, each module once.
 
     Raises:
         ValueError: a name that does not exist, or names a layer that its parent never calls.
         NotImplementedError: a type that Esper does not support.
     """
-    wanted = tuple(DEFAULT_TARGETS if target_layers is None else target_layers)
+    wanted = tuple((*DEFAULT_TARGETS, *foreign_linear()) if target_layers is None else target_layers)
     types = tuple(entry for entry in wanted if not isinstance(entry, str))
     for kind in types:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise TypeError(f"target_layers holds module types or layer names, got {kind!r}")
-        if not issubclass(kind, SUPPORTED_HOSTS):
-            supported = ", ".join(host.__name__ for host in SUPPORTED_HOSTS)
+        if not issubclass(kind, supported_hosts()):
+            supported = ", ".join(host.__name__ for host in supported_hosts())
             raise NotImplementedError(f"Esper does not support layers of type {kind.__name__}; supported: {supported}")
     modules = dict(model.named_modules(remove_duplicate=False))
     bypassed = _bypassed(model)
@@ -176,8 +204,9 @@ def find_targets(
             )
         found[entry] = modules[name]
     known = {id(module) for module in found.values()}
+    kinds: tuple[type[nn.Module], ...] = (*types, Seeded)
     for name, module in modules.items():
-        if types and isinstance(module, types) and id(module) not in bypassed | known:
+        if isinstance(module, kinds) and id(module) not in bypassed | known:
             found[name or ROOT_NAME] = module
             known.add(id(module))
     order = {id(module): position for position, module in enumerate(model.modules())}

@@ -41,8 +41,8 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
     """A network whose layers have seeds. Built by ``esper.wrap``.
 
     It is called, trained, moved, saved and inspected as the network it wraps: parameters and ``state_dict`` entries
-    have the host's names, attributes it does not have itself are the host's. Parameters of awake seeds and the
-    lattice stand beside them under names that start with ``esper.``.
+    have the host's names, attributes it does not have itself are the host's, to read and to set. Parameters of awake
+    seeds and the lattice stand beside them under names that start with ``esper.``.
 
     Call :attr:`step` once per training step, after the optimizer's.
 
@@ -114,18 +114,32 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
         if several_ranks():
             self.tie_reserved()
         clock.due = 0
+        self.__dict__["_complete"] = True  # from now on, setting an attribute of the host is the host's affair
 
     # -- calls -------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the host; arguments and result are its own. Hooks of the host and of this module run."""
-        if _tracing():
-            return self._host_call(*args, **kwargs)  # a counter that changes would recompile the graph
+        if _tracing():  # a counter that changes would recompile the graph
+            return self._entry(*args, **kwargs)
         return self._clock(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's forward; arguments and result are its own."""
+        if self._entry is not self._host_call:
+            # Called by the forward that somebody put in front of this one: the host's call runs the hooks.
+            return self._host_call(*args, **kwargs)
         return self.wrapped_model.forward(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "forward":
+            self._route()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name == "forward":
+            self._route()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the host in place, as ``nn.Module.compile``."""
@@ -134,14 +148,19 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
         self._route()
 
     def _route(self) -> None:
-        """Settle where a call goes."""
+        """Settle where a call goes: to the host, or to a forward that was put in front of this model's.
+
+        That is what accelerate does for autocast: it sets ``forward`` on the instance.
+        """
         host, tether, clock = self.wrapped_model, self._tether, self._clock
+        patched: Callable[..., Any] | None = self.__dict__.get("forward")
         call: Callable[..., Any] = host.__call__ if self._compiled else host._call_impl
-        self._host_call = clock.host_call = call if tether is None else _calling(call, tether)
-        clock.plain = not self._compiled and tether is None
+        self._host_call = call if tether is None else _calling(call, tether)
+        self._entry = clock.host_call = self._host_call if patched is None else patched
+        clock.plain = not self._compiled and tether is None and patched is None
         # torch.compile asks the instance for its __call__ (a plain call asks the class): it gets the host, so that the
         # graph is guarded by what the host's own would be.
-        self.__dict__["__call__"] = _calling(host, tether)
+        self.__dict__["__call__"] = _calling(host, tether) if patched is None else patched
 
     def tie_reserved(self) -> None:
         """Give the outputs an edge to all reserved parameters: DDP waits for the gradient of every parameter it knows.
@@ -407,6 +426,8 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
         state["_clock"] = (self._clock.calls, self._clock.steps)
         for name in (
             "__call__",
+            "_complete",
+            "_entry",
             "_host_call",
             "_requested",
             "_fetched",

@@ -71,6 +71,26 @@ class HostNames(nn.Module):
                 raise
             return getattr(host, name)
 
+    def _is_the_hosts(self, name: str) -> bool:
+        """Whether setting an attribute is meant for the host: it has one of that name, and this module has none."""
+        own = self.__dict__
+        if "_complete" not in own or name in own or name in own["_modules"] or hasattr(type(self), name):
+            return False
+        return hasattr(self.wrapped_model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What is read through must be written through, or the host would go on with what it had.
+        if self._is_the_hosts(name):
+            setattr(self.wrapped_model, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_the_hosts(name):
+            delattr(self.wrapped_model, name)
+        else:
+            super().__delattr__(name)
+
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-__all__ = ["SUPPORTED_HOSTS", "ConvGeometry", "HostSpec", "describe_host"]
+__all__ = ["SUPPORTED_HOSTS", "ConvGeometry", "HostSpec", "describe_host", "foreign_linear", "supported_hosts"]
 
 #: Layers that any shape passes through; their features are known at the first forward.
 _ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid)
@@ -106,6 +107,7 @@ def describe_host(module: nn.Module) -> HostSpec:
     BatchNorm1d (NC or NCL), 2d  dimension 1 ``num_features``
     LayerNorm                    last        last of ``normalized_shape``
     MultiheadAttention           last        ``embed_dim``: x is the query, h the first output
+    Conv1D of transformers       last        ``nx``, ``nf``: a Linear whose weight lies transposed (GPT-2)
     ReLU, GELU, Tanh, Sigmoid    see below   those of the first input
     ============================ =========== ==================================================
 
@@ -128,8 +130,25 @@ def describe_host(module: nn.Module) -> HostSpec:
             return replace(describe(module, name), dtype=dtype)
     if isinstance(module, _ACTIVATIONS):
         return HostSpec(name, None, None, None)
-    supported = ", ".join(kind.__name__ for kind in SUPPORTED_HOSTS)
+    if isinstance(module, foreign_linear()):
+        conv1d: Any = module
+        return HostSpec(name, "rows", conv1d.nx, conv1d.nf, dtype=conv1d.weight.dtype)
+    supported = ", ".join(kind.__name__ for kind in supported_hosts())
     raise NotImplementedError(f"{name} cannot carry seeds; supported layers: {supported}")
+
+
+def foreign_linear() -> tuple[type[nn.Module], ...]:
+    """Linear layers of other libraries, as far as these are loaded: the ``Conv1D`` of ``transformers``.
+
+    Nothing is imported for it: a network with such a layer has loaded its library.
+    """
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return (conv1d,) if isinstance(conv1d, type) and issubclass(conv1d, nn.Module) else ()
+
+
+def supported_hosts() -> tuple[type[nn.Module], ...]:
+    """Every type that :func:`describe_host` takes now: :data:`SUPPORTED_HOSTS` and :func:`foreign_linear`."""
+    return (*SUPPORTED_HOSTS, *foreign_linear())
 
 
 def _linear(module: nn.Linear, name: str) -> HostSpec:
@@ -178,5 +197,5 @@ _DESCRIBE: tuple[tuple[type[nn.Module], Callable[..., HostSpec]], ...] = (
     (nn.MultiheadAttention, _attention),
 )
 
-#: Every type that :func:`describe_host` takes.
+#: The types of PyTorch that :func:`describe_host` takes.
 SUPPORTED_HOSTS: tuple[type[nn.Module], ...] = (*(kind for kind, _ in _DESCRIBE), *_ACTIVATIONS)

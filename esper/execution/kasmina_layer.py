@@ -151,6 +151,7 @@ class KasminaLayer(nn.Module):
         # nn.Module's attribute look-up for submodules is slow; the call path reads this one.
         self.__dict__["_grafts"] = self.grafts
         self._binding = HostBinding(host, fast_path)
+        self._in_place = bool(getattr(host, "inplace", False))
         self._counters = _Counters()
         self._observer: Observer | None = None
         self._cuda_timing: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
@@ -179,7 +180,9 @@ class KasminaLayer(nn.Module):
     # -- the forwards that may shadow the host's ---------------------------------------------------
 
     def _awake_forward(self, input: Tensor) -> Tensor:
-        return self._blend(input, self._binding.base(input))
+        # A host that works in place would overwrite what its seeds are to read.
+        given = input.clone() if self._in_place else input
+        return self._blend(input, self._binding.base(given))
 
     def _awake_attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         h, weights = self._binding.base(query, *args, **kwargs)

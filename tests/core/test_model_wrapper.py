@@ -6,10 +6,11 @@ from __future__ import annotations
 import copy
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import esper
 from esper.core.model_wrapper import MorphableModel, find_targets, unwrap, wrap
@@ -455,3 +456,71 @@ class TestKasminaLayer:
     def test_unsupported_host(self) -> None:
         with pytest.raises(NotImplementedError, match="Embedding"):
             KasminaLayer.from_host(nn.Embedding(3, 4))
+
+
+def test_a_forward_put_in_front_of_the_models_is_called() -> None:
+    # As accelerate does for autocast: it wraps `forward` and sets it on the instance.
+    model = esper.wrap(nn.Sequential(nn.Linear(3, 3)))
+    x = torch.randn(2, 3)
+    expected = model(x)
+    hooked: list[str] = []
+    model.register_forward_hook(lambda module, args, output: hooked.append(type(module).__name__))
+    own = model.forward
+
+    def doubled(*args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = 2 * own(*args, **kwargs)
+        return y
+
+    calls = model.total_forward_calls
+    model.forward = doubled  # type: ignore[method-assign]
+    assert torch.equal(model(x), 2 * expected)
+    assert model.total_forward_calls == calls + 1 and hooked == ["Sequential"]
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, backend="eager")(x), 2 * expected)
+    # The copy has it too, and goes on with what the function is bound to: here the first model.
+    assert torch.equal(copy.deepcopy(model)(x), 2 * expected)
+    del model.forward
+    assert torch.equal(model(x), expected)
+    model.compile(backend="eager")
+    assert torch.equal(model(x), expected)
+
+
+def test_attributes_of_the_host_are_the_hosts_to_set() -> None:
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.factor = 1.0
+
+        @property
+        def half(self) -> float:
+            return self.factor / 2
+
+        @half.setter
+        def half(self, value: float) -> None:
+            self.factor = 2 * value
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.factor * self.linear(x)
+            return y
+
+    model: Any = esper.wrap(Host())
+    x = torch.randn(3, 2)
+    before = model(x)
+    model.factor = 3.0
+    assert model.wrapped_model.factor == 3.0 and torch.equal(model(x), 3.0 * before)
+    model.half = 4.0
+    assert model.factor == 8.0 and "factor" not in model.__dict__
+    model.linear = nn.Identity()
+    assert torch.equal(model(x), 8.0 * x)
+    # What is the model's own, or nobody's yet, stays here; so does what a copy's construction sets.
+    model.monitor_budget = 0.1
+    model.note = "mine"
+    assert not hasattr(model.wrapped_model, "note") and not hasattr(model.wrapped_model, "monitor_budget")
+    model.eval()
+    assert not model.wrapped_model.training
+    twin = copy.deepcopy(model)
+    twin.factor = 1.0
+    assert model.factor == 8.0 and twin.wrapped_model.factor == 1.0
+    del model.factor
+    assert not hasattr(model.wrapped_model, "factor")

@@ -174,30 +174,33 @@ class GraftSet(nn.Module):
 
     # -- running ------------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+    def forward(self, x: Tensor, h: Tensor, alpha: Tensor | None = None) -> Tensor:
         """Blend the seeds into a host's output.
 
         Args:
             x: What the host read.
             h: What it gave: the features lie along ``spec.channel_dim``.
+            alpha: float32 ``[num_seeds]`` on h's device, in place of the layer's own; read, not differentiated.
 
         Returns:
             y, of h's shape, dtype and device.
         """
+        if alpha is None:
+            alpha = self.state_layout.alpha_blend
         # Asked in this order, a traced graph does not depend on whether an eager call has packed a bank.
         bank = None if _compiling() else self._bank
         if bank is not None:
             tap = x if bank.reads_input else h
             if bank.usable(tap, h):
                 if bank.whole():
-                    y = bank.run(tap, h, self.state_layout.alpha_blend)
+                    y = bank.run(tap, h, alpha)
                     if y is not None:
                         return y
                 elif not bank.swapped():
                     self._forget_bank()  # moved by `.data =` or the like; packed again at the next call
-        return self._general(x, h)
+        return self._general(x, h, alpha)
 
-    def _general(self, x: Tensor, h: Tensor) -> Tensor:
+    def _general(self, x: Tensor, h: Tensor, alpha: Tensor) -> Tensor:
         if self._layout is None:
             self.spec = self.spec.resolve(tuple(h.shape))
             self._settle()
@@ -206,16 +209,16 @@ class GraftSet(nn.Module):
         if not self._seeds:
             return h
         if _compiling() or h.device.type != "cpu" or _observed(h):
-            return self._traced(x, h)
+            return self._traced(x, h, alpha)
         if _differentiated():
-            return self._pure(x, h)
+            return self._pure(x, h, alpha)
         if not self._bank_tried:
             self._bank_tried = True
             with torch.inference_mode(False):  # the buffer outlives this call, which may be in inference mode
                 self._bank = self._pack()
             if self._bank is not None:
-                return self.forward(x, h)
-        return self._eager(x, h)
+                return self.forward(x, h, alpha)
+        return self._eager(x, h, alpha)
 
     def _settle(self) -> None:
         """Settle what depends on the layer's shape: which seeds fit, and where their contributions go."""
@@ -275,9 +278,8 @@ class GraftSet(nn.Module):
             result.append(torch.isfinite(tap).all(dims[0], keepdim=True) if len(dims) == 1 else _all(tap, dims))
         return result
 
-    def _eager(self, x: Tensor, h: Tensor) -> Tensor:
+    def _eager(self, x: Tensor, h: Tensor, alpha: Tensor) -> Tensor:
         assert self._layout is not None
-        alpha = self.state_layout.alpha_blend
         numbers: list[float] = alpha.tolist()
         order = list(self._seeds)
         live = [i for i in order if numbers[i] != 0.0]
@@ -307,16 +309,16 @@ class GraftSet(nn.Module):
                 y = _Tether.apply(y, *idle)
         return y
 
-    def _pure(self, x: Tensor, h: Tensor) -> Tensor:
+    def _pure(self, x: Tensor, h: Tensor, alpha: Tensor) -> Tensor:
         """The formula alone, as ``torch.func`` wants it: a function without effects, so faults are not contained."""
         assert self._layout is not None
         order, dim = list(self._seeds), self._dim(h)
         parts = self._run_seeds(x, h, order, [self._weights(i).tensors() for i in order])
-        return reference.blend(self._layout, h, parts, self.state_layout.alpha_blend, dim)
+        return reference.blend(self._layout, h, parts, alpha, dim)
 
-    def _traced(self, x: Tensor, h: Tensor) -> Tensor:
+    def _traced(self, x: Tensor, h: Tensor, alpha: Tensor) -> Tensor:
         assert self._layout is not None
-        alpha, flags = self.state_layout.alpha_blend, self.state_layout.fault_flags
+        flags = self.state_layout.fault_flags
         order = list(self._seeds)
         dim = self._dim(h)
         named = [self._weights(i).tensors() for i in order]
