@@ -493,11 +493,11 @@ def test_attributes_of_the_host_are_the_hosts_to_set() -> None:
             self.factor = 1.0
 
         @property
-        def half(self) -> float:
+        def halved(self) -> float:
             return self.factor / 2
 
-        @half.setter
-        def half(self, value: float) -> None:
+        @halved.setter
+        def halved(self, value: float) -> None:
             self.factor = 2 * value
 
         def forward(self, x: Tensor) -> Tensor:
@@ -509,7 +509,7 @@ def test_attributes_of_the_host_are_the_hosts_to_set() -> None:
     before = model(x)
     model.factor = 3.0
     assert model.wrapped_model.factor == 3.0 and torch.equal(model(x), 3.0 * before)
-    model.half = 4.0
+    model.halved = 4.0
     assert model.factor == 8.0 and "factor" not in model.__dict__
     model.linear = nn.Identity()
     assert torch.equal(model(x), 8.0 * x)

@@ -316,8 +316,10 @@ class GraftSet(nn.Module):
         parts = self._run_seeds(x, h, order, [self._weights(i).tensors() for i in order])
         return reference.blend(self._layout, h, parts, alpha, dim)
 
-    def _traced(self, x: Tensor, h: Tensor, alpha: Tensor) -> Tensor:
+    def _traced(self, x: Tensor, h: Tensor, alpha: Tensor | None = None) -> Tensor:
         assert self._layout is not None
+        if alpha is None:
+            alpha = self.state_layout.alpha_blend
         flags = self.state_layout.fault_flags
         order = list(self._seeds)
         dim = self._dim(h)
