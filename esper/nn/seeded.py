@@ -40,7 +40,7 @@ class OwnSeeds(KasminaLayer):
         nn.Module.__init__(self)
         self.__dict__["default_transform"] = host
         self.standalone = True
-        device = next((p.device for p in host.parameters()), torch.device("cpu"))
+        device = _device_of(host)
         # A layer on the meta device has a state all the same: its seeds sleep.
         state = KasminaStateLayout(num_seeds, "cpu" if device.type == "meta" else device)
         # The layer may stand in torch's encoder, whose fused inference path looks for hooks before it passes by.
@@ -77,7 +77,7 @@ class OwnSeeds(KasminaLayer):
         self.telemetry_enabled = telemetry_enabled
         self.standalone = False
         if reservation is not None:
-            grafts = ReservedGraftSet(self.grafts.spec, state_layout, reservation, state_layout.device)
+            grafts = ReservedGraftSet(self.grafts.spec, state_layout, reservation, _device_of(self.default_transform))
             self.grafts = self.__dict__["_grafts"] = grafts
         self._binding.remove()
         self._binding = HostBinding(self.default_transform, fast_path)
@@ -237,6 +237,10 @@ class Seeded(nn.Module):
             layout.lattice.load_state_dict(lattice)
         except (ValueError, KeyError) as error:
             error_msgs.append(f"{marker}lattice: {error}")
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    return next((p.device for p in layer.parameters()), torch.device("cpu"))
 
 
 def step(network: nn.Module) -> None:

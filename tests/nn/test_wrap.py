@@ -136,3 +136,21 @@ def test_a_linear_with_a_forward_of_its_own_is_not_folded() -> None:
     assert model.layer("0").commit(0, found, alpha=0.5)
     x = torch.randn(4, 3, dtype=torch.float64)
     torch.testing.assert_close(esper.export(model)(x), model(x), rtol=1e-13, atol=1e-13)
+
+
+def test_reserved_memory_is_for_layers_that_sleep() -> None:
+    host = nn.Sequential(enn.SeededLinear(4, 6), nn.Linear(6, 2))
+    x = torch.randn(3, 4)
+    before = host(x)
+    model = esper.wrap(host, reserve_rank=3)
+    names = [name for name, _ in model.named_parameters() if name.startswith("esper.0.seed3.")]
+    assert len(names) == 3 and torch.equal(model(x), before)
+    wake(model.wrapped_model[0], 3, kernel("lowrank", 4, 6, rank=2), 1.0)
+    p = model.layer("0").grafts.seed_tensors(3)
+    h = host[0](x) + x @ p["down.weight"].t() @ p["up.weight"].t()
+    torch.testing.assert_close(model(x), host[1](h), rtol=1e-5, atol=1e-5)
+    wake(host[0], 0, kernel("lowrank", 4, 6, rank=2))
+    with pytest.raises(ValueError, match="layer '0' brings awake seeds"):
+        esper.wrap(host, reserve_rank=3)
+    with pytest.raises(ValueError, match="Tanh"):
+        esper.wrap(network(), reserve_rank=3)

@@ -105,13 +105,13 @@ class ReservedGraftSet(GraftSet):
 
     # -- running ------------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+    def forward(self, x: Tensor, h: Tensor, alpha: Tensor | None = None) -> Tensor:
         """As :meth:`GraftSet.forward`; with no seed awake an eager call gives h itself."""
         if not _compiling() and not self._kernels and not _capturing(h):
             return h
-        return super().forward(x, h)
+        return super().forward(x, h, alpha)
 
-    def _traced(self, x: Tensor, h: Tensor) -> Tensor:
+    def _traced(self, x: Tensor, h: Tensor, alpha: Tensor | None = None) -> Tensor:
         if h.numel() == 0:
             return h
         known = not _compiling() and not _capturing(h)
@@ -129,7 +129,7 @@ class ReservedGraftSet(GraftSet):
             h,
             (torch.cat(downs), torch.cat(biases), torch.cat(ups, 1)),
             self.plan,
-            self.state_layout.alpha_blend,
+            self.state_layout.alpha_blend if alpha is None else alpha,
             self._dim(h),
             kinds,
         )
@@ -137,9 +137,9 @@ class ReservedGraftSet(GraftSet):
             flags.copy_(torch.maximum(flags, blamed.to(flags.dtype)))
         return y
 
-    def _general(self, x: Tensor, h: Tensor) -> Tensor:
+    def _general(self, x: Tensor, h: Tensor, alpha: Tensor) -> Tensor:
         # A graph must not depend on which seeds are awake, so nothing of theirs is looked at here.
-        return self._traced(x, h) if _compiling() or _capturing(h) else super()._general(x, h)
+        return self._traced(x, h, alpha) if _compiling() or _capturing(h) else super()._general(x, h, alpha)
 
     def _pack(self) -> Bank | None:
         # A bank of the elastic kind moves parameters into memory of its own; these stay where they are.
