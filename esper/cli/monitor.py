@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from esper.contracts.errors import EsperError
 
 if TYPE_CHECKING:
-    from esper.watch.app import Exporter
     from esper.watch.ui import Ui
     from esper.watch.watcher import Source, Watcher
 
@@ -32,7 +31,6 @@ examples:
   esper monitor --once --state awake
   esper monitor --prometheus 9464 --no-view
 """
-_METRICS_HOST: Final = "127.0.0.1"
 _PATIENCE_S: Final = 3.0
 
 
@@ -65,7 +63,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--prometheus",
         metavar="[HOST:]PORT",
-        help=f"serve metrics over HTTP there (host {_METRICS_HOST} unless given; 0 for any free port)",
+        help="serve metrics over HTTP there (only to this machine unless HOST is given; 0 is any free port)",
     )
     parser.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write event files there")
     parser.add_argument("--no-view", action="store_true", help="no screen: only record and export, until SIGTERM")
@@ -85,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     """Watch until the viewer or the source has had enough; returns the exit status."""
     try:
         from esper.watch.app import watch_quietly
+        from esper.watch.export import Exporters
         from esper.watch.watcher import Watcher
     except ImportError as error:
         raise EsperError(f"esper monitor needs the package {error.name}: pip install 'esper[monitor]'") from None
@@ -96,15 +95,17 @@ def run(args: argparse.Namespace) -> int:
         ended = stack.enter_context(_until_sigterm()) if args.no_view else None
         source = _source(args, stack)
         watcher = Watcher(source)
-        exporters = _exporters(args, stack, watcher)
+        exporters = stack.enter_context(Exporters(watcher, prometheus=args.prometheus, tensorboard=args.tensorboard))
+        if exporters.url is not None and args.no_view:
+            print(f"metrics at {exporters.url}", flush=True)
         watcher.start()
         stack.callback(watcher.stop)
         if args.once:
-            return _once(args, watcher, ui, exporters)
+            return _once(args, watcher, ui)
         if ended is not None:
-            watch_quietly(watcher, exporters, lambda: ended.is_set() or watcher.done.is_set())
+            watch_quietly(watcher, lambda: ended.is_set() or watcher.done.is_set())
             return 0
-        return _view(watcher, ui, exporters)
+        return _view(watcher, ui)
 
 
 def _ui(args: argparse.Namespace) -> Ui:
@@ -140,41 +141,13 @@ def _source(args: argparse.Namespace, stack: contextlib.ExitStack) -> Source:
     return BusSource(bus, since_s=args.since, follow=not args.once, recorder=recorder)
 
 
-def _exporters(args: argparse.Namespace, stack: contextlib.ExitStack, watcher: Watcher) -> list[Exporter]:
-    exporters: list[Exporter] = []
-    if args.prometheus is not None:
-        host, port = _address(args.prometheus)
-        try:
-            from esper.watch.prometheus import PrometheusExporter, serve
-        except ImportError:
-            raise EsperError(
-                "--prometheus needs the package prometheus_client: pip install 'esper[prometheus]'"
-            ) from None
-        served = serve(PrometheusExporter(watcher.looking, watcher.now), host, port)
-        stack.callback(served.close)
-        if args.no_view:
-            print(f"metrics at {served.url}", flush=True)
-    if args.tensorboard is not None:
-        from esper.watch.tensorboard import TensorBoardExporter
-
-        exporters.append(stack.enter_context(TensorBoardExporter(args.tensorboard)))
-    return exporters
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not port.isdecimal() or int(port) > 65535:
-        raise EsperError(f"--prometheus {text}: need a port from 0 to 65535, or HOST:PORT")
-    return host.strip("[]") or _METRICS_HOST, int(port)
-
-
-def _once(args: argparse.Namespace, watcher: Watcher, ui: Ui, exporters: list[Exporter]) -> int:
+def _once(args: argparse.Namespace, watcher: Watcher, ui: Ui) -> int:
     from rich.console import Console
 
     from esper.watch.app import heading_of, watch_quietly
     from esper.watch.view import once
 
-    watch_quietly(watcher, exporters, watcher.done.is_set)
+    watch_quietly(watcher, watcher.done.is_set)
     if watcher.error is not None:
         raise watcher.error
     width = shutil.get_terminal_size((80, 24)).columns
@@ -207,7 +180,7 @@ def _until_sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _view(watcher: Watcher, ui: Ui, exporters: list[Exporter]) -> int:
+def _view(watcher: Watcher, ui: Ui) -> int:
     from esper.watch.app import view
     from esper.watch.screen import Screen
 
@@ -216,5 +189,5 @@ def _view(watcher: Watcher, ui: Ui, exporters: list[Exporter]) -> int:
     if watcher.error is not None:
         raise watcher.error
     with Screen(sys.stdout, sys.stdin) as screen:
-        view(watcher, screen, exporters, ui)
+        view(watcher, screen, ui)
     return 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final
 
 from esper.watch.screen import Screen
 from esper.watch.state import JobState
@@ -13,19 +13,12 @@ from esper.watch.ui import Action, Ui
 from esper.watch.view import Heading, draw
 from esper.watch.watcher import Watcher
 
-__all__ = ["Exporter", "heading_of", "view", "watch_quietly"]
+__all__ = ["heading_of", "view", "watch_quietly"]
 
 #: Between two pictures; keys are answered at once.
 FRAME_S: Final = 0.125
 #: A picture that did not change is drawn anew this often, for its clock and its rates.
 IDLE_S: Final = 0.5
-
-
-class Exporter(Protocol):
-    """Takes the state elsewhere."""
-
-    def update(self, state: JobState, now: float) -> None:
-        """Called now and then, inside :meth:`Watcher.looking`."""
 
 
 def heading_of(watcher: Watcher, *, paused: bool = False) -> Heading:
@@ -34,7 +27,7 @@ def heading_of(watcher: Watcher, *, paused: bool = False) -> Heading:
     return Heading(watcher.source.name, mode, watcher.now(), watcher.alarm, watcher.source.live)
 
 
-def view(watcher: Watcher, screen: Screen, exporters: Sequence[Exporter] = (), ui: Ui | None = None) -> None:
+def view(watcher: Watcher, screen: Screen, ui: Ui | None = None) -> None:
     """Show the picture on ``screen`` until ``q``, or until the terminal is gone.
 
     Raises:
@@ -46,7 +39,6 @@ def view(watcher: Watcher, screen: Screen, exporters: Sequence[Exporter] = (), u
     while not screen.ended:
         if watcher.error is not None:
             raise watcher.error
-        _export(watcher, exporters)
         now = time.monotonic()
         due = watcher.heard != heard or now - drawn_at >= IDLE_S or screen.size() != size
         if due and now - drawn_at >= FRAME_S:
@@ -66,8 +58,8 @@ def view(watcher: Watcher, screen: Screen, exporters: Sequence[Exporter] = (), u
             drawn_at = time.monotonic()
 
 
-def watch_quietly(watcher: Watcher, exporters: Sequence[Exporter], until: Callable[[], bool]) -> None:
-    """Keep exporters up to date without a picture, until ``until`` says so.
+def watch_quietly(watcher: Watcher, until: Callable[[], bool]) -> None:
+    """Wait until ``until`` says so.
 
     Raises:
         Exception: what ended the source.
@@ -75,16 +67,7 @@ def watch_quietly(watcher: Watcher, exporters: Sequence[Exporter], until: Callab
     while not until():
         if watcher.error is not None:
             raise watcher.error
-        _export(watcher, exporters)
         time.sleep(FRAME_S)
-    _export(watcher, exporters)
-
-
-def _export(watcher: Watcher, exporters: Sequence[Exporter]) -> None:
-    if exporters:
-        with watcher.looking() as state:
-            for exporter in exporters:
-                exporter.update(state, watcher.now())
 
 
 def _draw(watcher: Watcher, screen: Screen, ui: Ui, frozen: tuple[JobState, Heading] | None) -> None:

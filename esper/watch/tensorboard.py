@@ -9,12 +9,14 @@ from typing import Any, Final
 import numpy as np
 
 from esper.contracts.errors import EsperError
+from esper.watch.facts import RunStatus
 from esper.watch.state import JobState, RunKey, RunState
 
 __all__ = ["TensorBoardExporter"]
 
 #: A run of millions of steps would fill a disk with points that nobody can tell apart.
 _APART_S: Final = 2.0
+_NOWHERE: Final = (-1, -1, float("-inf"))
 
 
 class TensorBoardExporter:
@@ -41,17 +43,17 @@ class TensorBoardExporter:
         self._folder = folder
         self._every_s = every_s
         self._writers: dict[RunKey, Any] = {}
-        self._written: dict[RunKey, tuple[int, int, float]] = {}
+        self._written: dict[RunKey, tuple[int | None, int | None, float]] = {}
+        self._state: JobState | None = None
 
     def update(self, state: JobState, now: float) -> None:
         """Write a point for each run that has come further."""
+        self._state = state
         for run in state.runs.values():
-            place = (run.step or 0, run.epoch or 0)
-            step, epoch, at = self._written.get(run.key, (-1, -1, float("-inf")))
-            ended = run.status.value != "running"
-            if place != (step, epoch) and (run.last_at - at >= self._every_s or ended or place[1] != epoch):
+            step, epoch, at = self._written.get(run.key, _NOWHERE)
+            ended = run.status is not RunStatus.RUNNING
+            if _place(run) != (step, epoch) and (run.last_at - at >= self._every_s or ended or run.epoch != epoch):
                 self._write(run)
-                self._written[run.key] = (*place, run.last_at)
 
     def _write(self, run: RunState) -> None:
         writer = self._writers.get(run.key)
@@ -79,9 +81,14 @@ class TensorBoardExporter:
             scalars["alpha/mean"] = float(totals.alpha_sum.sum()) / awake
         for name, value in scalars.items():
             writer.add_scalar(name, value, step, walltime=run.last_at)
+        self._written[run.key] = (*_place(run), run.last_at)
 
     def close(self) -> None:
         """Write what is left, and close the files."""
+        for run in [] if self._state is None else self._state.runs.values():
+            if self._written.get(run.key, _NOWHERE)[:2] != _place(run):
+                self._write(run)
+        self._state = None
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
@@ -95,3 +102,7 @@ class TensorBoardExporter:
     ) -> None:
         """Close the files."""
         self.close()
+
+
+def _place(run: RunState) -> tuple[int | None, int | None]:
+    return run.step, run.epoch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from esper.watch.facts import Fact, Unreadable
@@ -58,6 +58,7 @@ class Watcher:
         self._lock = threading.Lock()
         self._now = 0.0
         self._heard = 0
+        self._listeners: list[Callable[[JobState, float], None]] = []
         self._thread = threading.Thread(target=self._run, name="esper-watch", daemon=True)
 
     def start(self) -> Watcher:
@@ -70,6 +71,10 @@ class Watcher:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+
+    def listen(self, listener: Callable[[JobState, float], None]) -> None:
+        """Have ``listener(state, now)`` called, on the thread that reads, whenever something was heard."""
+        self._listeners.append(listener)
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[JobState]:
@@ -102,6 +107,8 @@ class Watcher:
         with self._lock:
             for fact in facts:
                 self.state.apply(fact, now)
+            for listener in self._listeners:
+                listener(self.state, now)
         self._heard += len(facts)
         self._now = max(self._now, now)
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import socket
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,16 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from esper.contracts.errors import EsperError
+from esper.oona import OonaClient
+from esper.watch.export import Exporters, exporting
 from esper.watch.facts import RunReport, RunStatus, SeedChange, Unreadable
 from esper.watch.prometheus import METRICS, PrometheusExporter, serve
+from esper.watch.recording import FileSource
 from esper.watch.state import JobState
-from tests.watch.scenes import T0, window
+from esper.watch.watcher import Watcher
+from tests.servers import wait_until
+from tests.watch.scenes import T0, window, window_message
+from tests.watch.test_recording import recorded
 
 DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana" / "esper.json"
 
@@ -181,3 +188,45 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(EsperError, match="cannot be made"):
         TensorBoardExporter(tmp_path / "file" / "tb")
+
+
+def test_a_training_process_exports_what_itself_tells(tmp_path: Path):
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    with (
+        OonaClient("memory://exporting") as bus,
+        exporting(bus, prometheus="0", tensorboard=tmp_path / "tb") as exporters,
+    ):
+        bus.publish(window_message("fc", 0, time.time(), lifecycle_state=[0, 2]))
+
+        def told() -> bool:
+            return ("esper_windows_total", (("rank", "0"), ("run", "job"))) in scrape(exporters.url or "")
+
+        wait_until(told, "the window is counted")
+        url = exporters.url
+    with pytest.raises(OSError, match="refused"):
+        scrape(url or "")
+    assert [folder.name for folder in (tmp_path / "tb").iterdir()] == ["job.rank0"]
+
+
+def test_event_files_of_a_recording_keep_its_times(tmp_path: Path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    watcher = Watcher(FileSource(recorded(tmp_path / "r.jsonl")))
+    with Exporters(watcher, tensorboard=tmp_path / "tb"):
+        watcher.start()
+        assert watcher.done.wait(60)
+        watcher.stop()
+    files = reader.EventAccumulator(str(tmp_path / "tb" / "job.rank0"), size_guidance={reader.SCALARS: 0})
+    files.Reload()
+    # Alpha goes from 0 to 0.95 in 20 windows a second apart; a point every two seconds, and the last.
+    assert files.Scalars("alpha/mean")[-1].value == pytest.approx(0.95)
+    points = files.Scalars("seeds/training")
+    assert len(points) >= 10
+    assert [point.wall_time for point in points] == sorted(point.wall_time for point in points)
+    assert points[0].wall_time == T0
+    assert points[-1].wall_time == pytest.approx(T0 + 21)
+
+
+@pytest.mark.parametrize("address", ["high", "localhost", "1.2.3.4:99999", ""])
+def test_an_address_that_is_none(address: str):
+    with pytest.raises(EsperError, match="need a port from 0 to 65535"):
+        Exporters(Watcher(FileSource(DASHBOARD)), prometheus=address)

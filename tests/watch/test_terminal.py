@@ -260,7 +260,10 @@ ERRORS = [
     (["--once", "--follow", "--events", "x"], "--once reads the whole file at once"),
     (["--once", "--state", "asleep", "--events", "x"], "--state asleep: known are awake, loading"),
     (["--record", "y", "--once", "--events", "x"], "--events is a recording already"),
-    (["--once", "--prometheus", "high", "--events", os.devnull], "--prometheus high: need a port from 0 to 65535"),
+    (
+        ["--once", "--prometheus", "high", "--events", os.devnull],
+        "the address for metrics is 'high'; need a port from 0 to 65535",
+    ),
     (["--once", "--events", os.devnull], "is empty: no events were recorded"),
 ]
 
