@@ -145,7 +145,13 @@ class AsyncOonaClient(Base):
             raise BusError(f"this client of {self.url} was closed during a call")
         if isinstance(step, Pause):
             return await asyncio.sleep(step.seconds)
-        return await self._link.run(step)
+        task = asyncio.current_task()
+        asked = task.cancelling() if task else 0
+        answer = await self._link.run(step)
+        if task and task.cancelling() > asked:
+            # Before Python 3.12 asyncio.wait_for, which redis-py sends with, may swallow a cancellation.
+            raise asyncio.CancelledError
+        return answer
 
 
 class AsyncFollower:

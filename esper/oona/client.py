@@ -184,9 +184,18 @@ class OonaClient(Base):
             return found
 
     def _carry_out(self, step: Step) -> Any:
-        if self._closing.wait(step.seconds) if isinstance(step, Pause) else self._closed:
+        try:
+            if isinstance(step, Pause):
+                self._closing.wait(step.seconds)
+            elif not self._closed:
+                return self._link.run(step)
+        except ValueError:
+            # Reading from a socket that another thread has just closed.
+            if not self._closed:
+                raise
+        if self._closed:
             raise BusError(f"this client of {self.url} was closed during a call")
-        return None if isinstance(step, Pause) else self._link.run(step)
+        return None
 
     def _after_fork(self) -> None:
         super()._after_fork()

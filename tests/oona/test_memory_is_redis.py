@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.contracts.bus import BusError, BusFullError
+from esper.contracts.bus import BusFullError
 from esper.oona import OonaClient
 from esper.oona.commands import Add, Newest
 from esper.oona.memory_broker import MemoryBroker
@@ -138,35 +137,3 @@ def test_ids_grow_when_the_clock_goes_back(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("esper.oona.memory_broker.time.time", lambda: next(times))
     assert [bus.run(Add("s", {"a": "b"})) for _ in range(4)] == ["10000-0", "10000-1", "10000-2", "11000-0"]
     assert bus.run(Newest("s"))[0].entry_id == "11000-0"
-
-
-def test_threads_publish_and_consume_at_once() -> None:
-    with OonaClient("memory://threads") as client:
-        got: list[int] = []
-        lock = threading.Lock()
-        errors: list[BaseException] = []
-
-        def publish(start: int) -> None:
-            for number in range(start, start + 50):
-                client.publish(message(number))
-
-        def consume(name: str) -> None:
-            try:
-                while len(got) < 200:
-                    some = client.consume([EPOCH], "g", name, count=7, block=20)
-                    client.acknowledge(some)
-                    with lock:
-                        got.extend(each.message.payload["number"] for each in some)
-            except BusError as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=publish, args=(start,)) for start in (0, 50, 100, 150)]
-        threads += [threading.Thread(target=consume, args=(f"c{index}",)) for index in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert not errors
-        assert sorted(got) == list(range(200))
-        counters = client.counters()
-        assert counters["published"] == counters["delivered"] == counters["acknowledged"] == 200
