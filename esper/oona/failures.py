@@ -6,7 +6,9 @@ before they are shown.
 
 from __future__ import annotations
 
+import os
 import ssl
+from collections.abc import Iterator
 from typing import Final
 
 from esper.contracts.errors import (
@@ -117,18 +119,35 @@ def _unavailable(error: Exception, reason: str, address: BusAddress) -> BusUnava
     return BusUnavailableError(message, retryable=not _certificate(error), reason=reason)
 
 
-def _certificate(error: BaseException | None) -> bool:
-    seen = 0
-    while error is not None and seen < 8:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return True
-        error = error.__cause__ or error.__context__
-        seen += 1
-    return False
+def _certificate(error: Exception) -> bool:
+    return any(isinstance(each, ssl.SSLCertVerificationError) for each in _chain(error))
 
 
 def _reason(error: Exception, address: BusAddress) -> str:
+    if type(error).__name__ == "MasterNotFoundError":
+        # redis-py prints its client objects here, with all that they hold.
+        denied = "; one did not take our user and password" if "Authentication" in str(error) else ""
+        return f"none of {len(address.hosts)} sentinels answers and names a primary for {address.service!r}{denied}"
     # What a pipeline adds in front is the command with all its arguments.
     text = address.scrub(str(error).rpartition("of pipeline caused error: ")[2]).strip().rstrip(".")
+    for each in _chain(error):
+        # redis-py tells what the system said, but not always, and sometimes only its number.
+        said = ""
+        if isinstance(each, ssl.SSLCertVerificationError):
+            said = f"certificate verify failed: {each.verify_message}"
+        elif isinstance(each, OSError) and not isinstance(each, ssl.SSLError) and each.errno and each.errno > 0:
+            said = os.strerror(each.errno)
+        if said and said not in text:
+            text = f"{text} ({said})"
+            break
     shown = "".join(each if each.isprintable() else " " for each in text[:_LONGEST])
     return shown or type(error).__name__
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """``error``, and what it came from."""
+    for _ in range(8):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or error.__context__

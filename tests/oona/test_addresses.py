@@ -139,6 +139,9 @@ def test_sentinel(server: RedisServer, sentinel: int, waiting: bool) -> None:
     with pytest.raises(BusUnavailableError, match="know a service 'other' that is up") as caught:
         place.client(url("other"), start_patience_s=0.3).connect()
     assert "SECRET" not in str(caught.value)
+    with pytest.raises(BusUnavailableError, match="one did not take our user and password") as caught:
+        place.client(url("main").replace("WATCH", "WRONG"), start_patience_s=0.0).connect()
+    assert "SECRET" not in str(caught.value)
     server.kill()
     with pytest.raises(BusUnavailableError):
         client.publish(message(7))
