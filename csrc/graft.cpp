@@ -258,6 +258,8 @@ void bind_graft(py::module_& m) {
     bind_bank<double>(m, "GraftBankF64");
     m.def("graft_all_finite_f32", [](Address p, std::int64_t n) { return esper::graft::all_finite(as<const float>(p), n); });
     m.def("graft_all_finite_f64", [](Address p, std::int64_t n) { return esper::graft::all_finite(as<const double>(p), n); });
+    m.def("graft_instruction_sets", &esper::graft::instruction_sets, "What this processor has of what the products are compiled for.");
+    m.def("graft_use_instruction_set", &esper::graft::use_instruction_set, "For tests: compile-time variants of the products.");
     m.def("graft_blend", &graft_blend);
 #ifdef ESPER_WITH_CUDA
     m.def("graft_blend_cuda", [](int dtype, std::int64_t outer, std::int64_t features, std::int64_t inner, Address h, Address y,

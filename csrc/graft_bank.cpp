@@ -1,19 +1,16 @@
 #pragma GCC optimize("fp-contract=fast")  // no other backend has to agree bit for bit, so products may fuse
+#pragma GCC diagnostic ignored "-Wpsabi"  // every function with a vector is inlined: there is no ABI to speak of
 
 #include "graft_bank.h"
 
 #include <algorithm>
 #include <cmath>
 #include <set>
+#include <stdexcept>
+#include <string>
 
 #include "graft_core.h"
 #include "graft_simd.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define ESPER_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4"), flatten))
-#else
-#define ESPER_CLONES
-#endif
 
 namespace esper::graft {
 namespace {
@@ -26,25 +23,87 @@ T* scratch(int which, std::size_t size) {
     return buffer.data();
 }
 
-ESPER_CLONES void nt(const float* a, std::int64_t lda, const float* b, std::int64_t ldb, const std::int32_t* rows,
-                     std::int64_t ni, std::int64_t nj, std::int64_t k0, std::int64_t k1, float* out, std::int64_t ldo) {
-    product_nt<float>(a, lda, b, ldb, rows, ni, nj, k0, k1, out, ldo);
-}
-ESPER_CLONES void nt(const double* a, std::int64_t lda, const double* b, std::int64_t ldb, const std::int32_t* rows,
-                     std::int64_t ni, std::int64_t nj, std::int64_t k0, std::int64_t k1, double* out, std::int64_t ldo) {
-    product_nt<double>(a, lda, b, ldb, rows, ni, nj, k0, k1, out, ldo);
+// The products of graft_simd.h as one instruction set has them.
+template <typename T>
+struct Products {
+    void (*nt)(const T* a, std::int64_t lda, const T* b, std::int64_t ldb, const std::int32_t* rows, std::int64_t ni,
+               std::int64_t nj, std::int64_t k0, std::int64_t k1, T* out, std::int64_t ldo);
+    bool (*nn)(const Nn<T>& p, std::int64_t ni, std::int64_t c0, std::int64_t c1);
+    bool (*scan)(const T* values, std::int64_t count);
+};
+
+#define ESPER_PRODUCTS(name, attributes, bytes)                                                                       \
+    struct name {                                                                                                     \
+        template <typename T>                                                                                         \
+        attributes static void nt(const T* a, std::int64_t lda, const T* b, std::int64_t ldb,                         \
+                                  const std::int32_t* rows, std::int64_t ni, std::int64_t nj, std::int64_t k0,        \
+                                  std::int64_t k1, T* out, std::int64_t ldo) {                                        \
+            product_nt<T, bytes>(a, lda, b, ldb, rows, ni, nj, k0, k1, out, ldo);                                     \
+        }                                                                                                             \
+        template <typename T>                                                                                         \
+        attributes static bool nn(const Nn<T>& p, std::int64_t ni, std::int64_t c0, std::int64_t c1) {                \
+            return product_nn<T, bytes>(p, ni, c0, c1);                                                               \
+        }                                                                                                             \
+        template <typename T>                                                                                         \
+        attributes static bool scan(const T* values, std::int64_t count) {                                            \
+            return scan_finite<T, bytes>(values, count);                                                              \
+        }                                                                                                             \
+        template <typename T>                                                                                         \
+        static constexpr Products<T> all() {                                                                          \
+            return {nt<T>, nn<T>, scan<T>};                                                                           \
+        }                                                                                                             \
+    };
+
+ESPER_PRODUCTS(Baseline, , 16)
+#if defined(__x86_64__)
+#define ESPER_HAS_X86_PRODUCTS 1
+ESPER_PRODUCTS(Avx2, __attribute__((target("avx2,fma"), flatten)), 32)
+ESPER_PRODUCTS(Avx512, __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"), flatten)), 64)
+#endif
+#undef ESPER_PRODUCTS
+
+std::vector<std::string> supported() {
+    std::vector<std::string> names{"baseline"};
+#ifdef ESPER_HAS_X86_PRODUCTS
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        names.push_back("avx2");
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512bw"))
+            names.push_back("avx512");
+    }
+#endif
+    return names;
 }
 
-#define ESPER_GRAFT_NN(T)                                                                                             \
-    ESPER_CLONES bool nn(const T* a, std::int64_t si, std::int64_t sj, const T* b, std::int64_t ldb,                  \
-                         const std::int32_t* rows, std::int64_t ni, std::int64_t nj, std::int64_t c0,                 \
-                         std::int64_t c1, T* out, std::int64_t ldo, const T* start, T factor) {                       \
-        return product_nn<T>(a, si, sj, b, ldb, rows, ni, nj, c0, c1, out, ldo, start, factor);                       \
-    }                                                                                                                 \
-    ESPER_CLONES bool scan(const T* values, std::int64_t count) { return scan_finite<T>(values, count); }
-ESPER_GRAFT_NN(float)
-ESPER_GRAFT_NN(double)
-#undef ESPER_GRAFT_NN
+template <typename T>
+Products<T> products_named(const std::string& name) {
+#ifdef ESPER_HAS_X86_PRODUCTS
+    if (name == "avx2") return Avx2::all<T>();
+    if (name == "avx512") return Avx512::all<T>();
+#endif
+    return Baseline::all<T>();
+}
+
+// What this processor has, found out once.
+template <typename T>
+Products<T>& products() {
+    static Products<T> chosen = products_named<T>(supported().back());
+    return chosen;
+}
+
+template <typename T>
+void nt(const T* a, std::int64_t lda, const T* b, std::int64_t ldb, const std::int32_t* rows, std::int64_t ni,
+        std::int64_t nj, std::int64_t k0, std::int64_t k1, T* out, std::int64_t ldo) {
+    products<T>().nt(a, lda, b, ldb, rows, ni, nj, k0, k1, out, ldo);
+}
+
+template <typename T>
+bool nn(const T* a, std::int64_t si, std::int64_t sj, const T* b, std::int64_t ldb, const std::int32_t* rows,
+        std::int64_t ni, std::int64_t nj, std::int64_t c0, std::int64_t c1, T* out, std::int64_t ldo, const T* start,
+        T factor) {
+    return products<T>().nn({a, si, sj, b, ldb, rows, nj, out, ldo, start, factor}, ni, c0, c1);
+}
 
 constexpr double kSqrtHalf = 0.70710678118654752440;
 constexpr double kInvSqrt2Pi = 0.39894228040143267794;
@@ -104,7 +163,17 @@ T slope(Act act, T v) {
 
 template <typename T>
 bool all_finite(const T* values, std::int64_t count) {
-    return scan(values, count);
+    return products<T>().scan(values, count);
+}
+
+std::vector<std::string> instruction_sets() { return supported(); }
+
+void use_instruction_set(const std::string& name) {
+    const std::vector<std::string> names = supported();
+    if (std::find(names.begin(), names.end(), name) == names.end())
+        throw std::invalid_argument("this processor has no instruction set named " + name);
+    products<float>() = products_named<float>(name);
+    products<double>() = products_named<double>(name);
 }
 
 Bank::Bank(std::vector<BankSeed> seeds, std::int64_t d_in, std::int64_t d_out, std::int64_t rows)

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace esper::graft {
@@ -77,5 +78,10 @@ private:
 
 template <typename T>
 bool all_finite(const T* values, std::int64_t count);
+
+// What the products are compiled for and this processor has; the last one is used. For tests: use another, from a moment when
+// no product runs.
+std::vector<std::string> instruction_sets();
+void use_instruction_set(const std::string& name);
 
 }  // namespace esper::graft

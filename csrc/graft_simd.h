@@ -1,6 +1,8 @@
-// Three small matrix products and a scan, written with GCC's vector types: the compiler maps 64 bytes on one AVX-512
-// register, two AVX2 or four SSE2 registers. Included only by graft_bank.cpp, whose entry points are cloned per
-// instruction set; everything here is inlined into them.
+// Two small matrix products and a scan, written with GCC's vector types for one width of register. Included only by
+// graft_bank.cpp, which compiles them once for each instruction set, with everything inlined into its entry points.
+//
+// Sizes of tiles: 12 sums, so that the latency of a multiply-add (4 to 5 cycles, two a cycle) is covered, and no more,
+// so that with what is loaded beside them they fit the 16 registers of AVX2.
 #pragma once
 
 #include <cstdint>
@@ -10,141 +12,173 @@
 
 namespace esper::graft {
 
-template <typename T>
+template <typename T, int Bytes>
 struct Vec {
-    static constexpr std::int64_t width = 64 / static_cast<std::int64_t>(sizeof(T));
-    typedef T type __attribute__((vector_size(64)));
+    static constexpr std::int64_t width = Bytes / static_cast<std::int64_t>(sizeof(T));
+    typedef T type __attribute__((vector_size(Bytes)));
 };
 
-// The sum of the lanes, by halves.
-template <typename T>
-ESPER_HD T lane_sum(const typename Vec<T>::type& v) {
-    typedef T Half __attribute__((vector_size(32)));
-    typedef T Quarter __attribute__((vector_size(16)));
-    Half halves[2];
-    std::memcpy(halves, &v, sizeof(v));
-    const Half half = halves[0] + halves[1];
-    Quarter quarters[2];
-    std::memcpy(quarters, &half, sizeof(half));
-    const Quarter quarter = quarters[0] + quarters[1];
-    if constexpr (sizeof(T) == 4) return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
-    else return quarter[0] + quarter[1];
+// The sums of the lanes of four vectors.
+template <typename T, int Bytes>
+ESPER_HD void lane_sums(const typename Vec<T, Bytes>::type* v, T* out) {
+    if constexpr (Bytes > 16) {
+        typedef typename Vec<T, Bytes / 2>::type Half;
+        Half folded[4];
+        for (int j = 0; j < 4; ++j) {
+            Half halves[2];
+            std::memcpy(halves, &v[j], sizeof(halves));
+            folded[j] = halves[0] + halves[1];
+        }
+        lane_sums<T, Bytes / 2>(folded, out);
+    } else if constexpr (sizeof(T) == 4) {
+        // A transposition of 4 x 4 that adds as it goes: 9 instructions instead of 4 times 5.
+        typedef typename Vec<T, 16>::type V;
+        const V a = __builtin_shufflevector(v[0], v[1], 0, 4, 2, 6) + __builtin_shufflevector(v[0], v[1], 1, 5, 3, 7);
+        const V b = __builtin_shufflevector(v[2], v[3], 0, 4, 2, 6) + __builtin_shufflevector(v[2], v[3], 1, 5, 3, 7);
+        const V sums = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+        std::memcpy(out, &sums, sizeof(sums));
+    } else {
+        for (int j = 0; j < 4; ++j) out[j] = v[j][0] + v[j][1];
+    }
+}
+
+// TI rows of a with four of b, over k in [k0, k1); `used` of the four are stored.
+template <typename T, int Bytes, int TI>
+ESPER_HD void tile_nt(const T* a, std::int64_t lda, const T* const* bp, std::int64_t k0, std::int64_t k1, T* out,
+                      std::int64_t ldo, int used) {
+    typedef typename Vec<T, Bytes>::type V;
+    constexpr std::int64_t W = Vec<T, Bytes>::width;
+    const std::int64_t kv = k0 + (k1 - k0) / W * W;
+    V sum[TI][4] = {};
+    for (std::int64_t k = k0; k < kv; k += W) {
+        V av[TI];
+        for (int i = 0; i < TI; ++i) std::memcpy(&av[i], a + i * lda + k, sizeof(V));
+        for (int j = 0; j < 4; ++j) {
+            V bv;
+            std::memcpy(&bv, bp[j] + k, sizeof(V));
+            for (int i = 0; i < TI; ++i) sum[i][j] += av[i] * bv;
+        }
+    }
+    for (int i = 0; i < TI; ++i) {
+        T totals[4];
+        lane_sums<T, Bytes>(sum[i], totals);
+        for (int j = 0; j < used; ++j) {
+            for (std::int64_t k = kv; k < k1; ++k) totals[j] += a[i * lda + k] * bp[j][k];
+            out[i * ldo + j] = totals[j];
+        }
+    }
 }
 
 // out[i][j] = sum over k in [k0, k1) of a[i][k] * b[rows[j]][k]. Without rows, row j is j.
-template <typename T>
+template <typename T, int Bytes>
 ESPER_HD void product_nt(const T* a, std::int64_t lda, const T* b, std::int64_t ldb, const std::int32_t* rows,
                          std::int64_t ni, std::int64_t nj, std::int64_t k0, std::int64_t k1, T* out, std::int64_t ldo) {
-    using V = typename Vec<T>::type;
-    constexpr std::int64_t W = Vec<T>::width;
-    constexpr int TI = 4, TJ = 2;
-    const std::int64_t kv = k0 + (k1 - k0) / W * W;
-    for (std::int64_t j0 = 0; j0 < nj; j0 += TJ) {
-        const T* bp[TJ];
-        for (int j = 0; j < TJ; ++j) {
-            const std::int64_t row = j0 + j < nj ? j0 + j : j0;
-            bp[j] = b + (rows ? rows[row] : row) * ldb;
+    for (std::int64_t j = 0; j < nj; j += 4) {
+        const int used = static_cast<int>(nj - j < 4 ? nj - j : 4);
+        const T* bp[4];
+        for (int t = 0; t < 4; ++t) {
+            const std::int64_t row = j + (t < used ? t : 0);
+            bp[t] = b + (rows ? rows[row] : row) * ldb;
         }
-        for (std::int64_t i0 = 0; i0 < ni; i0 += TI) {
-            const T* ap[TI];
-            for (int i = 0; i < TI; ++i) ap[i] = a + (i0 + i < ni ? i0 + i : i0) * lda;
-            V sum[TI][TJ] = {};
-            for (std::int64_t k = k0; k < kv; k += W) {
-                V bv[TJ];
-                for (int j = 0; j < TJ; ++j) std::memcpy(&bv[j], bp[j] + k, sizeof(V));
-                for (int i = 0; i < TI; ++i) {
-                    V av;
-                    std::memcpy(&av, ap[i] + k, sizeof(V));
-                    for (int j = 0; j < TJ; ++j) sum[i][j] += av * bv[j];
-                }
+        std::int64_t i = 0;
+        for (; i + 3 <= ni; i += 3) tile_nt<T, Bytes, 3>(a + i * lda, lda, bp, k0, k1, out + i * ldo + j, ldo, used);
+        if (ni - i == 2) tile_nt<T, Bytes, 2>(a + i * lda, lda, bp, k0, k1, out + i * ldo + j, ldo, used);
+        if (ni - i == 1) tile_nt<T, Bytes, 1>(a + i * lda, lda, bp, k0, k1, out + i * ldo + j, ldo, used);
+    }
+}
+
+// What product_nn works on; see there.
+template <typename T>
+struct Nn {
+    const T* a;
+    std::int64_t si, sj;
+    const T* b;
+    std::int64_t ldb;
+    const std::int32_t* rows;
+    std::int64_t nj;
+    T* out;
+    std::int64_t ldo;
+    const T* start;
+    T factor;
+};
+
+// Rows i to i + TI, columns c to c + TC registers.
+template <typename T, int Bytes, int TI, int TC>
+ESPER_HD void tile_nn(const Nn<T>& p, std::int64_t i0, std::int64_t c, typename Vec<T, Bytes>::type& check) {
+    typedef typename Vec<T, Bytes>::type V;
+    constexpr std::int64_t W = Vec<T, Bytes>::width;
+    const V zero = {};
+    V sum[TI][TC];
+    for (int i = 0; i < TI; ++i)
+        for (int v = 0; v < TC; ++v) {
+            sum[i][v] = -zero;
+            if (p.start) {
+                std::memcpy(&sum[i][v], p.start + (i0 + i) * p.ldo + c + v * W, sizeof(V));
+                sum[i][v] *= p.factor;
             }
-            for (int i = 0; i < TI && i0 + i < ni; ++i) {
-                for (int j = 0; j < TJ && j0 + j < nj; ++j) {
-                    T total = lane_sum<T>(sum[i][j]);
-                    for (std::int64_t k = kv; k < k1; ++k) total += ap[i][k] * bp[j][k];
-                    out[(i0 + i) * ldo + j0 + j] = total;
-                }
-            }
+        }
+    for (std::int64_t j = 0; j < p.nj; ++j) {
+        const T* bp = p.b + (p.rows ? p.rows[j] : j) * p.ldb + c;
+        V bv[TC];
+        for (int v = 0; v < TC; ++v) std::memcpy(&bv[v], bp + v * W, sizeof(V));
+        for (int i = 0; i < TI; ++i) {
+            const T w = p.a[(i0 + i) * p.si + j * p.sj];
+            for (int v = 0; v < TC; ++v) sum[i][v] += w * bv[v];
         }
     }
+    for (int i = 0; i < TI; ++i)
+        for (int v = 0; v < TC; ++v) {
+            check += sum[i][v] * T(0);
+            std::memcpy(p.out + (i0 + i) * p.ldo + c + v * W, &sum[i][v], sizeof(V));
+        }
+}
+
+// All rows of TC registers' columns: what b has there stays in the first cache.
+template <typename T, int Bytes, int TC>
+ESPER_HD void panel_nn(const Nn<T>& p, std::int64_t ni, std::int64_t c, typename Vec<T, Bytes>::type& check) {
+    std::int64_t i = 0;
+    for (; i + 4 <= ni; i += 4) tile_nn<T, Bytes, 4, TC>(p, i, c, check);
+    if (ni - i >= 2) {
+        tile_nn<T, Bytes, 2, TC>(p, i, c, check);
+        i += 2;
+    }
+    if (ni - i == 1) tile_nn<T, Bytes, 1, TC>(p, i, c, check);
 }
 
 // out[i][c] = factor * start[i][c] + sum over j of a[i * si + j * sj] * b[rows[j]][c], for c in [c0, c1). Without start the sum
 // begins at -0, which added to any number gives that number; without rows, row j is j.
 // Gives false when some out is not finite: v * 0 is 0 for a finite v and NaN for every other.
-template <typename T>
-ESPER_HD bool product_nn(const T* a, std::int64_t si, std::int64_t sj, const T* b, std::int64_t ldb,
-                         const std::int32_t* rows, std::int64_t ni, std::int64_t nj, std::int64_t c0, std::int64_t c1,
-                         T* out, std::int64_t ldo, const T* start, T factor) {
-    using V = typename Vec<T>::type;
-    constexpr std::int64_t W = Vec<T>::width;
-    constexpr int TI = 4, TC = 2;
-    const V zero = {};
-    const V nothing = -zero;
-    V check = zero;
-    T tail_check = 0;
-    for (std::int64_t i0 = 0; i0 < ni; i0 += TI) {
-        const int ti = static_cast<int>(ni - i0 < TI ? ni - i0 : TI);
-        std::int64_t c = c0;
-        for (; c + TC * W <= c1 && ti == TI; c += TC * W) {
-            V sum[TI][TC];
-            for (int i = 0; i < TI; ++i)
-                for (int v = 0; v < TC; ++v) {
-                    sum[i][v] = nothing;
-                    if (start) {
-                        std::memcpy(&sum[i][v], start + (i0 + i) * ldo + c + v * W, sizeof(V));
-                        sum[i][v] *= factor;
-                    }
-                }
-            for (std::int64_t j = 0; j < nj; ++j) {
-                const T* bp = b + (rows ? rows[j] : j) * ldb + c;
-                V bv[TC];
-                for (int v = 0; v < TC; ++v) std::memcpy(&bv[v], bp + v * W, sizeof(V));
-                for (int i = 0; i < TI; ++i) {
-                    const T w = a[(i0 + i) * si + j * sj];
-                    for (int v = 0; v < TC; ++v) sum[i][v] += w * bv[v];
-                }
-            }
-            for (int i = 0; i < TI; ++i)
-                for (int v = 0; v < TC; ++v) {
-                    check += sum[i][v] * T(0);
-                    std::memcpy(out + (i0 + i) * ldo + c + v * W, &sum[i][v], sizeof(V));
-                }
-        }
-        for (; c + W <= c1; c += W) {
-            for (int i = 0; i < ti; ++i) {
-                V sum = nothing;
-                if (start) {
-                    std::memcpy(&sum, start + (i0 + i) * ldo + c, sizeof(V));
-                    sum *= factor;
-                }
-                for (std::int64_t j = 0; j < nj; ++j) {
-                    V bv;
-                    std::memcpy(&bv, b + (rows ? rows[j] : j) * ldb + c, sizeof(V));
-                    sum += a[(i0 + i) * si + j * sj] * bv;
-                }
-                check += sum * T(0);
-                std::memcpy(out + (i0 + i) * ldo + c, &sum, sizeof(V));
-            }
-        }
-        for (; c < c1; ++c) {
-            for (int i = 0; i < ti; ++i) {
-                T sum = start ? factor * start[(i0 + i) * ldo + c] : T(-0.0);
-                for (std::int64_t j = 0; j < nj; ++j)
-                    sum += a[(i0 + i) * si + j * sj] * b[(rows ? rows[j] : j) * ldb + c];
-                tail_check += sum * T(0);
-                out[(i0 + i) * ldo + c] = sum;
-            }
-        }
+template <typename T, int Bytes>
+ESPER_HD bool product_nn(const Nn<T>& p, std::int64_t ni, std::int64_t c0, std::int64_t c1) {
+    constexpr std::int64_t W = Vec<T, Bytes>::width;
+    typename Vec<T, Bytes>::type check = {};
+    std::int64_t c = c0;
+    for (; c + 3 * W <= c1; c += 3 * W) panel_nn<T, Bytes, 3>(p, ni, c, check);
+    if (c + 2 * W <= c1) {
+        panel_nn<T, Bytes, 2>(p, ni, c, check);
+        c += 2 * W;
     }
-    for (std::int64_t l = 0; l < W; ++l) tail_check += check[l];
-    return tail_check == T(0);
+    if (c + W <= c1) {
+        panel_nn<T, Bytes, 1>(p, ni, c, check);
+        c += W;
+    }
+    T sum_check = 0;
+    for (; c < c1; ++c)
+        for (std::int64_t i = 0; i < ni; ++i) {
+            T sum = p.start ? p.factor * p.start[i * p.ldo + c] : T(-0.0);
+            for (std::int64_t j = 0; j < p.nj; ++j)
+                sum += p.a[i * p.si + j * p.sj] * p.b[(p.rows ? p.rows[j] : j) * p.ldb + c];
+            sum_check += sum * T(0);
+            p.out[i * p.ldo + c] = sum;
+        }
+    for (std::int64_t l = 0; l < W; ++l) sum_check += check[l];
+    return sum_check == T(0);
 }
 
-template <typename T>
+template <typename T, int Bytes>
 ESPER_HD bool scan_finite(const T* values, std::int64_t count) {
-    using V = typename Vec<T>::type;
-    constexpr std::int64_t W = Vec<T>::width;
+    typedef typename Vec<T, Bytes>::type V;
+    constexpr std::int64_t W = Vec<T, Bytes>::width;
     V check[4] = {};
     std::int64_t i = 0;
     for (; i + 4 * W <= count; i += 4 * W)

@@ -63,7 +63,7 @@ ESPER_INLINE double find_shift(const T* p, const int64_t* offsets, int rows) {
     return 0.0;
 }
 
-// N rows, eight features at offset j of the strip.
+// N rows, one register of features at offset j of the strip.
 template <typename T, int N, bool FULL>
 ESPER_INLINE void step_columns(Strip& s, int j, int lanes, int64_t step, const T* const* p, vd* sums, vl* oks) {
     vd shift, s1, s2, absmax;

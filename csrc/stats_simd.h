@@ -1,5 +1,6 @@
-// Eight lanes of double: loading any dtype and rounding back. GCC vector extensions, so one source serves SSE2,
-// AVX2 and AVX-512; everything is inlined into functions that carry target_clones.
+// Four lanes of double: loading any dtype and rounding back. GCC vector extensions, so one source serves SSE2, AVX2 and
+// AVX-512; everything is inlined into functions that carry target_clones. Four, a register of AVX2: with eight the sums of
+// a tile do not fit its 16 registers, and the compiler keeps them in memory, which made everything five to ten times as slow.
 #pragma once
 
 #include <cstring>
@@ -19,23 +20,23 @@
 
 namespace esper::stats {
 
-constexpr int kLanes = 8;
-typedef double vd __attribute__((vector_size(64)));
-typedef int64_t vl __attribute__((vector_size(64)));
-typedef float vf __attribute__((vector_size(32)));
-typedef int32_t vi __attribute__((vector_size(32)));
-typedef uint32_t vu __attribute__((vector_size(32)));
-typedef uint16_t vh __attribute__((vector_size(16)));
+constexpr int kLanes = 4;
+typedef double vd __attribute__((vector_size(32)));
+typedef int64_t vl __attribute__((vector_size(32)));
+typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+typedef uint32_t vu __attribute__((vector_size(16)));
+typedef uint16_t vh __attribute__((vector_size(8)));
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 
-ESPER_INLINE vd splat(double x) { return vd{x, x, x, x, x, x, x, x}; }
+ESPER_INLINE vd splat(double x) { return vd{x, x, x, x}; }
 ESPER_INLINE vd vabs(vd x) { return (vd)((vl)x & INT64_MAX); }
 ESPER_INLINE vl is_finite(vd magnitude) { return (vl)(magnitude <= std::numeric_limits<double>::max()); }
 
 // Pairwise, so that the order is the same on every machine.
-ESPER_INLINE double sum_lanes(vd x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+ESPER_INLINE double sum_lanes(vd x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
 ESPER_INLINE vd widen(const float* p) {
     vf x;
