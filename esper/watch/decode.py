@@ -90,10 +90,13 @@ def _event(message: OonaMessage, event: RunEvent) -> Fact:
             seed_idx=event.seed_idx,
             kind=kind,
             state=_STATE[state],
+            # A kernel that is off the path has no part in the output.
+            values={"alpha": 0.0} if state in ("dormant", "culled", "error_recovery") else {},
             text=_sentence(f"{word} {event.artifact_id or ''}".strip(), reason),
             level=level,
         )
-    metrics = dict(event.values)
+    # What a run begins with is a matter of the story; it would stand among the numbers for ever.
+    metrics = {} if event.kind is EventKind.RUN_STARTED else dict(event.values)
     if event.loss is not None:
         metrics["loss"] = event.loss
     if event.accuracy is not None:
@@ -115,12 +118,17 @@ def _event(message: OonaMessage, event: RunEvent) -> Fact:
     )
 
 
+def _beginning(event: RunEvent) -> str:
+    facts = ", ".join(f"{clean(name, 40)} {value:g}" for name, value in event.values.items())
+    return f"run started: {facts}" if facts else "run started"
+
+
 def _sentence(text: str, reason: str) -> str:
     return ": ".join(part for part in (text, reason) if part)
 
 
 _RUN_EVENTS: Final[Mapping[EventKind, Callable[[RunEvent], tuple[str, Level, RunStatus | None]]]] = {
-    EventKind.RUN_STARTED: lambda _: ("run started", Level.INFO, RunStatus.RUNNING),
+    EventKind.RUN_STARTED: lambda event: (_beginning(event), Level.INFO, RunStatus.RUNNING),
     EventKind.RUN_ENDED: lambda _: ("run ended", Level.INFO, RunStatus.FINISHED),
     # Each epoch a line would push everything else off the screen; its numbers are shown above.
     EventKind.EPOCH_ENDED: lambda _: ("", Level.INFO, None),

@@ -91,7 +91,15 @@ def _seed_bound(line: Mapping[str, Any], common: Common) -> Fact:
 
 def _seed_refused(line: Mapping[str, Any], common: Common) -> Fact:
     text = f"refused: {clean(_text(line, 'reason'))}"
-    return SeedChange(**common, **_seed(line), kind="refused", state=_STATE["dormant"], text=text, level=Level.BAD)
+    return SeedChange(
+        **common,
+        **_seed(line),
+        kind="refused",
+        state=_STATE["dormant"],
+        values={"alpha": 0.0},
+        text=text,
+        level=Level.BAD,
+    )
 
 
 def _seed_judged(line: Mapping[str, Any], common: Common) -> Fact:
@@ -104,6 +112,7 @@ def _seed_judged(line: Mapping[str, Any], common: Common) -> Fact:
         **_seed(line),
         kind=verdict,
         state=_STATE[verdict],
+        values={"alpha": 0.0} if verdict == "culled" else {},
         text=f"{verdict}: {change}",
         level=Level.GOOD if verdict == "fossilized" else Level.INFO,
     )

@@ -45,10 +45,9 @@ class Pace:
     """How fast a counter that others report grows, by the reporters' clock: steps a second."""
 
     _APART_S: Final = 0.25
-    _KEPT: Final = 40
 
     def __init__(self) -> None:
-        self._points: deque[tuple[float, int]] = deque(maxlen=self._KEPT)
+        self._points: deque[tuple[float, int]] = deque()
 
     def add(self, value: int, at: float) -> None:
         """The counter stood at ``value`` at ``at``. A counter that falls begins anew."""
@@ -57,6 +56,9 @@ class Pace:
             points.clear()
         if not points or at - points[-1][0] >= self._APART_S:
             points.append((at, value))
+        # Two are kept however far apart: reports may be rare.
+        while len(points) > 2 and at - points[0][0] > _SPAN_S:
+            points.popleft()
 
     def per_second(self) -> float | None:
         """The rate over the last ten seconds of reports; None before there are two."""

@@ -50,6 +50,12 @@ def test_every_kind_of_event_is_understood(kind: EventKind):
         assert fact.metrics == {"loss": 0.5, "accuracy": 0.75}
 
 
+def test_what_a_run_begins_with_is_told_once():
+    fact = decode(event_message(EventKind.RUN_STARTED, values={"layers": 10, "seeds": 40.0}))
+    assert isinstance(fact, RunReport)
+    assert (fact.text, fact.metrics) == ("run started: layers 10, seeds 40", {})
+
+
 def test_the_state_a_run_is_in():
     assert decode(event_message(EventKind.RUN_STARTED)).status is RunStatus.RUNNING
     assert decode(event_message(EventKind.RUN_ENDED)).status is RunStatus.FINISHED

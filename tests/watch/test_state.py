@@ -158,6 +158,14 @@ def test_steps_a_second_by_the_senders_clock():
     assert run.pace.per_second() == pytest.approx(100.0)
 
 
+def test_steps_a_second_are_those_of_the_last_ten_seconds():
+    slow = [window(states=[0], sequence=n, step=10 * n, at=T0 + n) for n in range(60)]
+    fast = [window(states=[0], sequence=60 + n, step=600 + 100 * n, at=T0 + 60 + n) for n in range(20)]
+    assert only(told(*slow, *fast)).pace.per_second() == pytest.approx(100.0)
+    rare = [window(states=[0], sequence=n, step=600 * n, at=T0 + 60 * n) for n in range(3)]
+    assert only(told(*rare)).pace.per_second() == pytest.approx(10.0)
+
+
 def test_windows_a_second():
     state = JobState()
     for n in range(400):
