@@ -147,11 +147,12 @@ class AsyncOonaClient(Base):
             return await asyncio.sleep(step.seconds)
         task = asyncio.current_task()
         asked = task.cancelling() if task else 0
-        answer = await self._link.run(step)
-        if task and task.cancelling() > asked:
-            # Before Python 3.12 asyncio.wait_for, which redis-py sends with, may swallow a cancellation.
-            raise asyncio.CancelledError
-        return answer
+        try:
+            return await self._link.run(step)
+        finally:
+            if task and task.cancelling() > asked:
+                # Before Python 3.12 asyncio.wait_for, which redis-py sends with, may swallow a cancellation.
+                raise asyncio.CancelledError
 
 
 class AsyncFollower:
