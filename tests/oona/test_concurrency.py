@@ -80,10 +80,14 @@ def test_tasks(url: str) -> None:
 
 def test_a_cancelled_call_leaves_the_others_their_answers(url: str) -> None:
     async def scenario() -> None:
-        async with AsyncOonaClient(url) as client:
+        async with AsyncOonaClient(url) as client, AsyncOonaClient(url) as other:
             for number in range(20):
-                waiting = asyncio.create_task(client.consume([HEALTH], "g", "c", block=10_000))
-                await asyncio.sleep(0.001 * (number % 5))
+                # Cancelled while it makes a group, which answers well or, if the other has made it, with a refusal.
+                group = f"g{number}"
+                if number % 2:
+                    await other.consume([HEALTH], group, "o", block=0)
+                waiting = asyncio.create_task(client.consume([HEALTH], group, "c", block=10_000))
+                await asyncio.sleep(0.001 * (number % 4 // 2) * (number % 5))
                 waiting.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await waiting
