@@ -7,9 +7,10 @@ epoch or a run is its subject, else on ``innovation.field_reports``, where the o
 
 from __future__ import annotations
 
-import base64
 import binascii
 import math
+import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,9 +19,9 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.contracts import payload
+from esper.contracts import payload, strict_json
 from esper.contracts.commands import CommandOutcome, KasminaCommand
-from esper.contracts.messages import MessageError, OonaMessage, TopicNames
+from esper.contracts.messages import MESSAGE_VERSION, MessageError, OonaMessage, TopicNames
 from esper.contracts.operational import SETTLED_STATES, HealthSignal
 
 __all__ = [
@@ -30,9 +31,9 @@ __all__ = [
     "HealthWindow",
     "RunEvent",
     "TelemetryPayload",
+    "encode_window",
     "printable",
     "read_payload",
-    "window_payload",
 ]
 
 Array = NDArray[Any]
@@ -177,7 +178,8 @@ class HealthWindow:
 
     def to_payload(self) -> dict[str, Any]:
         """JSON values; a column is its type and its bytes in base64."""
-        return window_payload({name: getattr(self, name) for name in _WINDOW_FIELDS}, self.columns)
+        found = {name: getattr(self, name) for name in _WINDOW_FIELDS}
+        return {"type": _WINDOW_TYPE, "version": _WINDOW_VERSION, **found, "columns": _packed(self.columns)}
 
     @classmethod
     def from_payload(cls, data: Mapping[str, Any]) -> Self:
@@ -197,19 +199,63 @@ class HealthWindow:
 _WINDOW_FIELDS: Final = tuple(HealthWindow.__dataclass_fields__)
 
 
-def window_payload(fields: Mapping[str, Any], columns: Mapping[str, Array]) -> dict[str, Any]:
-    """The payload of a window from values that are known to be good: nothing is checked.
+class _EncodedMessage(OonaMessage):
+    """A message whose text was made with it."""
 
-    For a sender of many small windows, which checks whole arrays at once instead.
+    __slots__ = ("_text",)
+    _text: str
+
+    def to_json(self) -> str:
+        """The message as text: ASCII, sorted keys."""
+        return self._text
+
+
+def encode_window(
+    sender_id: str, trace_id: str, fields: Mapping[str, Any], columns: Mapping[str, Array]
+) -> OonaMessage:
+    """The message of a window, from values that are known to be good: nothing is checked, and each is copied once.
+
+    For a sender of many windows, which checks whole arrays at once. The message is the one that ``to_payload`` and
+    ``to_json`` give, at a fraction of the cost.
 
     Args:
+        sender_id: As in the message.
+        trace_id: As in the message.
         fields: Every field of :class:`HealthWindow` but the columns.
         columns: As there.
     """
-    packed = {
-        name: [dtype.str, base64.b64encode(columns[name].tobytes()).decode("ascii")] for name, dtype in COLUMNS.items()
+    packed = _packed(columns)
+    payload_ = {"type": _WINDOW_TYPE, "version": _WINDOW_VERSION, **fields, "columns": packed}
+    message = object.__new__(_EncodedMessage)
+    values = {
+        "sender_id": sender_id,
+        "trace_id": trace_id,
+        "topic": TopicNames.TELEMETRY_SEED_HEALTH,
+        "payload": payload_,
+        "event_id": str(uuid.uuid4()),
+        "timestamp": time.time(),
+        "version": MESSAGE_VERSION,
     }
-    return {"type": _WINDOW_TYPE, "version": _WINDOW_VERSION, **fields, "columns": packed}
+    for name, value in values.items():
+        object.__setattr__(message, name, value)
+    # Neither base64 nor the names of columns have anything to escape, so they are put into the text as they are. The
+    # place for them cannot be inside another string: quotes are escaped there.
+    skeleton = strict_json.canonical({**message.to_dict(), "payload": {**payload_, "columns": {}}})
+    before, _, after = skeleton.partition('"columns":{}')
+    body = ",".join(f'"{name}":["{dtype}","{packed[name][1]}"]' for name, dtype in _SORTED_COLUMNS)
+    object.__setattr__(message, "_text", f'{before}"columns":{{{body}}}{after}')
+    return message
+
+
+_SORTED_COLUMNS: Final = tuple((name, COLUMNS[name].str) for name in sorted(COLUMNS))
+
+
+def _packed(columns: Mapping[str, Array]) -> dict[str, list[str]]:
+    """Each column as its type and its bytes in base64."""
+    return {
+        name: [dtype.str, binascii.b2a_base64(columns[name].tobytes(), newline=False).decode("ascii")]
+        for name, dtype in COLUMNS.items()
+    }
 
 
 def _unpacked(name: str, packed: object, dtype: np.dtype[Any]) -> Array:
@@ -220,7 +266,7 @@ def _unpacked(name: str, packed: object, dtype: np.dtype[Any]) -> Array:
     if not isinstance(encoded, str) or len(encoded) > longest:
         raise MessageError(f"columns.{name} is {encoded!r:.60}; need base64 of at most {longest} characters")
     try:
-        raw = base64.b64decode(encoded, validate=True)
+        raw = binascii.a2b_base64(encoded, strict_mode=True)
     except (binascii.Error, ValueError) as error:
         raise MessageError(f"columns.{name} is not base64: {error}") from None
     if len(raw) % dtype.itemsize:

@@ -6,7 +6,7 @@ Several threads may not use one lattice at once: commands and steps belong to th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -292,6 +292,11 @@ class Lattice:
     def snapshot(self) -> Snapshot:
         """Start one copy of all persistent fields to the host; on a CPU it is there at once."""
         return take_snapshot(self.storage, self.num_seeds, self.epoch)
+
+    def copies(self, names: Sequence[str]) -> dict[str, Array]:
+        """Copies of persistent fields as the host knows them: on a CPU exact, on a GPU of the last snapshot."""
+        fields = self._mirror.fields
+        return {name: fields[name].copy() for name in names}
 
     def crc(self) -> int:
         """CRC-32C of the persistent fields (``docs/lattice.md``); waits for the device."""

@@ -21,6 +21,7 @@ from esper.contracts.telemetry import (
     EventKind,
     HealthWindow,
     RunEvent,
+    encode_window,
     printable,
     read_payload,
 )
@@ -85,6 +86,24 @@ def test_the_largest_window_fits_a_message() -> None:
     text = OonaMessage("s" * 256, "t" * 256, TopicNames.TELEMETRY_SEED_HEALTH, sent.to_payload()).to_json()
     assert len(text) <= MAX_MESSAGE_BYTES
     assert len(read_payload(OonaMessage.from_json(text))) == MAX_SEEDS_PER_MESSAGE
+
+
+@given(rows=st.integers(1, 60), layer=st.text(min_size=1, max_size=20).filter(str.isprintable))
+def test_the_quick_way_to_a_message_gives_the_same_message(rows: int, layer: str) -> None:
+    sent = window(rows, layer_name=layer)
+    fields = {each.name: getattr(sent, each.name) for each in dataclasses.fields(sent) if each.name != "columns"}
+    quick = encode_window("sender", "trace", fields, sent.columns)
+    plain = OonaMessage(
+        "sender",
+        "trace",
+        TopicNames.TELEMETRY_SEED_HEALTH,
+        sent.to_payload(),
+        event_id=quick.event_id,
+        timestamp=quick.timestamp,
+    )
+    assert quick.to_json() == plain.to_json()
+    assert quick.to_dict() == plain.to_dict()
+    assert OonaMessage.from_json(quick.to_json()) == plain
 
 
 def test_signals_are_the_columns_row_by_row() -> None:

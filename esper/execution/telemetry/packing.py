@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esper.contracts.messages import OonaMessage, TopicNames
-from esper.contracts.telemetry import COLUMNS, MAX_SEEDS_PER_MESSAGE, window_payload
+from esper.contracts.telemetry import COLUMNS, MAX_SEEDS_PER_MESSAGE, encode_window
 from esper.execution.telemetry.capture import Capture
 from esper.execution.telemetry.identity import Identity
 from esper.ops.stats import HealthField
@@ -23,6 +23,9 @@ Array = NDArray[Any]
 #: Tags of messages that are not the first of a layer's window; the first has the number of its layer.
 EVENT_TAG: Final = -1
 PART_TAG: Final = -2
+
+#: Longest that the interpreter is held while somebody waits for it, about.
+_SLICE_S: Final = 0.001
 
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 _INT32_MAX: Final = 2**31 - 1
@@ -83,14 +86,15 @@ class Packer:
         self._health["health_score"].fill(np.nan)
 
     def pack(self, capture: Capture, dropped_windows: Callable[[int], int]) -> list[Outgoing]:
-        """The messages of one window, layer by layer; the capture must have arrived.
+        """The messages of one window, layer by layer; waits for the capture to arrive.
 
         Args:
             capture: The window.
             dropped_windows: Windows given up so far, by number of the layer.
         """
+        fields = capture.wait()
         self._take_health(capture)
-        columns = self._columns(capture)
+        columns = self._columns(fields)
         common = {
             "run_id": self._identity.run_id,
             "rank": self._identity.rank,
@@ -102,6 +106,7 @@ class Packer:
             "num_seeds": self._seeds,
         }
         found: list[Outgoing] = []
+        worked_since = time.perf_counter()
         for index, layer_name in enumerate(self._names):
             own = {
                 "layer_name": layer_name,
@@ -111,12 +116,16 @@ class Packer:
             for offset in range(0, self._seeds, MAX_SEEDS_PER_MESSAGE):
                 begin = index * self._seeds + offset
                 rows = slice(begin, begin + min(MAX_SEEDS_PER_MESSAGE, self._seeds - offset))
-                payload = window_payload(
-                    {**common, **own, "seed_offset": offset}, {name: array[rows] for name, array in columns.items()}
+                message = encode_window(
+                    self._identity.sender_id,
+                    self._identity.run_id,
+                    {**common, **own, "seed_offset": offset},
+                    {name: array[rows] for name, array in columns.items()},
                 )
-                message = self.message(TopicNames.TELEMETRY_SEED_HEALTH, payload)
-                # Whoever trains may have the interpreter between two messages, not only when a switch interval ends.
-                time.sleep(0)
+                if (now := time.perf_counter()) - worked_since > _SLICE_S:
+                    # Whoever trains may have the interpreter now, and not only when the switch interval of 5 ms ends.
+                    time.sleep(0)
+                    worked_since = now
                 found.append(Outgoing(index if offset == 0 else PART_TAG, message, capture.captured_ns))
         return found
 
@@ -134,11 +143,10 @@ class Packer:
                 # Rounding to float32 cannot leave the range: its ends are float32 numbers.
                 self._health[name][rows] = np.clip(values, low, high)
 
-    def _columns(self, capture: Capture) -> dict[str, Array]:
-        fields = capture.snapshot.fields()
+    def _columns(self, fields: Mapping[str, Array]) -> dict[str, Array]:
         columns: dict[str, Array] = dict(self._health)
         for name, (source, low, high) in _FROM_LATTICE.items():
-            array = fields[source].numpy()
+            array = fields[source]
             if name == "alpha":
                 array = np.nan_to_num(array)
             columns[name] = np.clip(array, low, high) if name != "lifecycle_state" else array

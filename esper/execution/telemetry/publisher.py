@@ -156,7 +156,6 @@ class Publisher:
             inbox=self._inbox,
             command_interval_s=self.options.command_interval_s,
             on_commands=take_commands,
-            give_back=self._capturer.spare.give_back,
         )
         # A model that is let go of without being closed: what it has is sent, and the thread ends.
         self._finalizer = weakref.finalize(self, sender.stop, _EXIT_S)
@@ -249,7 +248,6 @@ class Publisher:
     def _drop_early(self, capture: Capture) -> None:
         self._counts.dropped_early += self._messages_per_window
         self._counts.windows_dropped_early += 1
-        self._capturer.spare.give_back(capture)
 
     # -- events ------------------------------------------------------------------------------------
 
@@ -390,7 +388,6 @@ class Publisher:
             self._sender.forget()
             self._finalizer.detach()
         self.identity = in_child(self.identity)
-        self._capturer = Capturer(self._lattice, self._capturer.health)
         self._begin()
 
 

@@ -153,15 +153,6 @@ def test_a_capture_is_of_its_moment() -> None:
     assert window.columns["lifecycle_state"].tolist() == [0, 0]
 
 
-def test_buffers_are_used_again() -> None:
-    capturer = Capturer(Lattice(1, 2), Health())
-    first = capturer.take(0, 0, 0)
-    capturer.spare.give_back(first)
-    second = capturer.take(1, 1, 0)
-    assert second.snapshot.buffer is first.snapshot.buffer
-    assert capturer.take(2, 2, 0).snapshot.buffer is not first.snapshot.buffer
-
-
 @pytest.mark.gpu
 def test_a_window_of_a_gpu_arrives_without_waiting_for_it() -> None:
     state, health = lattice(2, 1000).to("cuda"), Health()
