@@ -196,6 +196,8 @@ class Engine:
     ) -> Steps[list[Delivery]]:
         """What was handed out ``idle_s`` ago or earlier and not acknowledged."""
         found: list[Delivery] = []
+        _name("consumer group", group)
+        _name("consumer name", consumer)
         for stream in _checked(streams, count, 0):
             try:
                 found += yield from self._claim(

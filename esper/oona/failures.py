@@ -114,8 +114,11 @@ def failed_at_start(error: BusError, address: BusAddress, attempts: int, seconds
 
 
 def _unavailable(error: Exception, reason: str, address: BusAddress) -> BusUnavailableError:
-    # A certificate does not get better by asking again.
-    message = f"Redis at {address.shown} does not answer: {reason}"
+    import redis.exceptions as known
+
+    # A replica, or a cluster without its slots, has answered; a certificate does not get better by asking again.
+    answered = isinstance(error, known.ResponseError)
+    message = f"Redis at {address.shown} {'cannot serve us now' if answered else 'does not answer'}: {reason}"
     return BusUnavailableError(message, retryable=not _certificate(error), reason=reason)
 
 

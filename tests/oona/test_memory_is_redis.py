@@ -118,6 +118,36 @@ def test_clients_without_a_url_share_one_bus(monkeypatch: pytest.MonkeyPatch) ->
         assert later.consume([EPOCH], "g", "c", block=0) == []
 
 
+SCRAPS = st.one_of(
+    st.binary(max_size=20),
+    st.sampled_from([message(1).to_json().encode(), b'{"version":1}', b"[" * 50, b"null", b'"\\ud800"']),
+    st.tuples(st.integers(0, 250), st.binary(max_size=3)).map(lambda cut: _cut(*cut)),
+)
+
+
+def _cut(at: int, put: bytes) -> bytes:
+    text = message(1).to_json().encode()
+    return text[:at] + put + text[at + len(put) :]
+
+
+@given(entries=st.lists(st.dictionaries(st.one_of(st.just(b"message"), st.binary(max_size=9)), SCRAPS, min_size=1)))
+def test_whatever_stands_in_a_stream_the_consumer_goes_on(entries) -> None:
+    place = MemoryPlace(False)
+    client = place.client()
+    for fields in entries:
+        place.put(EPOCH, fields)
+    client.publish(message(99))
+    got = client.consume([EPOCH], "g", "c", count=1000, block=0)
+    assert got[-1].message.payload["number"] == 99
+    letters = list(client.dead_letters(EPOCH))
+    assert len(got) + len(letters) == len(entries) + 1
+    assert all(letter.reason.isprintable() for letter in letters)
+    assert client.acknowledge(got) == place.pending(EPOCH, "g") + len(got)
+    assert len(list(client.replay(EPOCH))) == len(got)
+    assert client.counters()["skipped"] == len(letters)
+    place.close()
+
+
 def test_memory_is_bounded() -> None:
     address = parse("memory://bounded")
     bus = MemoryBroker(address, max_bytes=20_000)
