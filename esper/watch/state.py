@@ -312,6 +312,13 @@ class JobState:
         else:
             self._run(fact).take(fact, now)
 
+    def skip(self, seconds: float) -> None:
+        """So much of the windows was left unread by whoever tells; what is left out that way is not missing."""
+        self.skipped_s += seconds
+        for run in self.runs.values():
+            for layer in run.layers.values():
+                layer.sequence = None
+
     def current(self) -> RunState | None:
         """The run to look at when nobody chose: of the latest that has layers, or else the latest, its lowest rank."""
         runs = list(self.runs.values())

@@ -115,7 +115,7 @@ class Watcher:
     def skip(self, seconds: float) -> None:
         """So much was left unread, to keep up."""
         with self._lock:
-            self.state.skipped_s += seconds
+            self.state.skip(seconds)
 
     def tick(self, now: float) -> None:
         """The time that is replayed goes on, though nothing happens."""

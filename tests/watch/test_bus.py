@@ -134,6 +134,8 @@ def test_a_watcher_that_is_too_slow_skips_to_the_present(bus: OonaClient, monkey
     wait_until(lambda: run.layers["fc"].states.tolist() == [4, 4], "what comes is heard")
     # Events are few, and none is skipped.
     assert run.loads_done == 1
+    # What was skipped on purpose is not missing.
+    assert run.missing == 0
     watcher.stop()
 
 
