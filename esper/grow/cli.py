@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from esper.grow.errors import GrowError
+
+if TYPE_CHECKING:
+    from esper.oona import OonaClient
 
 __all__ = ["EXIT_BAD_INPUT", "EXIT_INTERRUPTED", "add_parser", "run"]
 
@@ -54,6 +57,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="URL",
         help="folder or file:// URL for compiled kernels (default: registry/ in the output folder)",
     )
+    parser.add_argument(
+        "--prometheus", metavar="[HOST:]PORT", help="serve metrics of the growing networks over HTTP there"
+    )
+    parser.add_argument("--tensorboard", metavar="FOLDER", help="write event files of the growing networks there")
     parser.set_defaults(run=run)
     return parser
 
@@ -98,16 +105,21 @@ def _train(task: Any, args: argparse.Namespace, device: Any, out: Path, registry
     from esper.grow.display import make_progress
     from esper.grow.experiment import NETWORKS, Experiment
     from esper.grow.trainer import Interrupted
+    from esper.oona import OonaClient
 
     seeds = [args.seed + i for i in range(REPEATS)]
     try:
         # Before any training: a bus that was asked for and is not there is found at once.
-        bus = find_bus(None)
+        exports = args.prometheus is not None or args.tensorboard is not None
+        # Exporters hear what others would; without REDIS_URL the bus is in this process.
+        own = OonaClient() if exports else None
+        bus = own or find_bus(None)
     except EsperError as error:
         raise GrowError(f"REDIS_URL: {error}") from error
     start = time.monotonic()
     with (
         contextlib.closing(bus) if bus is not None else contextlib.nullcontext(),
+        contextlib.nullcontext() if own is None else _exporting(own, args),
         _one_thread(),
         events.EventLog(out / "events.jsonl") as log,
         make_progress(len(NETWORKS) * len(seeds), args.epochs) as progress,
@@ -129,6 +141,21 @@ def _train(task: Any, args: argparse.Namespace, device: Any, out: Path, registry
         log.write(events.RunFinished(interrupted, round(seconds, 3)))
     _conclude(experiment, args.epochs, seconds, interrupted)
     return EXIT_INTERRUPTED if interrupted else 0
+
+
+@contextlib.contextmanager
+def _exporting(bus: OonaClient, args: argparse.Namespace) -> Iterator[None]:
+    from esper.contracts.errors import EsperError
+    from esper.watch.export import exporting
+
+    with contextlib.ExitStack() as stack:
+        try:
+            exporters = stack.enter_context(exporting(bus, prometheus=args.prometheus, tensorboard=args.tensorboard))
+        except EsperError as error:
+            raise GrowError(str(error)) from error
+        if exporters.url is not None:
+            print(f"metrics at {exporters.url}", flush=True)
+        yield
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Reading is without a group: watchers take nothing from anybody, and leave nothin
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Final
@@ -30,6 +31,7 @@ BEHIND_S: Final = 5.0
 HISTORY_S: Final = 5.0
 _LOOK_S: Final = 1.0
 _RETRY_S: Final = 0.5
+_LAST_READS: Final = 16
 
 _HEALTH: Final = TopicNames.TELEMETRY_SEED_HEALTH.value
 
@@ -39,7 +41,8 @@ class BusSource:
 
     Args:
         bus: Its client.
-        since_s: How much of what the bus kept is read first, seconds by this machine's clock.
+        since_s: How much of what the bus kept is read first, seconds by this machine's clock; None begins with
+            what is new.
         follow: Go on after that; else end, after at most ``patience_s`` seconds if nothing was there.
         patience_s: As said.
         recorder: Gets every message.
@@ -52,7 +55,7 @@ class BusSource:
         self,
         bus: OonaClient,
         *,
-        since_s: float = 300.0,
+        since_s: float | None = 300.0,
         follow: bool = True,
         patience_s: float = 2.0,
         recorder: Recorder | None = None,
@@ -70,7 +73,8 @@ class BusSource:
         """See :class:`~esper.watch.watcher.Source`; a bus that is lost later is waited for."""
         # Not caught: a bus that was never there is the user's to mend.
         ends = self._bus.follow(self._streams).places
-        reader = self._bus.follow(self._streams, max(0.0, time.time() - self._since_s))
+        begin = None if self._since_s is None else max(0.0, time.time() - self._since_s)
+        reader = self._bus.follow(self._streams, begin)
         began = looked = time.monotonic()
         history = True
         while not watcher.stopping:
@@ -92,6 +96,17 @@ class BusSource:
             if not history and not self._follow and (found or time.monotonic() - began > self._patience_s):
                 watcher.report("read")
                 return
+        if not watcher.alarm:
+            self._drain(watcher, reader, ends)
+
+    def _drain(self, watcher: Watcher, reader: Follower, ends: Mapping[str, str]) -> None:
+        """What is there when watching ends: a job that exports itself has told its last just before."""
+        with contextlib.suppress(BusError):
+            for _ in range(_LAST_READS):
+                found = reader.read(_COUNT, 0)
+                self._tell(watcher, found, ends)
+                if not found:
+                    return
 
     def _keep_up(self, watcher: Watcher, reader: Follower, *, patient: bool) -> Follower:
         """The reader, or one that stands at the end of the windows when this one is too far behind."""

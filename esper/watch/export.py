@@ -74,7 +74,7 @@ class Exporters:
 def exporting(
     bus: OonaClient, *, prometheus: str | None = None, tensorboard: Path | str | None = None
 ) -> Iterator[Exporters]:
-    """Export what is told on a bus while the block runs, from threads of their own.
+    """Export what is told on a bus from now on, while the block runs, from threads of their own.
 
     For a training process: give the same bus to ``esper.wrap(bus=...)``. ``OonaClient("memory://")`` needs no server.
 
@@ -86,7 +86,7 @@ def exporting(
     Raises:
         EsperError: see :class:`Exporters`.
     """
-    watcher = Watcher(BusSource(bus))
+    watcher = Watcher(BusSource(bus, since_s=None))
     with Exporters(watcher, prometheus=prometheus, tensorboard=tensorboard) as exporters:
         watcher.start()
         try:

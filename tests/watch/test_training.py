@@ -96,3 +96,49 @@ def test_a_job_while_it_runs_and_its_log_afterwards(tmp_path: Path):
         [(h.place, h.text.split()[0].rstrip(":,")) for h in run.happenings if h.place] for run in (heard, logged)
     ]
     assert sorted(stories[0]) == sorted(stories[1])
+
+
+def test_a_job_that_exports_itself_needs_no_server(tmp_path: Path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    data = rings(tmp_path / "rings.npz")
+    command = [
+        sys.executable,
+        "-c",
+        GROW,
+        "grow",
+        "--data",
+        str(data),
+        "--epochs",
+        "12",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    environment = {**os.environ, "REDIS_URL": "", "ESPER_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [*command, "--prometheus", "0", "--tensorboard", str(tmp_path / "tb")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("metrics at http://127.0.0.1:")
+    (folder,) = (tmp_path / "tb").iterdir()
+    assert folder.name.startswith("grow-out-")
+    files = reader.EventAccumulator(str(folder), size_guidance={reader.SCALARS: 0})
+    files.Reload()
+    logged = grown(read(FileSource(tmp_path / "out" / "events.jsonl")), "grown-")
+    # The last point is the end of the run.
+    assert files.Scalars("run/loss")[-1].value == pytest.approx(logged.metrics["validation_loss"], rel=1e-6)
+    assert len(files.Scalars("run/loss")) >= 12
+    assert files.Scalars("seeds/dormant")[-1].value == 6
+
+
+def test_a_job_is_told_at_once_that_it_cannot_export(tmp_path: Path):
+    command = [sys.executable, "-c", GROW, "grow", "--epochs", "1", "--out", str(tmp_path / "out"), "--prometheus", "x"]
+    result = subprocess.run(
+        command, env={**os.environ, "REDIS_URL": ""}, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr == ("esper grow: the address for metrics is 'x'; need a port from 0 to 65535, or HOST:PORT\n")
