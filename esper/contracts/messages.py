@@ -132,7 +132,7 @@ class OonaMessage:
         Raises:
             MessageError: it is longer than :data:`MAX_MESSAGE_BYTES`.
         """
-        text = strict_json.canonical(self.to_dict())
+        text = strict_json.canonical_with_long_text(self.to_dict())
         if len(text) > MAX_MESSAGE_BYTES:
             raise MessageError(f"the message has {len(text)} bytes, more than the limit of {MAX_MESSAGE_BYTES}")
         return text
