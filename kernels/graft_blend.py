@@ -10,7 +10,7 @@ y is written once. The addresses of at most eight contributions travel as argume
 import triton
 import triton.language as tl
 
-from .graft_math import SEAT, any_fault, finite, host_factor
+from .graft_math import SEAT, any_fault, coefficient_at, finite, host_factor
 
 #: Contributions one launch takes.
 PARTS = 8
@@ -40,15 +40,6 @@ def _replaced(alpha, seats, channel, SEEDS: tl.constexpr):
         a = tl.where(tl.load(at + 3) != 0, tl.load(alpha + tl.load(at)), 0.0)
         total += tl.where((channel >= tl.load(at + 1)) & (channel < tl.load(at + 2)), a, 0.0)
     return total
-
-
-@triton.jit
-def _coefficient(alpha, seats, s: tl.constexpr, channel, replaced):
-    """The seed's coefficient at each feature, 0 where it changes nothing."""
-    at = seats + s * SEAT
-    a = tl.load(alpha + tl.load(at))
-    scale = tl.where(tl.load(at + 3) != 0, 1.0 / tl.maximum(replaced, 1.0), 1.0)
-    return tl.where((channel >= tl.load(at + 1)) & (channel < tl.load(at + 2)), a * scale, 0.0)
 
 
 @triton.jit
@@ -106,7 +97,7 @@ def graft_blend_kernel(
     nothing = tl.full([BLOCK], -2147483648, tl.int32).to(tl.float32, bitcast=True)
     total = tl.where(host == 0.0, nothing, host * own)
     for s in tl.static_range(SEEDS):
-        c = _coefficient(alpha, seats, s, channel, replaced)
+        c = coefficient_at(alpha, seats, s, channel, replaced)
         at = _nth(s, k0, k1, k2, k3, k4, k5, k6, k7) + _place(seats, s, outer, channel, inner_index, inner)
         k = tl.load(at, mask=inside & (c != 0.0), other=0.0).to(tl.float32)
         total = tl.where(c != 0.0, total + c * k, total)
@@ -119,7 +110,7 @@ def graft_blend_kernel(
         largest = tl.zeros([BLOCK], tl.float32)
         one = tl.full([], 1, tl.uint8)
         for s in tl.static_range(SEEDS):
-            c = _coefficient(alpha, seats, s, channel, replaced)
+            c = coefficient_at(alpha, seats, s, channel, replaced)
             at = _nth(s, k0, k1, k2, k3, k4, k5, k6, k7) + _place(seats, s, outer, channel, inner_index, inner)
             k = (c * tl.load(at, mask=broken & (c != 0.0), other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
             position = outer * inner + inner_index
@@ -132,7 +123,7 @@ def graft_blend_kernel(
         overflow = overflow & (largest > 0.0)
         if tl.max(overflow.to(tl.int32), 0) != 0:
             for s in tl.static_range(SEEDS):
-                c = _coefficient(alpha, seats, s, channel, replaced)
+                c = coefficient_at(alpha, seats, s, channel, replaced)
                 at = _nth(s, k0, k1, k2, k3, k4, k5, k6, k7) + _place(seats, s, outer, channel, inner_index, inner)
                 k = (c * tl.load(at, mask=broken & (c != 0.0), other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
                 if tl.max((overflow & (tl.abs(k) == largest)).to(tl.int32), 0) != 0:
@@ -175,7 +166,7 @@ def graft_blend_backward_kernel(
     host = tl.where(fault != 0, 1.0, host_factor(replaced))
     tl.store(gh + i, tl.where(host == 0.0, 0.0, host * g).to(dtype), mask=inside)
     for s in tl.static_range(SEEDS):
-        c = tl.where(fault != 0, 0.0, _coefficient(alpha, seats, s, channel, replaced))
+        c = tl.where(fault != 0, 0.0, coefficient_at(alpha, seats, s, channel, replaced))
         first = tl.load(seats + s * SEAT + 1)
         mask = inside & (channel >= first) & (channel < tl.load(seats + s * SEAT + 2))
         at = _nth(s, g0, g1, g2, g3, g4, g5, g6, g7) + _place(seats, s, outer, channel, inner_index, inner)

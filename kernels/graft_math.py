@@ -143,6 +143,26 @@ def host_factor(replaced):
 
 
 @triton.jit
+def replaced_at(alpha, seats, seeds, channel):
+    """A' of each feature: the sum of the alphas of the replace seeds that change it."""
+    total = channel.to(tl.float32) * 0.0
+    for s in range(0, seeds):
+        at = seats + s * SEAT
+        a = tl.where(tl.load(at + 3) != 0, tl.load(alpha + tl.load(at)), 0.0)
+        total += tl.where((channel >= tl.load(at + 1)) & (channel < tl.load(at + 2)), a, 0.0)
+    return total
+
+
+@triton.jit
+def coefficient_at(alpha, seats, s, channel, replaced):
+    """The coefficient of seed s at each feature, 0 where it changes nothing; ``replaced`` is A' there."""
+    at = seats + s * SEAT
+    a = tl.load(alpha + tl.load(at))
+    scale = tl.where(tl.load(at + 3) != 0, 1.0 / tl.maximum(replaced, 1.0), 1.0)
+    return tl.where((channel >= tl.load(at + 1)) & (channel < tl.load(at + 2)), a * scale, 0.0)
+
+
+@triton.jit
 def live_rows(alpha, seats, owner, r, inside):
     """Which rows of the bank belong to a seed whose alpha is not 0."""
     seat = tl.load(owner + r, mask=inside, other=0)

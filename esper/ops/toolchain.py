@@ -79,6 +79,7 @@ class Request:
         aligned: Whether all widths are multiples of 16.
         dtypes: Some of :data:`DTYPES`.
         architectures: Compute capabilities times ten.
+        replaces: Whether the seed is for mode replace, in which the host has a gradient of its own.
     """
 
     family: str
@@ -89,6 +90,7 @@ class Request:
     aligned: bool
     dtypes: tuple[str, ...]
     architectures: tuple[int, ...]
+    replaces: bool = False
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ def kernels_for(request: Request, dtype: str) -> list[KernelVariant]:
         rank=request.rank,
         biased=request.biased,
         aligned=request.aligned,
+        replaces=request.replaces,
     )
 
 

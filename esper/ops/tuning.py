@@ -25,7 +25,7 @@ from esper.ops.graft.variants import BANK_FAMILIES, KernelVariant
 from esper.ops.registry import use_backend
 from esper.ops.toolchain import Built, Request, ToolchainError, build_variant, kernels_for
 
-__all__ = ["CANDIDATES", "Workload", "neighbours", "tune"]
+__all__ = ["CANDIDATES", "WORTH", "Workload", "agree", "neighbours", "time_of", "tune"]
 
 #: What is tried, in this order. Names that a kernel has not are passed over; BLOCK_R decides which variant is needed.
 CANDIDATES: Final[Mapping[str, tuple[int, ...]]] = {
@@ -40,7 +40,7 @@ _OPTIONS: Final = ("num_warps", "num_stages")
 ROWS: Final = 4096
 _WARM_UP, _REPEATS, _LAUNCHES = 3, 15, 10
 #: A change must be worth this much to be kept: less is noise.
-_WORTH: Final = 0.98
+WORTH: Final = 0.98
 _TORCH: Final[Mapping[str, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: How far results may lie apart, in units of the largest value: tiles of other sizes sum in another order.
 _TOLERANCE: Final[Mapping[str, float]] = {"fp32": 1e-2, "bf16": 2e-2, "fp16": 5e-3}
@@ -80,8 +80,8 @@ def tune(request: Request, d_in: int, d_out: int) -> list[Built]:
     built = []
     for dtype in request.dtypes:
         found = kernels_for(request, dtype)
-        if request.family not in BANK_FAMILIES or request.norm is not None:
-            # A blend is as fast as memory in any layout: nothing to find.
+        if request.family not in BANK_FAMILIES:
+            # A blend or an elementwise seed is as fast as memory in any layout: nothing to find.
             built += [build_variant(variant, dtype, arch) for variant in found]
             continue
         loads = {each: _workload(request, dtype, d_in, d_out, each) for each in ("forward", "backward")}
@@ -94,7 +94,7 @@ def _best(variant: KernelVariant, load: Workload, arch: int) -> Built:
     best = build_variant(variant, load.dtype, arch)
     expected = _results(load)
     results, cost = _measure(load, best)
-    if not _agree(results, expected, load.dtype):
+    if not agree(results, expected, load.dtype):
         raise ToolchainError(f"{best.kernel} ({load.dtype}): compiled ahead of time it computes something else")
     for name in CANDIDATES:
         # Neighbours of the best so far, which may have moved since the last name.
@@ -105,7 +105,7 @@ def _best(variant: KernelVariant, load: Workload, arch: int) -> Built:
             except (ToolchainError, RuntimeError):
                 # Too much shared memory, too many registers: no candidate for this GPU.
                 continue
-            if taken < _WORTH * cost and _agree(results, expected, load.dtype):
+            if taken < WORTH * cost and agree(results, expected, load.dtype):
                 variant, best, cost = candidate, built, taken
     return best
 
@@ -135,7 +135,7 @@ def _measure(load: Workload, built: Built) -> tuple[list[Tensor], float]:
                 f"{built.kernel} ({built.dtype}) was not asked for with these constants at these sizes, so that it "
                 f"cannot be tuned: {dict(built.constants)}"
             )
-        return results, _time(load)
+        return results, time_of(load)
     finally:
         binaries.TABLE.clear()
 
@@ -147,7 +147,7 @@ def _results(load: Workload) -> list[Tensor]:
     return results
 
 
-def _time(load: Workload) -> float:
+def time_of(load: Workload) -> float:
     """Median milliseconds of one run."""
     samples: list[float] = []
     with use_backend("triton"):
@@ -164,7 +164,8 @@ def _time(load: Workload) -> float:
     return statistics.median(samples)
 
 
-def _agree(results: Sequence[Tensor], expected: Sequence[Tensor], dtype: str) -> bool:
+def agree(results: Sequence[Tensor], expected: Sequence[Tensor], dtype: str) -> bool:
+    """Whether results are those expected, to what the arithmetic of ``dtype`` allows."""
     for one, other in zip(results, expected, strict=True):
         if other.numel() == 0:
             continue
@@ -192,7 +193,7 @@ def _workload(request: Request, dtype: str, d_in: int, d_out: int, direction: st
     x, h, gy = drawn(ROWS, d_in), drawn(ROWS, d_out), drawn(ROWS, d_out)
     alpha = torch.full((1,), 0.5, device=device)
     faults = torch.zeros(1, dtype=torch.uint8, device=device)
-    if request.family not in BANK_FAMILIES or request.norm is not None:
+    if request.family not in BANK_FAMILIES:
         trusted, places = torch.ones(ROWS, 1, dtype=torch.bool, device=device), [0, 0, d_out, 0]
         if direction == "forward":
             return Workload(lambda: graft_blend(h, [gy], [trusted], alpha, places, 1), dtype)

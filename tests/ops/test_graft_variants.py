@@ -9,7 +9,16 @@ from esper.blueprints.families import FamilyName
 from esper.blueprints.nodes import ACTIVATIONS, NORMS
 from esper.ops import registry
 from esper.ops.binaries import package_kernels, tile_sizes
-from esper.ops.graft import graft_bank, graft_bank_backward, graft_blend, graft_blend_backward, triton_blend
+from esper.ops.graft import (
+    graft_bank,
+    graft_bank_backward,
+    graft_blend,
+    graft_blend_backward,
+    graft_elementwise,
+    graft_elementwise_backward,
+    triton_blend,
+    triton_elementwise,
+)
 from esper.ops.graft import triton as launcher
 from esper.ops.graft.variants import ACTIVATION_CODES, BANK_FAMILIES, variants
 
@@ -37,8 +46,8 @@ def test_entries_fit_their_kernels(family, norm, rank):
             assert {*v.signature, *v.constants} == {*arguments} and not {*v.signature} & {*v.constants}
             # A binary whose signature the package does not know is not loaded.
             assert tuple(v.signature.items()) in known[v.kernel.__name__].signatures
-        bank = family in BANK_FAMILIES and norm is None
-        assert (names[0][1] == "graft_bank_kernel") == bank
+        kinds = dict.fromkeys(BANK_FAMILIES, "graft_bank_kernel") | {"elementwise": "graft_elementwise_kernel"}
+        assert names[0][1] == kinds.get(family, "graft_blend_kernel")
 
 
 def test_what_is_not_there_is_refused():
@@ -60,6 +69,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(launcher, "choose", spy)
     monkeypatch.setattr(triton_blend, "choose", spy)
+    monkeypatch.setattr(triton_elementwise, "choose", spy)
     return calls
 
 
@@ -80,7 +90,7 @@ def test_a_bank_asks_for_these(asked, dtype, family):
     rest = down, value, up, bias if biased else None, value_bias, [0, 0, 16, 0, 0, 3], activation
     _, faults = graft_bank.backend("triton")(x, h, alpha, *rest)
     graft_bank_backward.backend("triton")(h, x, alpha, faults, *rest, True, True, True)
-    expected = variants(family, activation, None, dtype, rank=3, biased=biased)
+    expected = variants(family, activation, None, dtype, rank=3, biased=biased, replaces=True)
     assert [(name, fixed(c)) for name, c in asked] == [(v.kernel.__name__, fixed(v.constants)) for v in expected]
 
 
@@ -91,4 +101,16 @@ def test_a_blend_asks_for_these(asked, dtype):
     _, faults = graft_blend.backend("triton")(h, [h], [mask], alpha, [0, 0, 3, 0], 1)
     graft_blend_backward.backend("triton")(h, alpha, faults, [0, 0, 3, 0], 1)
     expected = variants("dense", None, None, dtype)
+    assert [(name, fixed(c)) for name, c in asked] == [(v.kernel.__name__, fixed(v.constants)) for v in expected]
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elementwise_seeds_ask_for_these(asked, dtype, shifted):
+    h = torch.ones(2, 3, dtype=DTYPES[dtype], device=DEVICE)
+    alpha = torch.ones(1, device=DEVICE)
+    rest = h[:1], h[:1] if shifted else None, [0, 0, 3, 0], "tanh", 1
+    _, faults = graft_elementwise.backend("triton")(h, h, alpha, *rest)
+    graft_elementwise_backward.backend("triton")(h, h, alpha, faults, *rest, True, False, True)
+    expected = variants("elementwise", "tanh", None, dtype, biased=shifted)
     assert [(name, fixed(c)) for name, c in asked] == [(v.kernel.__name__, fixed(v.constants)) for v in expected]

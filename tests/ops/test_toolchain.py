@@ -164,9 +164,9 @@ def test_what_is_measured_runs(monkeypatch, family, norm, biased, direction):
     first, *rest = load.run()
     assert len(first) == 32
     assert all(bool(each.isfinite().all()) for each in (first, *rest))
-    assert tuning._agree(load.run(), load.run(), "fp32")
-    assert not tuning._agree([first + 1.0], [first], "fp32")
-    assert not tuning._agree([first * float("nan")], [first], "fp32")
+    assert tuning.agree(load.run(), load.run(), "fp32")
+    assert not tuning.agree([first + 1.0], [first], "fp32")
+    assert not tuning.agree([first * float("nan")], [first], "fp32")
     if direction == "forward":
         assert not rest[0].any()
 

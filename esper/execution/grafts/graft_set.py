@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from esper.contracts.errors import ShapeMismatchError
-from esper.execution.grafts import blend
+from esper.execution.grafts import blend, fused
 from esper.execution.grafts.bank import Bank, bank_eligible
+from esper.execution.grafts.device_bank import DeviceBank, capturing, packable
 from esper.execution.grafts.families import contributions, sample_tap
 from esper.execution.grafts.seed import BoundSeed, SeedWeights, bind_seed
 from esper.execution.hosts import HostSpec
@@ -49,9 +50,9 @@ class GraftSet(nn.Module):
     A result that is not finite because of a seed is contained: see :mod:`esper.execution.grafts.blend`. (Not under
     ``torch.func`` transforms, which allow no side effects: there the formula stands alone.)
 
-    Low-rank seeds on the CPU take one native call (:mod:`esper.execution.grafts.bank`); everything else, compiled
-    graphs, other devices, and tensors swapped in by ``functional_call`` run on PyTorch operations with the same results
-    to rounding.
+    Low-rank seeds on the CPU take one native call (:mod:`esper.execution.grafts.bank`), seeds of one kind on a GPU one
+    operation (:mod:`esper.execution.grafts.fused`); everything else runs on PyTorch operations with the same results to
+    rounding.
 
     Args:
         spec: The host, from :func:`esper.execution.hosts.describe_host`.
@@ -67,7 +68,9 @@ class GraftSet(nn.Module):
         self._kernels: dict[int, LoadedKernel] = {}
         self._seeds: dict[int, BoundSeed] = {}
         self._layout: BlendLayout | None = None
-        self._bank: Bank | None = None
+        self._plan: fused.Plan | None = None
+        self._runs: fused.Runs = ()
+        self._bank: Bank | DeviceBank | None = None
         self._bank_tried = False
         # Empty; follows `.half()` and `.to()` with the rest of the model, so that seeds bound later have its dtype.
         dtype = spec.dtype if spec.dtype is not None else torch.get_default_dtype()
@@ -208,16 +211,20 @@ class GraftSet(nn.Module):
             self.state_layout.fault_flags[seed_idx] = 1
         if not self._seeds:
             return h
-        if _compiling() or h.device.type != "cpu" or _observed(h):
+        if _compiling() or _observed(h):
             return self._traced(x, h, alpha)
         if _differentiated():
             return self._pure(x, h, alpha)
         if not self._bank_tried:
             self._bank_tried = True
-            with torch.inference_mode(False):  # the buffer outlives this call, which may be in inference mode
-                self._bank = self._pack()
-            if self._bank is not None:
-                return self.forward(x, h, alpha)
+            # A captured graph holds the parameters' addresses, so from then on they stay where they are.
+            if not capturing(h.device):
+                with torch.inference_mode(False):  # the buffer outlives this call, which may be in inference mode
+                    self._bank = self._pack()
+                if self._bank is not None:
+                    return self.forward(x, h, alpha)
+        if h.device.type != "cpu" or fused.serves(h.device):
+            return self._traced(x, h, alpha)
         return self._eager(x, h, alpha)
 
     def _settle(self) -> None:
@@ -231,21 +238,26 @@ class GraftSet(nn.Module):
                 self.misfits[seed_idx] = str(error)
         self._seeds = fitting
         self._layout = BlendLayout([seed.place for seed in fitting.values()], self.spec.d_out)
+        tensors = [self._weights(i).tensors() for i in fitting]
+        self._plan = fused.plan_of(list(fitting.values()), tensors, self.spec.d_in, self.spec.d_out)
+        self._runs = fused.runs_of(list(fitting))
 
-    def _pack(self) -> Bank | None:
+    def _pack(self) -> Bank | DeviceBank | None:
         seeds = list(self._seeds.values())
         weights = [self._weights(seed_idx) for seed_idx in self._seeds]
         parameters = [p for w in weights for p in w.parameters()]
         dtype = parameters[0].dtype if parameters else self._like.dtype
-        same = all(p.dtype is dtype and p.device.type == "cpu" and type(p) is nn.Parameter for p in parameters)
         named = sum(len(list(w.parameters())) for w in weights) == sum(len(w.tensors()) for w in weights)
-        if (
-            self.misfits
-            or self.spec.channel_dim != -1
-            or not same
-            or not named
-            or not bank_eligible(seeds, dtype, torch.device("cpu"))
-        ):
+        if self.misfits or not named:
+            return None
+        if parameters and fused.serves(parameters[0].device):
+            if not isinstance(self._plan, fused.BankPlan) or not packable(parameters):
+                return None
+            return DeviceBank(
+                self._plan, weights, lambda: self.state_layout.fault_flags, self._runs, self.spec.channel_dim
+            )
+        same = all(p.dtype is dtype and p.device.type == "cpu" and type(p) is nn.Parameter for p in parameters)
+        if self.spec.channel_dim != -1 or not same or not bank_eligible(seeds, dtype, torch.device("cpu")):
             return None
         d_tap = self.spec.d_in if seeds[0].reads_input else self.spec.d_out
         assert d_tap is not None and self.spec.d_out is not None
@@ -324,6 +336,13 @@ class GraftSet(nn.Module):
         order = list(self._seeds)
         dim = self._dim(h)
         named = [self._weights(i).tensors() for i in order]
+        # The operations know nothing of tensors that are spread over a mesh of devices.
+        if self._plan is not None and fused.serves(h.device) and not hasattr(h, "device_mesh"):
+            tap = x if next(iter(self._seeds.values())).reads_input else h
+            done = fused.run(self._plan, named, tap, h, alpha, dim)
+            if done is not None:
+                fused.raise_flags(flags, self._runs, done[1])
+                return done[0]
         flat = [t for tensors in named for t in tensors.values()]
         # Only what is read: autograd would add the zeros of an unused output to the host's gradients.
         reads = {seed.reads_input for seed in self._seeds.values()}
@@ -350,9 +369,7 @@ class GraftSet(nn.Module):
             y = blend.contain(y, h, signal, blamed.any())
         else:
             y, blamed = blend.blend_fused(self._layout, h, parts, trusted, alpha, signal, dim)
-        with torch.no_grad():
-            where = torch.tensor(order, device=flags.device)
-            flags.index_copy_(0, where, torch.maximum(flags[where], blamed.to(flags.dtype)))
+        fused.raise_flags(flags, self._runs, blamed.to(flags.dtype))
         return y
 
     def _dim(self, h: Tensor) -> int:

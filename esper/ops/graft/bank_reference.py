@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esper.ops.graft.bank import BankLayout, bank_layout, check_bank
-from esper.ops.graft.reference import accumulation_dtype, join, narrow
+from esper.ops.graft.reference import accumulation_dtype, join, narrow, unaffected_by_autocast
 from esper.ops.registry import implements
 
-__all__ = ["bank_blend"]
+__all__ = ["activate", "bank_blend", "slope", "slope_times"]
 
 
-def _activate(v: Tensor, activation: str | None) -> Tensor:
+def activate(v: Tensor, activation: str | None) -> Tensor:
+    """The activation by its name, or nothing."""
     if activation is None:
         return v
     if activation == "gelu_tanh":
@@ -24,20 +25,26 @@ def _activate(v: Tensor, activation: str | None) -> Tensor:
     return result
 
 
-def _slope(v: Tensor, activation: str | None) -> Tensor:
-    """Derivative of the activation, by PyTorch's own backward functions, which need no graph."""
+def slope(v: Tensor, activation: str | None) -> Tensor:
+    """Derivative of the activation."""
+    return slope_times(torch.ones_like(v), v, activation)
+
+
+def slope_times(g: Tensor, v: Tensor, activation: str | None) -> Tensor:
+    """A gradient through the activation, by PyTorch's own backward functions, which need no graph."""
     aten = torch.ops.aten
-    slope = torch.ones_like(v)
+    found: Tensor = g
     if activation == "relu":
-        slope = aten.threshold_backward(slope, v, 0)
+        found = aten.threshold_backward(g, v, 0)
     elif activation in ("gelu", "gelu_tanh"):
-        slope = aten.gelu_backward(slope, v, approximate="none" if activation == "gelu" else "tanh")
+        found = aten.gelu_backward(g, v, approximate="none" if activation == "gelu" else "tanh")
     elif activation == "silu":
-        slope = aten.silu_backward(slope, v)
-    elif activation is not None:
-        result = _activate(v, activation)
-        slope = 1.0 - result * result if activation == "tanh" else result * (1.0 - result)
-    return slope
+        found = aten.silu_backward(g, v)
+    elif activation == "tanh":
+        found = aten.tanh_backward(g, torch.tanh(v))
+    elif activation == "sigmoid":
+        found = aten.sigmoid_backward(g, torch.sigmoid(v))
+    return found
 
 
 def _rows_on(t: Tensor, on: Tensor) -> Tensor:
@@ -72,6 +79,7 @@ def _contribution(
     return scaled @ torch.where(c == 0, 0.0, up[first:last, span[0] : span[1]].to(hidden.dtype))
 
 
+@unaffected_by_autocast
 def bank_blend(
     x: Tensor,
     h: Tensor,
@@ -89,7 +97,7 @@ def bank_blend(
     wide = accumulation_dtype(h.dtype)
     alpha = alpha.to(wide)
     before, second = _inner(x, _on(layout, alpha), down, value, bias, value_bias)
-    hidden = _activate(before, activation)
+    hidden = activate(before, activation)
     if second is not None:
         hidden = hidden * second
     trusted = torch.isfinite(x).all(-1, keepdim=True)
@@ -122,6 +130,7 @@ def bank_blend(
 
 
 @implements("graft_bank", "reference")
+@unaffected_by_autocast
 def graft_bank(
     x: Tensor,
     h: Tensor,
@@ -140,6 +149,7 @@ def graft_bank(
 
 
 @implements("graft_bank_backward", "reference")
+@unaffected_by_autocast
 def graft_bank_backward(
     gy: Tensor,
     x: Tensor,
@@ -166,7 +176,7 @@ def graft_bank_backward(
     flat_x = x.reshape(-1, x.shape[-1])
     flat_gy = gy.reshape(-1, gy.shape[-1])
     before, second = _inner(flat_x, on, down, value, bias, value_bias)
-    active = _activate(before, activation)
+    active = activate(before, activation)
     hidden = active if second is None else active * second
     rounded = hidden.to(dtype).to(wide)
     ga = torch.zeros_like(hidden)
@@ -182,7 +192,7 @@ def graft_bank_backward(
             weight = torch.where(c == 0, 0.0, up[first:last, begin:end].to(wide))
             ga[:, first:last] += torch.where(c == 0, 0.0, c * (here.to(wide) @ weight.t()))
             gup[first:last, begin:end] = torch.where(c == 0, 0.0, c * (rounded[:, first:last].t() @ here.to(wide)))
-    gz = ga * _slope(before, activation)
+    gz = ga * slope(before, activation)
     gv = None
     if second is not None:
         gz, gv = gz * second, ga * active

@@ -5,7 +5,9 @@ Nothing here looks at a value, so nothing synchronises.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +15,23 @@ from torch import Tensor
 from esper.ops.graft.layout import BlendLayout
 from esper.ops.registry import implements
 
-__all__ = ["accumulation_dtype", "blend", "faults", "join", "narrow"]
+__all__ = ["accumulation_dtype", "blend", "faults", "join", "narrow", "unaffected_by_autocast"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def unaffected_by_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """What an operation computes in follows from its tensors alone; its first argument is one."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -58,7 +76,7 @@ def faults(
         h: The host's output.
         y: The blend.
         parts: Per seed ``k``, or None where its alpha is 0.
-        trusted: Per seed a bool tensor that broadcasts against its k: where the tap is finite.
+        trusted: Per seed a bool tensor, as its k or with 1 along ``dim``: where the tap is finite.
         alpha: The layer's alphas, on h's device.
         dim: Dimension of the features, not negative.
 
@@ -83,8 +101,11 @@ def faults(
             # Judged in h's dtype: what the layer would hand on is what must be finite.
             scaled = (c * k.to(wide)).to(h.dtype)
             broken = ~torch.isfinite(scaled) & (c != 0)
-            blamed[i] = blamed[i] | (broken & trusted[i]).any()
-            overflow = overflow & ~broken & trusted[i]
+            sound = trusted[i]
+            if sound.shape[dim] != 1:
+                sound = narrow(sound, dim, layout.places[i].begin, segment, sound.shape[dim])
+            blamed[i] = blamed[i] | (broken & sound).any()
+            overflow = overflow & ~broken & sound
             sizes.append((i, torch.where(c == 0, 0.0, scaled.abs())))
         if sizes:
             largest = torch.stack([size for _, size in sizes]).amax(0)

@@ -20,7 +20,7 @@ from esper.ops.graft.bank import BankLayout, check_bank
 from esper.ops.graft.variants import ACTIVATION_CODES, DTYPE_NAMES, SEATS
 from esper.ops.registry import implements, triton_interprets, unavailable
 
-__all__ = ["cdiv", "choose", "contain", "on_device", "processors"]
+__all__ = ["blame", "cdiv", "choose", "contain", "is_aligned", "matrix", "on_device", "processors", "tables"]
 
 _OPS = ("graft_bank", "graft_bank_backward")
 #: Where the faults begin behind the one byte that says that something is not finite: pointers are 16-byte aligned.
@@ -44,7 +44,7 @@ def processors(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _tables(layout: BankLayout, seats: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def tables(layout: BankLayout, seats: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """owner, seats and spans on the device; uploaded once for each set of seeds."""
     spans = [border for segment in layout.blend.segments for border in segment]
     with torch.inference_mode(False):
@@ -90,13 +90,14 @@ def choose(
     return binary.constants, launch
 
 
-def _rows(t: Tensor) -> Tensor:
+def matrix(t: Tensor) -> Tensor:
     """[rows, features] with neighbouring features side by side; rows may lie apart."""
     flat = t.reshape(-1, t.shape[-1]) if t.dim() != 2 else t
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
-def _aligned(layout: BankLayout, *numbers: int) -> bool:
+def is_aligned(layout: BankLayout, *numbers: int) -> bool:
+    """Whether these numbers and all borders are multiples of 16."""
     borders = (border for segment in layout.blend.segments for border in segment)
     return all(number % 16 == 0 for number in (*numbers, *borders))
 
@@ -104,6 +105,47 @@ def _aligned(layout: BankLayout, *numbers: int) -> bool:
 def _falls_back(h: Tensor, layout: BankLayout) -> bool:
     # float64 is for gradcheck and references; the rest is too large for the kernels' 32-bit sizes or lanes.
     return h.dtype not in DTYPE_NAMES or len(layout.rows) > SEATS or h.numel() // max(h.shape[-1], 1) >= 2**31 - 64
+
+
+def blame(
+    x: Tensor,
+    h: Tensor,
+    y: Tensor,
+    weights: Sequence[Tensor],
+    seat_tables: Sequence[Tensor],
+    suspect: Tensor,
+    faults: Tensor,
+    layout: BankLayout,
+    kind: Mapping[str, Any],
+) -> None:
+    """Raise the flags of the seeds at fault if ``suspect``; returns at once otherwise. The caller has set the device.
+
+    Args:
+        x: The tap, a matrix, as h and y.
+        h: The host's output.
+        y: The blend.
+        weights: down, value, up, bias and value_bias, any tensor of their dtype for one that is missing.
+        seat_tables: alpha, and what :func:`tables` gives.
+        suspect: uint8, 1 where something in y is not finite.
+        faults: uint8, one a seed.
+        layout: Of the bank.
+        kind: The constants that say which seeds they are.
+    """
+    from esper.kernels import graft_faults as kernels
+
+    (rows, d_out), d_in, ranks = h.shape, x.shape[1], weights[0].shape[0]
+    constants, launch = choose(
+        kernels.graft_blame_kernel, DTYPE_NAMES[h.dtype], h.device, {**kind, **kernels.BLAME_BLOCKS},
+        kernels.BLAME_OPTIONS,
+    )  # fmt: skip
+    z_row = cdiv(ranks, 16) * 16
+    searchers = min(4 * processors(h.device), cdiv(rows, constants["BLOCK_M"]))
+    kept = torch.empty((searchers * constants["BLOCK_M"], z_row), dtype=torch.float32, device=h.device)
+    launch(
+        searchers, x, h, y, *weights, *seat_tables, kept, suspect, faults,
+        rows, d_in, d_out, ranks, len(layout.rows), len(layout.blend.segments),
+        x.stride(0), h.stride(0), y.stride(0), z_row,
+    )  # fmt: skip
 
 
 def contain(h: Tensor, y: Tensor, faults: Tensor) -> None:
@@ -125,7 +167,6 @@ def contain(h: Tensor, y: Tensor, faults: Tensor) -> None:
 def _register() -> None:
     from esper.kernels import graft_bank as forward_kernels
     from esper.kernels import graft_bank_backward as backward_kernels
-    from esper.kernels import graft_faults as fault_kernels
 
     emulate = triton_interprets()
 
@@ -153,22 +194,22 @@ def _register() -> None:
         suspect, faults = flags[:1], flags[_FAULTS_AT:]
         if h.numel() == 0:
             return y, faults.clone()
-        flat_x, flat_h, flat_y = _rows(x), _rows(h), _rows(y)
+        flat_x, flat_h, flat_y = matrix(x), matrix(h), matrix(y)
         (rows, d_out), d_in, ranks = flat_h.shape, flat_x.shape[1], down.shape[0]
         gated, biased = value is not None, bias is not None
         down, up = down.contiguous(), up.contiguous()
         value, bias, value_bias = (down if t is None else t.contiguous() for t in (value, bias, value_bias))
         z_row = cdiv(ranks, 16) * 16
-        owner, places, spans = _tables(layout, tuple(seats), h.device)
+        owner, places, spans = tables(layout, tuple(seats), h.device)
         weights = (down, value, up, bias, value_bias)
-        tables = (alpha, owner, places, spans)
+        seat_tables = (alpha, owner, places, spans)
         sizes = (rows, d_in, d_out, ranks, len(layout.rows), len(layout.blend.segments))
         strides = (flat_x.stride(0), flat_h.stride(0), flat_y.stride(0), z_row)
         kind = {"ACT": ACTIVATION_CODES[activation], "GATED": gated, "BIASED": biased, "EMULATE": emulate}
         kind |= {"SEATS": SEATS}
         many = processors(h.device)
         dtype = DTYPE_NAMES[h.dtype]
-        aligned = _aligned(layout, d_in, d_out, *strides)
+        aligned = is_aligned(layout, d_in, d_out, *strides)
         blocks, options = forward_kernels.bank_blocks(dtype, ranks, rows, gated, aligned)
         constants, launch = choose(
             forward_kernels.graft_bank_kernel, dtype, h.device, kind | {"ALIGNED": aligned} | blocks, options
@@ -176,15 +217,11 @@ def _register() -> None:
         z = torch.empty((rows if constants["WIDE"] else 1, z_row), dtype=torch.float32, device=h.device)
         programs = cdiv(rows, constants["BLOCK_M"])
         parts = max(1, min(2 * many // programs, cdiv(d_out, constants["BLOCK_N"])))
-        constants, blame = choose(
-            fault_kernels.graft_blame_kernel, dtype, h.device, kind | fault_kernels.BLAME_BLOCKS,
-            fault_kernels.BLAME_OPTIONS,
-        )  # fmt: skip
-        searchers = min(4 * many, cdiv(rows, constants["BLOCK_M"]))
-        kept = torch.empty((searchers * constants["BLOCK_M"], z_row), dtype=torch.float32, device=h.device)
         with on_device(h):
-            launch(programs * parts, flat_x, flat_h, flat_y, *weights, *tables, z, suspect, *sizes, parts, *strides)
-            blame(searchers, flat_x, flat_h, flat_y, *weights, *tables, kept, suspect, faults, *sizes, *strides)
+            launch(
+                programs * parts, flat_x, flat_h, flat_y, *weights, *seat_tables, z, suspect, *sizes, parts, *strides
+            )
+            blame(flat_x, flat_h, flat_y, weights, seat_tables, suspect, faults, layout, kind)
             contain(flat_h, flat_y, faults)
         return y, faults
 
@@ -221,19 +258,19 @@ def _register() -> None:
         ]
         if gy.numel() == 0:
             return (gx, gh, *(g.zero_() for g in grads))
-        flat_x, flat_gy = _rows(x), _rows(gy)
-        flat_gx = _rows(gx) if want_x else flat_x
-        flat_gh = _rows(gh) if want_h else flat_gy
+        flat_x, flat_gy = matrix(x), matrix(gy)
+        flat_gx = matrix(gx) if want_x else flat_x
+        flat_gh = matrix(gh) if want_h else flat_gy
         (rows, d_out), d_in, ranks, seeds = flat_gy.shape, flat_x.shape[1], down.shape[0], len(layout.rows)
         gated, biased = value is not None, bias is not None
         down, up = down.contiguous(), up.contiguous()
         value, bias, value_bias = (down if t is None else t.contiguous() for t in (value, bias, value_bias))
-        owner, places, spans = _tables(layout, tuple(seats), gy.device)
+        owner, places, spans = tables(layout, tuple(seats), gy.device)
         z_row = cdiv(ranks, 16) * 16
         left_behind = torch.empty((3 if gated else 2, rows, z_row), dtype=gy.dtype, device=gy.device)
         hidden, gz, gv = left_behind[0], left_behind[1], left_behind[-1]
         strides = (flat_x.stride(0), flat_gy.stride(0), flat_gx.stride(0), flat_gh.stride(0), z_row)
-        aligned = _aligned(layout, d_in, d_out, *strides)
+        aligned = is_aligned(layout, d_in, d_out, *strides)
         dtype = DTYPE_NAMES[gy.dtype]
         kind = {"GATED": gated, "BIASED": biased, "SEATS": SEATS}
         blocks, options = backward_kernels.rows_blocks(dtype, ranks, rows, gated, aligned)

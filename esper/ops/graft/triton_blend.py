@@ -14,13 +14,13 @@ from esper.ops.graft.variants import DTYPE_NAMES, SEATS
 from esper.ops.graft.views import check_parts, extents, positions
 from esper.ops.registry import implements, unavailable
 
-__all__: list[str] = []
+__all__ = ["seats_on"]
 
 _OPS = ("graft_blend", "graft_blend_backward")
 
 
 @lru_cache(maxsize=1024)
-def _seats(places: tuple[int, ...], device: torch.device) -> Tensor:
+def seats_on(places: tuple[int, ...], device: torch.device) -> Tensor:
     """The table on the device, with two numbers more a seed than ``places``; uploaded once for each set of seeds."""
     lines = [[*places[i : i + 4], 0, 0] for i in range(0, len(places), 4)]
     with torch.inference_mode(False):
@@ -61,7 +61,7 @@ def _register() -> None:
         with on_device(h):
             launch(
                 cdiv(h.numel(), constants["BLOCK"]),
-                *(h, y, *ks, *masks, alpha.contiguous(), _seats(tuple(places), h.device), faults),
+                *(h, y, *ks, *masks, alpha.contiguous(), seats_on(tuple(places), h.device), faults),
                 *(h.numel(), features, inner),
             )
             contain(h.view(outer, features * inner), y.view(outer, features * inner), faults)
@@ -92,7 +92,7 @@ def _register() -> None:
         with on_device(gy):
             launch(
                 cdiv(gy.numel(), constants["BLOCK"]),
-                *(gy, gh, *filled(gparts, gh), alpha.contiguous(), _seats(tuple(places), gy.device), blamed),
+                *(gy, gh, *filled(gparts, gh), alpha.contiguous(), seats_on(tuple(places), gy.device), blamed),
                 *(gy.numel(), features, inner),
             )
         return gh, gparts

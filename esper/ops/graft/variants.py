@@ -30,7 +30,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.bfloat16:
 #: Lanes for the seeds of one launch: the most there can be.
 SEATS = 64
 
-#: Families whose seeds run as one bank, unless they have a norm.
+#: Families whose seeds run as one bank.
 BANK_FAMILIES = ("lowrank", "bottleneck", "gated")
 
 
@@ -62,6 +62,7 @@ def variants(
     rank: int = 64,
     biased: bool = True,
     aligned: bool = True,
+    replaces: bool = False,
 ) -> list[KernelVariant]:
     """The kernels that seeds of a family run on.
 
@@ -71,8 +72,9 @@ def variants(
         norm: Its norm, or None.
         dtype: ``fp32``, ``bf16`` or ``fp16``.
         rank: Rows of the bank to expect; up to 16, up to 64 and beyond are three layouts.
-        biased: Whether the way down has a bias.
+        biased: Whether the way down has a bias, or an elementwise seed a shift.
         aligned: Whether all widths are multiples of 16.
+        replaces: Whether the seed is for mode replace; without, the gradient of h is y's and no kernel computes it.
 
     Returns:
         At most one variant of a kernel in a direction, in the order in which they are launched.
@@ -85,10 +87,12 @@ def variants(
         raise ValueError(f"unknown activation {activation!r}; known: {known}")
     if dtype not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"no graft kernel for dtype {dtype!r}; there are kernels for fp32, bf16 and fp16")
-    if family in BANK_FAMILIES and norm is None:
-        return _bank(
-            ACTIVATION_CODES[activation], family == "gated", biased and family != "lowrank", dtype, rank, aligned
-        )
+    if family in BANK_FAMILIES:
+        # A norm is applied in front of the bank, by PyTorch.
+        biased = biased and family != "lowrank"
+        return _bank(ACTIVATION_CODES[activation], family == "gated", biased, dtype, rank, aligned, replaces)
+    if family == "elementwise":
+        return _elementwise(ACTIVATION_CODES[activation], biased, dtype, replaces)
     return _blend(dtype)
 
 
@@ -96,7 +100,9 @@ def variants(
 _ROWS = 8192
 
 
-def _bank(act: int, gated: bool, biased: bool, dtype: str, rank: int, aligned: bool) -> list[KernelVariant]:
+def _bank(
+    act: int, gated: bool, biased: bool, dtype: str, rank: int, aligned: bool, replaces: bool
+) -> list[KernelVariant]:
     from esper.kernels import graft_bank as forward
     from esper.kernels import graft_bank_backward as backward
     from esper.kernels import graft_faults as faults
@@ -106,7 +112,7 @@ def _bank(act: int, gated: bool, biased: bool, dtype: str, rank: int, aligned: b
     bank, bank_options = forward.bank_blocks(dtype, rank, _ROWS, gated, aligned)
     rows, rows_options = backward.rows_blocks(dtype, rank, _ROWS, gated, aligned)
     weights, weights_options = backward.weights_blocks(dtype, rank)
-    wants = {"WANT_X": True, "WANT_H": True}
+    wants = {"WANT_X": True, "WANT_H": replaces}
     return [
         KernelVariant(
             forward.graft_bank_kernel,
@@ -163,6 +169,38 @@ def _blend(dtype: str) -> list[KernelVariant]:
             blend.blend_backward_signature(dtype),
             {**constants, "SEATS": SEATS},
             blend.BLEND_OPTIONS,
+        ),
+    ]
+
+
+def _elementwise(act: int, shifted: bool, dtype: str, replaces: bool) -> list[KernelVariant]:
+    """For rows of features."""
+    from esper.kernels import graft_elementwise as elementwise
+
+    tiles = {"PLANES": False, **elementwise.elementwise_blocks(False)}
+    wants = {"WANT_X": True, "WANT_H": replaces, "WANT_W": True, "SEATS": SEATS}
+    return [
+        KernelVariant(
+            elementwise.graft_elementwise_kernel,
+            "forward",
+            elementwise.elementwise_signature(dtype),
+            {"ACT": act, "SHIFTED": shifted, **tiles},
+            elementwise.ELEMENTWISE_OPTIONS,
+        ),
+        _contain(dtype),
+        KernelVariant(
+            elementwise.graft_elementwise_backward_kernel,
+            "backward",
+            elementwise.elementwise_backward_signature(dtype),
+            {"ACT": act, **wants, **tiles},
+            elementwise.ELEMENTWISE_OPTIONS,
+        ),
+        KernelVariant(
+            elementwise.graft_elementwise_reduce_kernel,
+            "backward",
+            elementwise.elementwise_reduce_signature(dtype),
+            {"SHIFTED": shifted, "SEATS": SEATS, **elementwise.REDUCE_BLOCKS},
+            elementwise.REDUCE_OPTIONS,
         ),
     ]
 

@@ -33,37 +33,44 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def join_blocks(parts: tuple[Tensor, Tensor], count: int, features: Tensor, chunks: Tensor) -> None:
+    """Join ``count`` blocks level by level; the last level merges into the accumulators.
+
+    The caller has set the device. Without chunks (``[4, 0]``) features are joined alone.
+    """
+    from esper.kernels import stats as kernels
+
+    fan_in = kernels.FAN_IN
+    channels, seeds = features.shape[1], chunks.shape[1]
+    feature_programs, chunk_programs = _cdiv(channels, _REDUCE_BLOCK), _cdiv(seeds, _REDUCE_BLOCK)
+    step = 1
+    while True:
+        groups = _cdiv(_cdiv(count, step), fan_in)
+        kernels.reduce_kernel[(groups * (feature_programs + chunk_programs),)](
+            *parts,
+            features,
+            chunks,
+            channels,
+            seeds,
+            count,
+            step,
+            feature_programs,
+            chunk_programs,
+            LAST=groups == 1,
+            FAN=fan_in,
+            BLOCK_C=_REDUCE_BLOCK,
+            num_warps=2,
+            enable_fp_fusion=False,
+        )
+        if groups == 1:
+            return
+        step *= fan_in
+
+
 def _register() -> None:
     from esper.kernels import stats as kernels
 
-    block_rows, fan_in = kernels.BLOCK_ROWS, kernels.FAN_IN
-
-    def reduce_blocks(parts: tuple[Tensor, Tensor], count: int, features: Tensor, chunks: Tensor) -> None:
-        """Join ``count`` blocks level by level; the last level merges into the accumulators."""
-        channels, seeds = features.shape[1], chunks.shape[1]
-        feature_programs, chunk_programs = _cdiv(channels, _REDUCE_BLOCK), _cdiv(seeds, _REDUCE_BLOCK)
-        step = 1
-        while True:
-            groups = _cdiv(_cdiv(count, step), fan_in)
-            kernels.reduce_kernel[(groups * (feature_programs + chunk_programs),)](
-                *parts,
-                features,
-                chunks,
-                channels,
-                seeds,
-                count,
-                step,
-                feature_programs,
-                chunk_programs,
-                LAST=groups == 1,
-                FAN=fan_in,
-                BLOCK_C=_REDUCE_BLOCK,
-                num_warps=2,
-                enable_fp_fusion=False,
-            )
-            if groups == 1:
-                return
-            step *= fan_in
+    block_rows = kernels.BLOCK_ROWS
 
     def launch(x: Tensor, view: View, y: Tensor, y_view: View, act: int, features: Tensor, chunks: Tensor) -> None:
         """Merge the statistics of ``y`` (``x`` itself when ``act`` is 0) into ``features`` and ``chunks``."""
@@ -99,7 +106,7 @@ def _register() -> None:
                 enable_fp_fusion=False,
             )
             if not direct:
-                reduce_blocks(parts, blocks, features, chunks)
+                join_blocks(parts, blocks, features, chunks)
 
     @implements("channel_stats", "triton")
     def channel_stats(x: Tensor, seeds: int, channel_dim: int) -> tuple[Tensor, Tensor]:
@@ -135,7 +142,7 @@ def _register() -> None:
         merge_check(features, chunks, channels, seeds)
         merge_check(new_features, new_chunks, channels, seeds)
         with _on(features):
-            reduce_blocks((new_features, new_chunks), 1, features, chunks)
+            join_blocks((new_features, new_chunks), 1, features, chunks)
 
     limits: dict[tuple[float, torch.device], Tensor] = {}
 

@@ -116,7 +116,8 @@ def binaries_for(
         norm=family.norm,
         rank=_rank(family, resolved),
         aligned=resolved.d_in % 16 == resolved.d_out % 16 == 0,
-        biased=bool(family.biases & {"down", "gate"}),
+        biased=bool(family.biases & {"down", "gate"}) or "shift" in family.roles,
+        replaces=blueprint.mode == "replace",
         dtypes=tuple(dict.fromkeys(_kernel_dtype(name) for name in dtypes)),
         architectures=tuple(architectures) or toolchain.DEFAULT_ARCHITECTURES,
     )
