@@ -86,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
         from esper.watch.export import Exporters
         from esper.watch.watcher import Watcher
     except ImportError as error:
-        raise EsperError(f"esper monitor needs the package {error.name}: pip install 'esper[monitor]'") from None
+        if (error.name or "").partition(".")[0] != "rich":
+            raise
+        raise EsperError("the package rich is not installed: pip install 'esper[monitor]'") from None
     ui = _ui(args)
     if not args.once and not args.no_view and not sys.stdout.isatty():
         raise EsperError("standard output is no terminal: use --once to print the picture, or --no-view to export only")

@@ -15,7 +15,7 @@ from esper.contracts.errors import BusError
 from esper.contracts.messages import TopicNames
 from esper.oona import Follower, OonaClient
 from esper.watch.decode import TOPICS, decode
-from esper.watch.facts import Fact, Unreadable
+from esper.watch.facts import Fact, Unreadable, clean
 from esper.watch.recording import Recorder
 from esper.watch.watcher import ReplayClock, Watcher
 
@@ -89,7 +89,7 @@ class BusSource:
             except BusError as error:
                 if not error.retryable:
                     raise
-                watcher.report(f"no answer: {error}", alarm=True)
+                watcher.report("no answer", clean(error))
                 watcher.wait(_RETRY_S)
                 continue
             watcher.report("reading" if history else "live")

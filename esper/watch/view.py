@@ -41,16 +41,16 @@ class Heading:
 
     Attributes:
         source: Where it comes from, without credentials.
-        mode: ``live``, ``paused``, ``replay x10``, ``ended``, or what is wrong.
+        mode: ``live``, ``paused``, ``replay x10``, ``ended``, ``no answer``, ...
         now: The time that is shown.
-        alarm: Something is wrong.
+        alarm: What is wrong; empty if nothing is.
         measures_lag: Whether the time since capture means something: not in a replay.
     """
 
     source: str
     mode: str
     now: float
-    alarm: bool = False
+    alarm: str = ""
     measures_lag: bool = True
 
 
@@ -118,9 +118,10 @@ def _title(heading: Heading, width: int) -> Text:
 
 def _facts(state: JobState, run: RunState | None, heading: Heading, width: int) -> list[Text]:
     """What is known of the run in fields, over as many lines as they need."""
+    alarm = [Text(fit_end(heading.alarm, width), style="bold red")] if heading.alarm else []
     if run is None:
         trouble = _flow(_trouble(state, None), width)
-        return [Text(fit_end("no run heard of yet", width), style="bright_black"), *trouble]
+        return [*alarm, Text(fit_end("no run heard of yet", width), style="bright_black"), *trouble]
     fields = [_Field(f"run {run.run}", "bold")]
     if run.world_size > 1 or run.rank:
         fields.append(_Field(f"rank {run.rank} of {max(run.world_size, run.rank + 1)}"))
@@ -134,7 +135,7 @@ def _facts(state: JobState, run: RunState | None, heading: Heading, width: int) 
     fields.append(_Field(f"for {duration(run.last_at - run.first_at)}"))
     if len(state.runs) > 1:
         fields.append(_Field(f"({list(state.runs).index(run.key) + 1} of {len(state.runs)} runs)", "bright_black"))
-    lines = _flow(fields, width)
+    lines = [*alarm, *_flow(fields, width)]
 
     flow = [_Field(f"{rate(run.windows.per_second(heading.now))} windows/s")]
     flow.append(_Field(f"{rate(run.seeds.per_second(heading.now))} seeds/s"))

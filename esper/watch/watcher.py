@@ -42,7 +42,7 @@ class Watcher:
         source: What is read.
         state: The picture; to be looked at inside :meth:`looking`.
         mode: What the source is doing, for the heading.
-        alarm: Something is wrong with the source at present.
+        alarm: What is wrong with the source at present; empty if nothing is.
         error: Why reading ended; None while it goes on and after a good end.
         done: Set when reading has ended.
     """
@@ -51,7 +51,7 @@ class Watcher:
         self.source = source
         self.state = JobState() if state is None else state
         self.mode = "reading"
-        self.alarm = False
+        self.alarm = ""
         self.error: Exception | None = None
         self.done = threading.Event()
         self._stop = threading.Event()
@@ -122,8 +122,8 @@ class Watcher:
         self._now = max(self._now, now)
         self._heard += 1
 
-    def report(self, mode: str, *, alarm: bool = False) -> None:
-        """Say what the source is doing."""
+    def report(self, mode: str, alarm: str = "") -> None:
+        """Say what the source is doing, in a word, and what is wrong, in a sentence."""
         if (mode, alarm) != (self.mode, self.alarm):
             self.mode, self.alarm = mode, alarm
             self._heard += 1

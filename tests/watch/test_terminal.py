@@ -184,7 +184,9 @@ def test_redis_lost_and_back(tmp_path: Path):
         with monitor("--redis", redis.url) as terminal:
             terminal.wait_for("live", "64 seeds")
             redis.kill()
-            terminal.wait_for("no answer")
+            # What is wrong, below the first line, which keeps its place and its time.
+            terminal.wait_for("no answer", "does not answer: ")
+            assert "redis://127.0.0.1" in terminal.rows[0]
             # The last picture stays.
             assert "64 seeds" in terminal.text
             redis.start()
@@ -339,3 +341,12 @@ def test_termios_modes_compare() -> None:
     with Terminal([sys.executable, "-c", "import tty, time; tty.setcbreak(0); time.sleep(30)"]) as terminal:
         wait_until(lambda: terminal.now_modes() != terminal.modes, "the settings differ")
         assert not terminal.now_modes()[3] & termios.ICANON
+
+
+def test_without_rich(tmp_path: Path):
+    script = "import sys; sys.modules['rich'] = None; from esper.cli.main import main; sys.exit(main(['monitor']))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (
+        1,
+        "esper monitor: the package rich is not installed: pip install 'esper[monitor]'\n",
+    )
