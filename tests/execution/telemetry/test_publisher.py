@@ -224,7 +224,7 @@ def test_a_spool_that_cannot_be_made_is_reported_and_not_fatal(bus: FakeBus, tmp
 
 def test_a_full_queue_drops_the_oldest_window_and_keeps_its_health(bus: FakeBus, tmp_path: Path) -> None:
     bus.hold = threading.Event()
-    model = published(bus, tmp_path, queue_mb=0.003)
+    model = published(bus, tmp_path, queue_mb=0.001)
     x = torch.randn(4, 8)
     model.step()
     settled(model, lambda _: bus.calls)  # the thread hangs in its first call
