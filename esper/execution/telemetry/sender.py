@@ -232,7 +232,7 @@ class Sender:
             found.append(Outgoing(EVENT_TAG, message, report.at_ns))
         total = 0
         # One batch at a time, so that what waits for the bus is on disk or in the queue, which are bounded.
-        while self.captures and total < _BATCH_BYTES:
+        while self.captures and total < _BATCH_BYTES and len(found) < _BATCH:
             try:
                 capture = self.captures.popleft()
             except IndexError:
