@@ -148,7 +148,13 @@ class OonaMessage:
             data = strict_json.loads(text, what="the message", max_bytes=MAX_MESSAGE_BYTES)
         except ArtifactError as error:
             raise MessageError(str(error)) from None
-        return cls.from_dict(data)
+        payload = data.get("payload") if isinstance(data, dict) else None
+        if not isinstance(payload, dict):
+            return cls.from_dict(data)
+        # What was just parsed is JSON, no deeper than allowed, and nobody else's: it need not be copied to be checked.
+        message = cls.from_dict({**data, "payload": {}})
+        object.__setattr__(message, "payload", payload)
+        return message
 
 
 def _check_name(name: str, value: object) -> None:
