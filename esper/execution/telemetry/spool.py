@@ -87,6 +87,7 @@ class Spool:
         self._root = root
         self._max_bytes = max(max_bytes, 2 * SEGMENT_BYTES)
         self._segments: deque[_Segment] = deque()
+        self._size = 0
         self._next = 0
         self._file: int | None = None
         self._pid = os.getpid()
@@ -114,7 +115,7 @@ class Spool:
     @property
     def size_bytes(self) -> int:
         """Bytes of the segments."""
-        return sum(segment.size for segment in self._segments)
+        return self._size
 
     @property
     def folder(self) -> Path:
@@ -139,6 +140,7 @@ class Spool:
         if written != len(framed):
             raise self._undone(segment, "no space left")
         segment.size += len(framed)
+        self._size += len(framed)
         segment.tags[tag] += 1
 
     def _segment_for(self, size: int) -> _Segment:
@@ -152,9 +154,7 @@ class Spool:
                 raise SpoolError(f"{path}: {error.strerror or error}") from error
             self._next += 1
             self._segments.append(_Segment(path, own=True, size=0))
-        total = self.size_bytes + size
-        while total > self._max_bytes and len(self._segments) > 1:
-            total -= self._segments[0].size
+        while self._size + size > self._max_bytes and len(self._segments) > 1:
             self._drop_oldest()
         return self._segments[-1]
 
@@ -167,6 +167,7 @@ class Spool:
 
     def _drop_oldest(self) -> None:
         segment = self._segments.popleft()
+        self._size -= segment.size
         if not self._segments:
             self._close_file()
         self._dropped[0 if segment.own else 1].update(segment.tags)
@@ -210,6 +211,7 @@ class Spool:
         if segment is self._segments[-1]:
             self._close_file()
         self._segments.remove(segment)
+        self._size -= segment.size
         _unlink(segment.path)
 
     def _read(self, segment: _Segment, max_bytes: int, max_records: int) -> list[Record]:
@@ -255,10 +257,11 @@ class Spool:
                 segment = self._scanned(target)
                 if segment.count:
                     self._segments.append(segment)
+                    self._size += segment.size
                 else:
                     _unlink(target)
             shutil.rmtree(folder, ignore_errors=True)
-        while self.size_bytes > self._max_bytes and len(self._segments) > 1:
+        while self._size > self._max_bytes and len(self._segments) > 1:
             self._drop_oldest()
 
     def _scanned(self, path: Path) -> _Segment:
