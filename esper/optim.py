@@ -92,7 +92,8 @@ def attach(
     matter; a state whose seeds are not those of the model is refused with their names.
 
     Args:
-        optimizer: Any optimizer of ``torch.optim`` with parameter groups (not LBFGS, which has one group only).
+        optimizer: Any optimizer of ``torch.optim`` with parameter groups (not LBFGS, which has one group only), or one
+            around it, such as accelerate's.
         model: The wrapped model.
         lr: Base learning rate of the new groups. A scheduler that is under way applies its current factor to it. None
             inherits the first group's.
@@ -112,6 +113,7 @@ def attach(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
+    optimizer = _innermost(optimizer)
     if isinstance(optimizer, LBFGS):
         raise ValueError("LBFGS keeps all parameters in one group and cannot take new ones; use SGD, AdamW or another")
     if lr is not None and not 0.0 <= lr < float("inf"):
@@ -346,9 +348,19 @@ def _find_schedulers(optimizer: Optimizer) -> Iterator[LRScheduler]:
             owners = gc.get_referrers(referrer)
         for owner in owners:
             # type(), not isinstance(): lazy proxies among these objects would otherwise resolve themselves.
-            if issubclass(type(owner), LRScheduler) and owner.optimizer is optimizer and id(owner) not in seen:
+            if not issubclass(type(owner), (LRScheduler, Optimizer)) or id(owner) in seen:
+                continue
+            if getattr(owner, "optimizer", None) is optimizer:
                 seen.add(id(owner))
-                yield cast(LRScheduler, owner)
+                # An optimizer around this one has schedulers of its own over the same groups.
+                found = [owner] if issubclass(type(owner), LRScheduler) else _find_schedulers(cast(Optimizer, owner))
+                yield from cast(Iterable[LRScheduler], found)
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    """What an optimizer around another one (accelerate's) hands on to: groups, state and hooks are its."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
 
 
 def _extend_lists(scheduler: LRScheduler, groups_before: int, ratio: float) -> None:

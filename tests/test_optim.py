@@ -424,3 +424,26 @@ def test_with_a_real_model_through_waking_culling_and_loading(tmp_path: Path) ->
     assert [group.get(SEED_KEY) for group in optimizer.param_groups] == [None, "0#0"]
     assert not [p for p in gone if p in optimizer.state]
     step(grown, optimizer, torch.randn(8, 4))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["attached before", "attached after"])
+def test_an_optimizer_around_the_optimizer(before: bool) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (peft brings it)")
+    growing = model()
+    inner = torch.optim.Adam(growing.host.parameters(), lr=0.1)
+    attachment = attach(inner, growing) if before else None
+    outer = accelerate.Accelerator(cpu=True).prepare(inner)
+    assert outer is not inner
+    if not before:
+        attachment = attach(outer, growing)
+    assert attachment is not None and attachment.optimizer is inner and attach(outer, growing) is attachment
+    # The scheduler knows the outer one only, as in transformers' Trainer.
+    scheduler = lr_scheduler.LambdaLR(outer, lambda epoch: 0.5**epoch)
+    train(growing, outer)
+    scheduler.step()
+    parameter = growing.wake("0", 0)
+    assert [group["lr"] for group in groups_of(inner, parameter)] == [0.05]
+    train(growing, outer)
+    scheduler.step()
+    assert [group["lr"] for group in outer.param_groups] == [0.025, 0.025]
+    assert parameter in inner.state

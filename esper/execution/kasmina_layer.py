@@ -206,7 +206,8 @@ class KasminaLayer(nn.Module):
             # An activation learns from its first output where its features are.
             self.grafts.spec = self.grafts.spec.resolve(tuple(y.shape))
             with torch.no_grad():
-                observer(y)
+                single = self.spec.geometry is not None and y.dim() == 3  # one image [C, H, W]
+                observer(y.unsqueeze(0) if single else y)
         return result
 
     def _blend(self, x: Tensor, h: Tensor) -> Tensor:

@@ -80,6 +80,26 @@ def test_a_seed_of_an_activation_in_place_reads_what_the_activation_read() -> No
     torch.testing.assert_close(layer(x.clone()), torch.relu(x) + k, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("height", [6, 4])
+@pytest.mark.parametrize(("blueprint", "options"), [
+    ("lowrank", {"rank": 2}), ("lowrank", {"rank": 2, "tap": "output", "mode": "replace"}), ("conv", {"stride": 2}),
+])  # fmt: skip
+def test_a_single_image(blueprint: str, options: dict[str, Any], height: int) -> None:
+    # As many channels as rows of pixels in one of the two, so that taking one for the other would go unnoticed.
+    layer = enn.SeededConv2d(4, 4, 3, stride=2, padding=1)
+    wake(layer, 0, kernel(blueprint, 4, 4, **options), 0.5)
+    x = torch.randn(2, 4, height, 5)
+    # One image is multiplied in another order than two: a few products of size one.
+    torch.testing.assert_close(layer(x[1]), layer(x)[1], rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+    compiled = torch.compile(Network(layer), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x[1]), layer(x)[1], rtol=1e-5, atol=1e-5)
+    seen: list[torch.Size] = []
+    layer.seeds.arm_probe(lambda y: seen.append(y.shape))
+    layer(x[1])
+    assert seen == [torch.Size([1, 4, height // 2, 3])]
+
+
 @pytest.mark.parametrize("case", AWAKE, ids=str)
 def test_copies_are_their_own(case: Case) -> None:
     ours, _, x = awake(case)

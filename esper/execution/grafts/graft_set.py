@@ -286,7 +286,7 @@ class GraftSet(nn.Module):
             seed = self._seeds[i]
             tap = sample_tap(seed, x, h)
             # A depthwise node looks around, so there the whole image counts.
-            dims = (dim,) if seed.pointwise else tuple(range(1, tap.dim()))
+            dims = (dim,) if seed.pointwise else tuple(range(dim, tap.dim()))
             result.append(torch.isfinite(tap).all(dims[0], keepdim=True) if len(dims) == 1 else _all(tap, dims))
         return result
 
@@ -373,6 +373,8 @@ class GraftSet(nn.Module):
         return y
 
     def _dim(self, h: Tensor) -> int:
+        if self.spec.geometry is not None:
+            return h.dim() - 3  # a convolution takes a single image [C, H, W] too
         return self.spec.channel_dim % h.dim()
 
     # -- whatever takes the parameters out of the bank ----------------------------------------------------------------
