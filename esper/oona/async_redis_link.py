@@ -7,7 +7,14 @@ from typing import Any
 
 from esper.oona.commands import Batch, Command
 from esper.oona.failures import translate
-from esper.oona.redis_options import about, check_installed, connection_options, read_batch, sentinel_options
+from esper.oona.redis_options import (
+    about,
+    check_installed,
+    connection_options,
+    read_batch,
+    read_in_one_piece,
+    sentinel_options,
+)
 from esper.oona.urls import BusAddress
 
 __all__ = ["AsyncRedisLink"]
@@ -81,5 +88,5 @@ class AsyncRedisLink:
             asking = sentinel_options(address, self._timeout_s, Retry(NoBackoff(), 0))
             sentinel = Sentinel(list(address.hosts), sentinel_kwargs=asking, **options)
             self._others = list(sentinel.sentinels)
-            return sentinel.master_for(address.service)
-        return redis.asyncio.Redis(**options)
+            return read_in_one_piece(sentinel.master_for(address.service))
+        return read_in_one_piece(redis.asyncio.Redis(**options))

