@@ -58,7 +58,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--layer", default="", metavar="TEXT", help="only layers whose name contains TEXT")
     parser.add_argument("--state", default="", metavar="STATE", help="only seeds in this state; or: awake")
     parser.add_argument("--run", metavar="NAME", help="show this run (default the latest)")
-    parser.add_argument("--rank", type=int, default=0, metavar="N", help="and this rank of it (default 0)")
+    parser.add_argument("--rank", type=int, metavar="N", help="and this rank of it (default 0)")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write every message of the bus to a new file")
     parser.add_argument(
         "--prometheus",
@@ -115,7 +115,11 @@ def _ui(args: argparse.Namespace) -> Ui:
 
     if args.state not in FILTERS:
         raise EsperError(f"--state {args.state}: known are {', '.join(FILTERS[1:])}")
-    chosen = (args.run, args.rank) if args.run is not None else None
+    if args.rank is not None and args.run is None:
+        raise EsperError("--rank needs --run: it is a rank of that run")
+    if args.no_view and args.prometheus is args.tensorboard is args.record is None:
+        raise EsperError("--no-view leaves nothing to do: add --prometheus, --tensorboard or --record")
+    chosen = (args.run, args.rank or 0) if args.run is not None else None
     return Ui(name_filter=args.layer, state_filter=args.state, chosen=chosen)
 
 
@@ -150,8 +154,6 @@ def _once(args: argparse.Namespace, watcher: Watcher, ui: Ui) -> int:
     from esper.watch.view import once
 
     watch_quietly(watcher, watcher.done.is_set)
-    if watcher.error is not None:
-        raise watcher.error
     width = shutil.get_terminal_size((80, 24)).columns
     with watcher.looking() as state:
         if not state.runs:
@@ -159,7 +161,7 @@ def _once(args: argparse.Namespace, watcher: Watcher, ui: Ui) -> int:
             raise EsperError(f"{watcher.source.name}: no run was heard of {ago}")
         if ui.chosen is not None and ui.chosen not in state.runs:
             known = ", ".join(f"{run} rank {rank}" for run, rank in state.runs)
-            raise EsperError(f"--run {args.run} --rank {args.rank}: not heard of; known: {known}")
+            raise EsperError(f"--run {args.run} --rank {args.rank or 0}: not heard of; known: {known}")
         lines = once(state, ui, heading_of(watcher), width)
     console = Console(width=width, highlight=False)
     for line in lines:

@@ -64,10 +64,10 @@ def watch_quietly(watcher: Watcher, until: Callable[[], bool]) -> None:
     Raises:
         Exception: what ended the source.
     """
-    while not until():
-        if watcher.error is not None:
-            raise watcher.error
+    while not until() and watcher.error is None:
         time.sleep(FRAME_S)
+    if watcher.error is not None:
+        raise watcher.error
 
 
 def _draw(watcher: Watcher, screen: Screen, ui: Ui, frozen: tuple[JobState, Heading] | None) -> None:

@@ -267,6 +267,8 @@ ERRORS = [
         "the address for metrics is 'high'; need a port from 0 to 65535",
     ),
     (["--once", "--events", os.devnull], "is empty: no events were recorded"),
+    (["--rank", "1", "--once", "--events", "x"], "--rank needs --run"),
+    (["--no-view", "--events", "x"], "--no-view leaves nothing to do: add --prometheus, --tensorboard or --record"),
 ]
 
 
@@ -286,6 +288,13 @@ def test_nobody_at_the_address():
     assert "127.0.0.1" in result.stderr
     assert "secret" not in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_bad_file_ends_exporting_too(tmp_path: Path):
+    (tmp_path / "bad.jsonl").write_text("nonsense\n")
+    result = piped("--no-view", "--prometheus", "0", "--events", tmp_path / "bad.jsonl")
+    assert result.returncode == 1
+    assert "bad.jsonl:1: the line is not valid JSON" in result.stderr
 
 
 def test_a_bus_on_which_nobody_speaks(bus: OonaClient, redis: RedisServer):
