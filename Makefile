@@ -1,7 +1,7 @@
 # The environment is made once and redone only when pyproject.toml changes; see docs/install.md.
 #
 #   make grow     make the environment, build, and train a network that grows (options: ARGS="--epochs 20")
-#   make test     the tests (options: ARGS="-k lattice")
+#   make test     the tests, on two cores (options: ARGS="-k lattice"; JOBS=0 for one process)
 #   make lint     ruff, mypy, import-linter
 #   make native   rebuild the C++/CUDA extension, only what changed
 #   make bench, make bench-check    measure; compare with the stored ratios
@@ -15,6 +15,8 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 ARGS   ?=
+# Processes that share the tests, file by file, each with one thread.
+JOBS   ?= 2
 
 # Developers want to see a CUDA compile error; a plain `pip install .` would go on without.
 export ESPER_CUDA ?= $(shell command -v nvcc >/dev/null && echo 1 || echo auto)
@@ -25,7 +27,7 @@ grow: native
 	$(VENV)/bin/esper grow $(ARGS)
 
 test: native
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.deps
 	$(PY) -m ruff check .
