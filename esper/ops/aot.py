@@ -19,10 +19,23 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["ARCHITECTURES", "Case", "Compiled", "Resources", "cases", "check", "compile_case", "main", "missing"]
+__all__ = [
+    "ARCHITECTURES",
+    "Case",
+    "Compiled",
+    "Resources",
+    "cases",
+    "check",
+    "compile_case",
+    "differences",
+    "main",
+    "missing",
+    "record",
+]
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -218,17 +231,57 @@ def check(architectures: Sequence[int] = ARCHITECTURES) -> tuple[list[Resources]
     return table, problems
 
 
+#: What the record keeps of a kernel. The size of the machine code says where its lines came from, too.
+_KEPT = ("registers", "spill_stores", "spill_loads", "shared", "warps")
+
+
+def record(table: Sequence[Resources]) -> dict[str, Any]:
+    """The table as it is kept: by kernel, variant and architecture, with the version of the compiler."""
+    import triton
+
+    rows: dict[str, dict[str, dict[str, int]]] = {}
+    for row in sorted(table, key=lambda row: (row.kernel, row.variant, row.arch)):
+        numbers = {name: getattr(row, name) for name in _KEPT}
+        rows.setdefault(f"{row.kernel} {row.variant}", {})[f"sm_{row.arch}"] = numbers
+    return {"triton": str(triton.__version__), "kernels": rows}
+
+
+def differences(now: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
+    """What of :func:`record` is not as it was kept, in words; empty when nothing has changed."""
+    found = []
+    for name in sorted({*now["kernels"], *kept["kernels"]}):
+        here, there = now["kernels"].get(name), kept["kernels"].get(name)
+        if here is None or there is None:
+            found.append(f"{name} is {'not compiled any more' if here is None else 'not in the record'}")
+        elif now["triton"] == kept["triton"]:
+            found += [
+                f"{name} on {arch}: {here[arch]} where the record has {there.get(arch)}"
+                for arch in here
+                if here[arch] != there.get(arch)
+            ]
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 1 if there are problems."""
     parser = argparse.ArgumentParser(prog="python -m esper.ops.aot", description="Compile the Triton kernels for GPUs.")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, metavar="SM", help="such as 80 90 100")
     parser.add_argument("--json", action="store_true", help="print the table and the problems as JSON")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="keep the table in this file")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="say what is not as this file has it")
     args = parser.parse_args(argv)
     from esper.ops.registry import triton_interprets
 
     if triton_interprets():
         parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
     table, problems = check(args.arch)
+    if args.record is not None:
+        args.record.write_text(json.dumps(record(table), indent=1) + "\n")
+    if args.against is not None:
+        changed = differences(record(table), json.loads(args.against.read_text()))
+        if changed:
+            changed.append(f"If that is meant: python -m esper.ops.aot --record {args.against}")
+        problems += changed
     if args.json:
         print(json.dumps({"table": [dataclasses.asdict(row) for row in table], "problems": problems}, indent=1))
     else:

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from esper.ops.aot import ARCHITECTURES
+from esper.ops.aot import ARCHITECTURES, differences
 
 pytestmark = pytest.mark.aot
+
+#: Registers and shared memory of every kernel, as they were last looked at.
+RECORD = Path(__file__).parents[2] / "bench" / "results" / "kernels.json"
 
 
 def compiling_environment(**extra: str) -> dict[str, str]:
@@ -27,7 +30,10 @@ def compiling_environment(**extra: str) -> dict[str, str]:
 @pytest.mark.timeout(900)  # a hundred compilations, on machines that share their cores
 def test_every_kernel_compiles_for_every_architecture() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "esper.ops.aot", "--json"], env=compiling_environment(), capture_output=True, text=True
+        [sys.executable, "-m", "esper.ops.aot", "--json", "--against", str(RECORD)],
+        env=compiling_environment(),
+        capture_output=True,
+        text=True,
     )
     assert result.stdout, result.stderr
     report = json.loads(result.stdout)
@@ -41,6 +47,18 @@ def test_every_kernel_compiles_for_every_architecture() -> None:
         assert 0 < row["registers"] <= 255
         assert 0 <= row["shared"] <= 82 * 1024
         assert row["cubin_bytes"] > 0
+
+
+def test_a_changed_kernel_is_named() -> None:
+    numbers = {"registers": 32, "spill_stores": 0, "spill_loads": 0, "shared": 1024, "warps": 4}
+    kept = {"triton": "3.9", "kernels": {"a": {"sm_80": numbers, "sm_90": numbers}, "b": {"sm_80": numbers}}}
+    assert differences(kept, kept) == []
+    more = {**numbers, "registers": 40}
+    now = {"triton": "3.9", "kernels": {"a": {"sm_80": numbers, "sm_90": more}, "c": {"sm_80": numbers}}}
+    one, two, three = differences(now, kept)
+    assert one.startswith("a on sm_90: {'registers': 40") and "'registers': 32" in one
+    assert (two, three) == ("b is not compiled any more", "c is not in the record")
+    assert differences({**now, "triton": "3.6"}, kept) == [two, three]  # another compiler: other numbers
 
 
 def test_interpreter_is_refused() -> None:

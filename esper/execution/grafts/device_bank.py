@@ -7,7 +7,7 @@ storage is one buffer, so that the operation finds the weights side by side:
 
 each beginning at a multiple of 256 bytes. ``up.weight`` is the transpose of its rows of ``up``. Joining the weights at
 every call would take a launch a region forward, and backward one a seed, to bring the gradient of ``up`` into the
-parameter's layout, some 40 us of host time a layer with four seeds; here it is no launch, and each parameter's gradient
+parameter's layout, and several nodes of the graph a seed; here it is no launch, and each parameter's gradient
 is a view of what the operation gives. Every call checks that the parameters are still those that were packed, where
 they were packed (a C++ loop).
 """
