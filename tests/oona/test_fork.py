@@ -1,4 +1,4 @@
-"""A client used after fork: the child's connections are its own, and the parent's go on. In processes of their own."""
+"""Clients in several processes: a child's connections are its own, and what a killed consumer had goes to another."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.servers import RedisServer
+from esper.oona import BusSettings, OonaClient
+from tests.oona.buses import EPOCH, message
+from tests.servers import RedisServer, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,3 +120,34 @@ end(child)
 assert numbers(client.consume(STREAM, "g", "c")) == [1]
 """
     )
+
+
+def test_a_consumer_that_is_killed(server: RedisServer) -> None:
+    with OonaClient(server.url, settings=BusSettings(claim_idle_s=0.3)) as client:
+        client.publish_many([message(number) for number in range(5)])
+        code = (
+            PROLOGUE
+            + "client = OonaClient(sys.argv[1])\nprint(numbers(client.consume(STREAM, 'g', 'doomed', count=3)))\n"
+        )
+        doomed = subprocess.Popen(
+            [sys.executable, "-c", code + "sys.stdout.flush()\nsys.stdin.read()", server.url],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with doomed:
+            assert doomed.stdout is not None
+            assert doomed.stdout.readline() == "[0, 1, 2]\n"
+            doomed.kill()
+        seen: dict[int, int] = {}
+
+        def all_seen() -> bool:
+            some = client.consume([EPOCH], "g", "heir", count=9, block=50)
+            client.acknowledge(some)
+            seen.update({each.message.payload["number"]: each.times_delivered for each in some})
+            return len(seen) == 5
+
+        wait_until(all_seen, "the heir has all")
+        assert seen == {0: 2, 1: 2, 2: 2, 3: 1, 4: 1}
