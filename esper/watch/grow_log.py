@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 
+from esper.contracts.payload import MAX_COUNT
 from esper.watch.facts import (
     STATES,
     Fact,
@@ -125,7 +126,7 @@ def _seeds_observed(line: Mapping[str, Any], common: Common) -> Fact:
     columns = {}
     for name, column in (("alpha", "alpha"), ("health", "health_score")):
         values = [np.nan if value is None else value for value in _list(line, name)]
-        if len(values) != len(states) or not all(isinstance(value, int | float) for value in values):
+        if len(values) != len(states) or not all(map(_is_number, values)):
             raise ValueError(f"{name} is {values!r:.60}; need {len(states)} numbers, one a seed")
         columns[column] = np.array(values, np.float32)
     return LayerWindow(
@@ -197,8 +198,8 @@ def _text(line: Mapping[str, Any], name: str) -> str:
 
 def _whole(line: Mapping[str, Any], name: str) -> int:
     value = line.get(name)
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{name} is {value!r:.40}; need an integer, 0 or more")
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"{name} is {value!r:.40}; need an integer from 0 to {MAX_COUNT}")
     return value
 
 
@@ -207,9 +208,16 @@ def _number(line: Mapping[str, Any], name: str) -> float:
     value = line.get(name)
     if value is None and name in line:
         return float("nan")
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _is_number(value):
         raise ValueError(f"{name} is {value!r:.40}; need a number")
     return float(value)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is one that a float can hold; an integer in JSON may have any length."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= MAX_COUNT
+    return isinstance(value, float)
 
 
 def _numbers(line: Mapping[str, Any], *names: str) -> dict[str, float]:

@@ -165,7 +165,9 @@ class RunState:
         self.dropped += _growth(layer.dropped, fact.dropped)
         layer.dropped = fact.dropped
         before = layer.columns.get("error_count")
-        if len(fact.states) == len(layer.states):
+        if fact.seed_offset == 0 and len(fact.states) == (fact.num_seeds or len(fact.states)):
+            # All of them; fewer than before when a run is started again with fewer seeds.
+            self.seed_count += len(fact.states) - len(layer.states)
             layer.states = fact.states
             layer.columns = dict(fact.columns)
         else:

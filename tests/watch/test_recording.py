@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from esper.contracts.telemetry import EventKind
 from esper.grow import events
 from esper.watch.facts import RunStatus
+from esper.watch.grow_log import GrowLog
 from esper.watch.recording import FileSource, Recorder, RecordingError
 from esper.watch.state import JobState
+from esper.watch.ui import Ui
+from esper.watch.view import Heading, draw
 from esper.watch.watcher import Watcher
 from tests.servers import wait_until
 from tests.watch.scenes import T0, event_message, window_message
@@ -49,6 +54,12 @@ def grow_log(path: Path) -> Path:
         log.write(events.NetworkFinished("grown", 0, 110, 0.5, 0.75, 0.2))
         log.write(events.RunFinished(False, 1.5))
     return path
+
+
+@pytest.fixture(scope="module")
+def lines_of_a_log(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    path = grow_log(tmp_path_factory.mktemp("log") / "events.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_the_log_of_esper_grow(tmp_path: Path):
@@ -213,3 +224,27 @@ def test_a_file_that_grows_is_followed(tmp_path: Path):
     wait_until(lambda: watcher.state.runs["grown-seed0", 0].status is RunStatus.FINISHED, "the rest is read")
     watcher.stop()
     assert watcher.state.unreadable == 0
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(10**400, 10**401) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_whatever_stands_in_a_line_it_is_a_fact_or_an_error(data: st.DataObject, lines_of_a_log: list[dict[str, Any]]):
+    line = dict(data.draw(st.sampled_from(lines_of_a_log)))
+    for name in data.draw(st.lists(st.sampled_from(sorted(line)), max_size=3)):
+        if name != "event":
+            line[name] = data.draw(JSON)
+    state = JobState()
+    try:
+        fact = GrowLog().read(line)
+    except ValueError as error:
+        assert str(error)
+        return
+    state.apply(fact, T0)
+    assert len(draw(state, Ui(), Heading("x", "ended", T0), 80, 24)) == 24

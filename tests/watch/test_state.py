@@ -277,3 +277,46 @@ def test_text_for_a_terminal_is_safe():
     assert clean("a\x1b[2Jb\nc\u202e") == "a\ufffd[2Jb c\ufffd"
     assert clean("x" * 500) == "x" * 399 + "…"
     assert clean("plain") == "plain"
+
+
+def test_a_layer_may_come_back_with_fewer_seeds():
+    run = only(told(window(states=[2] * 5, num_seeds=5), window(states=[0, 4], num_seeds=2, at=T0 + 9)))
+    assert run.layers["fc"].states.tolist() == [0, 4]
+    assert run.seed_count == run.refresh().counts.sum() == 2
+
+
+@st.composite
+def any_window(draw):
+    seeds = draw(st.integers(1, 6))
+    offset = draw(st.integers(0, seeds - 1))
+    part = draw(st.lists(st.integers(0, 7), min_size=1, max_size=seeds - offset))
+    return window(
+        draw(st.sampled_from("abc")),
+        part,
+        T0 + draw(st.integers(-3, 9)),
+        alpha=[0.5] * len(part),
+        error_count=[draw(st.integers(0, 3))] * len(part),
+        sequence=draw(st.none() | st.integers(0, 9)),
+        event_id=draw(st.sampled_from(["", "x", "y"])),
+        seed_offset=offset,
+        num_seeds=seeds,
+        dropped=draw(st.integers(0, 3)),
+        rank=draw(st.integers(0, 1)),
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(any_window(), max_size=25))
+def test_whatever_order_they_come_in_the_sums_are_right(facts):
+    state = JobState(Limits(layers=2, seeds=9))
+    for fact in facts:
+        state.apply(fact, T0)
+    assert state.messages.total == len(facts)
+    assert sum(run.windows.total for run in state.runs.values()) + state.duplicates == len(facts)
+    for run in state.runs.values():
+        totals = run.refresh()
+        assert totals.counts.sum() == run.seed_count == sum(len(layer.states) for layer in run.layers.values()) <= 9
+        assert all(
+            len(values) == len(layer.states) for layer in run.layers.values() for values in layer.columns.values()
+        )
+        assert min(run.missing, run.late, run.dropped, run.faults, run.left_out) >= 0
