@@ -5,6 +5,7 @@
     stats       activation and statistics: its bandwidth as a share of a copy's
     grafts      forward and backward of a grown Linear against PEFT, the plain composition, the compiled composition,
                 and the floors that bytes and operations set
+    linear      the ways of a linear layer with its seeds, as ``esper.ops.linear.tune_linear`` measures them
     launch, load    taken from the benchmarks of those names, whose results are in the same folder
 
 ``gpu.json`` gets everything, ``gpu.md`` a table. Without a GPU, or with ``--cpu``, the parts that a CPU has are run in
@@ -353,11 +354,28 @@ def _layer_rows(
                     yield Row("grafts", f"{layer}, {kind}: peak memory of {name}", peak, "MiB")
 
 
+def linear(setting: Setting) -> Iterator[Row]:
+    """The ways of a linear layer; the fastest is kept for this machine."""
+    from esper.ops.linear import tune_linear
+
+    if not setting.gpu:
+        return
+    sizes = [(512, 1024)] if setting.short else [(8192, 4096), (512, 1024), (64, 4096)]
+    for rows, width in sizes:
+        for ranks in (0, 16, 64):
+            for activation in (None, "gelu"):
+                times = tune_linear(rows, width, width, ranks=ranks, activation=activation)
+                for way, milliseconds in times.items():
+                    name = f"[{rows}, {width}] bf16, {ranks} ranks, {activation}: {way}"
+                    yield Row("linear", name, milliseconds * 1e3, "us")
+
+
 PARTS: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
     "dormant": dormant,
     "lattice": lattice,
     "stats": stats,
     "grafts": grafts,
+    "linear": linear,
 }
 
 

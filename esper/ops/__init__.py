@@ -3,6 +3,6 @@
 Importing the package declares every family's operations.
 """
 
-from esper.ops import graft, lattice, stats
+from esper.ops import graft, lattice, linear, stats
 
-__all__ = ["graft", "lattice", "stats"]
+__all__ = ["graft", "lattice", "linear", "stats"]

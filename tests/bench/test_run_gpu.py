@@ -67,10 +67,10 @@ def test_a_part_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> No
         raise RuntimeError("out of memory")
 
     monkeypatch.setitem(PARTS, "dormant", broken)  # type: ignore[arg-type]
-    monkeypatch.setitem(PARTS, "stats", lambda setting: iter([Row("two", "second", 2.0, "us")]))  # type: ignore[arg-type]
+    monkeypatch.setitem(PARTS, "linear", lambda setting: iter([Row("two", "second", 2.0, "us")]))  # type: ignore[arg-type]
     import torch
 
-    rows, failed = measure(Setting(torch.device("cpu"), True), ["dormant", "stats"])
+    rows, failed = measure(Setting(torch.device("cpu"), True), ["dormant", "linear"])
     assert [row.name for row in rows] == ["first", "second"]
     assert failed == ["dormant: RuntimeError: out of memory"]
 
