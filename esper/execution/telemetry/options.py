@@ -25,7 +25,8 @@ class TelemetryOptions:
         every_steps: Training steps from one window to the next. None: as ``interval_s`` and ``sender_share`` allow.
         interval_s: Least seconds from one window to the next, where ``every_steps`` does not say.
         sender_share: Share of a processor that the sender's thread may take, where ``every_steps`` does not say: with
-            many layers, windows come less often. (Python runs one thread at a time, so this is the training's time.)
+            many layers, windows come less often. Python runs one thread at a time, so this is the training's time, and
+            what it costs unseen (handing over the interpreter, caches) may be as much again.
         queue_mb: Memory for windows that wait for the sender, in MiB; beyond it the oldest goes, and is counted.
         spool_dir: Where messages wait while the bus is away. None: below ``ESPER_CACHE_DIR``.
         spool_mb: Disk space for them, in MiB, for each process; beyond it the oldest go, and are counted. 0: no spool.
@@ -41,7 +42,7 @@ class TelemetryOptions:
     run_id: str | None = None
     every_steps: int | None = None
     interval_s: float = 0.5
-    sender_share: float = 0.005
+    sender_share: float = 0.0025
     queue_mb: float = 64.0
     spool_dir: Path | str | None = None
     spool_mb: float = 256.0

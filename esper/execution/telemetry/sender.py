@@ -8,6 +8,7 @@ may or may not have been sent is sent again, under the same ``event_id``.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -168,6 +169,10 @@ class Sender:
     # -- the thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        # A thread of this kind does not push another off its processor when it wakes: on a busy machine that would be
+        # the one that trains, which has just woken it.
+        with contextlib.suppress(OSError, AttributeError):
+            os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))
         try:
             self._open_spool()
             while not self._finished():
