@@ -1,6 +1,6 @@
 """Ten minutes of telemetry with a Redis that dies now and then: memory stays flat, the lag too, and nothing is lost.
 
-``python -m bench.soak_telemetry [--seconds 600] [--period 30] [--out FILE.json]``; exit status 1 says which of these failed.
+``python -m bench.soak_telemetry [--seconds 600] [--period 30] [--out FILE.json]``; exit status 1 says what failed.
 """
 
 from __future__ import annotations
