@@ -27,7 +27,7 @@ def compiling_environment(**extra: str) -> dict[str, str]:
     return environment | extra
 
 
-@pytest.mark.timeout(900)  # a hundred compilations, on machines that share their cores
+@pytest.mark.timeout(2400)  # two hundred compilations, on machines that share their cores
 def test_every_kernel_compiles_for_every_architecture() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "esper.ops.aot", "--json", "--against", str(RECORD)],

@@ -158,7 +158,12 @@ def test_what_the_compiler_is_asked_for(registry, monkeypatch):
     assert not bottleneck.biased
     assert not bottleneck.aligned
     esper.compile("lowrank", d_in=32, d_out=48, registry=registry, pipeline="standard")
-    assert asked[-1].aligned
+    assert asked[-1].aligned and not asked[-1].replaces
+    for shift in (True, False):
+        esper.compile(
+            "elementwise", d_in=6, d_out=6, registry=registry, shift=shift, mode="replace", pipeline="standard"
+        )
+        assert asked[-1].biased == shift and asked[-1].replaces
 
 
 def test_binaries_have_the_names_of_the_format(monkeypatch):
