@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from esper.blueprints.interpret import activate
 from esper.execution.health import LayerHealth, layer_health
 from esper.nn.buffers import KeepsTypes
+from esper.ops.linear import linear, tune_linear
 from esper.ops.stats import ACTIVATIONS, CHUNK_FIELDS, FEATURE_FIELDS, ChunkField, activate_with_stats, stats_merge
 
 __all__ = ["FusedLinearAct"]
@@ -37,7 +38,9 @@ class FusedLinearAct(KeepsTypes):
 
     The product is the library's, the activation overwrites it where autograd can do without it: with ``relu``,
     ``tanh`` and ``sigmoid`` always, with the others when nothing is to be differentiated. So no second tensor of the
-    output's size is written. Under ``torch.compile`` it is the plain composition, which the compiler fuses.
+    output's size is written. Under ``torch.compile`` it is the plain composition, which the compiler fuses. On a GPU
+    :meth:`tune` finds out whether one kernel for both (:func:`esper.ops.linear.linear`) is faster, and from then on
+    calls take the fastest way of those that were measured.
 
     Parameters, their names and their first values are ``nn.Linear``'s, so its ``state_dict`` loads.
 
@@ -88,6 +91,7 @@ class FusedLinearAct(KeepsTypes):
         self.register_parameter("bias", linear.bias if bias else None)
         self.in_features, self.out_features = in_features, out_features
         self.activation, self.statistics, self.num_seeds = activation, statistics, num_seeds
+        self._tuned = False
         if statistics:
             shapes = {"features": (FEATURE_FIELDS, out_features), "chunks": (CHUNK_FIELDS, num_seeds)}
             for name, shape in shapes.items():
@@ -104,6 +108,8 @@ class FusedLinearAct(KeepsTypes):
         """``[..., in_features]`` to ``[..., out_features]``."""
         if self.statistics:
             return self._observed(F.linear(input, self.weight, self.bias))
+        if self._tuned and input.is_cuda and not _tracing() and not torch.is_autocast_enabled("cuda"):
+            return self._measured(input)
         if _tracing():
             return activate(self.activation, F.linear(input, self.weight, self.bias))
         if not _grad_enabled():
@@ -115,6 +121,33 @@ class FusedLinearAct(KeepsTypes):
         # PyTorch would flatten it too, and give a view, which autograd can write to only at the price of copies.
         flat = _IN_PLACE[self.activation](F.linear(input.flatten(0, -2), self.weight, self.bias))
         return flat.view(*input.shape[:-1], self.out_features)
+
+    def tune(self, rows: int) -> None:
+        """Measure on this layer's GPU which way is fastest, in training and in inference; waits for the device.
+
+        What is found is kept on disk. Without it calls take the library's product.
+
+        Args:
+            rows: Rows of the batches to come; the choice holds up to the next power of two.
+
+        Raises:
+            RuntimeError: the layer is on no GPU, or a CUDA graph is being captured.
+        """
+        for training in (False, True):
+            times = tune_linear(
+                rows,
+                self.in_features,
+                self.out_features,
+                dtype=self.weight.dtype,
+                bias=self.bias is not None,
+                activation=self.activation,
+                training=training,
+                device=self.weight.device,
+            )
+            self._tuned |= min(times, key=times.__getitem__) != "library"
+
+    def _measured(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias, self.activation)[0]
 
     def _observed(self, z: Tensor) -> Tensor:
         y, features, chunks = activate_with_stats(z, self.activation, self.num_seeds)

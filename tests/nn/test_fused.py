@@ -183,3 +183,38 @@ def test_errors() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         FusedLinearAct(3, 2)(torch.randn(2, 4))
     assert FusedLinearAct(3, 2, device="meta").weight.is_meta
+
+
+@pytest.mark.parametrize("activation", MODULES)
+def test_the_way_that_a_gpu_may_take_is_the_same_map(activation: str) -> None:
+    # On the CPU the operation has its reference only, with the library's products.
+    fused, composition = pair(activation, dtype=torch.float64)
+    x = torch.randn(2, 3, 7, dtype=torch.float64)
+    got, expected = [], []
+    for layer, found in ((fused._measured, got), (composition, expected)):
+        t = x.clone().requires_grad_()
+        y = layer(t)
+        parameters = fused.parameters() if layer == fused._measured else composition.parameters()
+        found += [y, *torch.autograd.grad(y.square().sum(), [t, *parameters])]
+    for a, b in zip(got, expected, strict=True):
+        # Seven float64 products of size one in another order, and activations of a few ulp.
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_tuning_needs_a_gpu() -> None:
+    with pytest.raises(RuntimeError, match="measured on a GPU"):
+        FusedLinearAct(4, 4).tune(8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("activation", MODULES)
+def test_tuned_on_a_gpu(activation: str, grad: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPER_CACHE_DIR", str(tmp_path))
+    fused, composition = (layer.cuda() for layer in pair(activation, 256, 512, dtype=torch.bfloat16))
+    fused.tune(64)
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.set_grad_enabled(grad):
+        y, expected = fused(x), composition(x)
+    # Both round a float32 sum of values of order one to bfloat16: the composition twice, before the activation too.
+    torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-7)
