@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -55,11 +55,13 @@ class Outgoing:
         tag: The layer's number for the first message of its window, else :data:`EVENT_TAG` or :data:`PART_TAG`.
         message: What to send.
         captured_ns: When it was captured, by the monotonic clock.
+        size: Bytes of its text, about.
     """
 
     tag: int
     message: OonaMessage
     captured_ns: int
+    size: int = 1024
 
 
 def parts_of(seeds: int) -> int:
@@ -85,8 +87,8 @@ class Packer:
         self._health = {name: np.zeros(rows, COLUMNS[name]) for name in _FROM_HEALTH}
         self._health["health_score"].fill(np.nan)
 
-    def pack(self, capture: Capture, dropped_windows: Callable[[int], int]) -> list[Outgoing]:
-        """The messages of one window, layer by layer; waits for the capture to arrive.
+    def pack(self, capture: Capture, dropped_windows: Callable[[int], int]) -> Iterator[Outgoing]:
+        """The messages of one window, layer by layer as they are asked for; waits for the capture to arrive.
 
         Args:
             capture: The window.
@@ -105,7 +107,6 @@ class Packer:
             "captured_at": capture.captured_at,
             "num_seeds": self._seeds,
         }
-        found: list[Outgoing] = []
         worked_since = time.perf_counter()
         for index, layer_name in enumerate(self._names):
             own = {
@@ -126,8 +127,8 @@ class Packer:
                     # Whoever trains may have the interpreter now, and not only when the switch interval of 5 ms ends.
                     time.sleep(0)
                     worked_since = now
-                found.append(Outgoing(index if offset == 0 else PART_TAG, message, capture.captured_ns))
-        return found
+                tag = index if offset == 0 else PART_TAG
+                yield Outgoing(tag, message, capture.captured_ns, len(message.to_json()))
 
     def message(self, topic: TopicNames, payload: dict[str, Any], trace_id: str | None = None) -> OonaMessage:
         """``payload`` in an envelope of this process."""

@@ -12,11 +12,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Final
+from typing import Final
 
 from esper.contracts.backoff import Backoff
 from esper.contracts.bus import Bus
@@ -31,9 +31,12 @@ from esper.execution.telemetry.spool import Record, Spool, SpoolError
 
 __all__ = ["Report", "Sender", "Signal"]
 
-#: What one call of ``publish_many`` carries. Messages of telemetry are small or, with many seeds, near 1 MiB.
+#: What one call of ``publish_many`` carries: so little that a consumer reads the first layers of a large window while
+#: the next are packed, and so much that a round trip is small beside it.
 _BATCH: Final = 256
-_BATCH_BYTES: Final = 4 << 20
+_PART_BYTES: Final = 1 << 17
+#: Windows that are packed before something else gets its turn.
+_WINDOWS: Final = 8
 _REPLAY_BYTES: Final = 1 << 20
 _FIRST_PAUSE_S: Final = 0.1
 #: After so much work the replay of a spool rests three times as long, unless the spool grows meanwhile.
@@ -187,9 +190,9 @@ class Sender:
                 self._spool.close()
 
     def _turn(self) -> None:
-        windows, began = len(self.captures), time.thread_time()
-        if batch := self._packed():
-            self._ship(batch)
+        windows, began = min(_WINDOWS, len(self.captures)), time.thread_time()
+        for part in _parts(self._outgoing()):
+            self._ship(part)
         if windows:
             spent = (time.thread_time() - began) / windows
             known = self.window_cpu_s
@@ -226,52 +229,42 @@ class Sender:
 
     # -- packing -----------------------------------------------------------------------------------
 
-    def _packed(self) -> list[Outgoing]:
-        """Messages of everything that waits; windows after the events that came before them."""
-        found: list[Outgoing] = []
+    def _outgoing(self) -> Iterator[Outgoing]:
+        """Messages of what waits, made as they are asked for: events, and then some windows."""
         while self.reports:
             report = self.reports.popleft()
             content = report.content
             topic = content.topic if isinstance(content, RunEvent) else TopicNames.INNOVATION_FIELD_REPORTS
             message = self._packer.message(topic, content.to_payload(), report.trace_id)
-            found.append(Outgoing(EVENT_TAG, message, report.at_ns))
-        total = 0
-        # One batch at a time, so that what waits for the bus is on disk or in the queue, which are bounded.
-        while self.captures and total < _BATCH_BYTES and len(found) < _BATCH:
+            yield Outgoing(EVENT_TAG, message, report.at_ns)
+        for _ in range(_WINDOWS):
             try:
                 capture = self.captures.popleft()
             except IndexError:
-                break  # the training thread dropped it
-            size = capture.nbytes
-            found += self._packer.pack(capture, self.counts.dropped_windows)
-            self.packed_bytes += size
-            total += size
+                return  # or the training thread dropped it
+            self.packed_bytes += capture.nbytes
+            yield from self._packer.pack(capture, self.counts.dropped_windows)
         if self.captures:
             self.wake.set()
-        return found
 
     # -- publishing --------------------------------------------------------------------------------
 
-    def _ship(self, batch: list[Outgoing]) -> None:
-        if self._spool is not None and len(self._spool):
-            self._keep(batch)
-            return
+    def _ship(self, part: Sequence[Outgoing]) -> None:
+        """Publish what one call may carry, or keep it."""
         now = time.monotonic()
+        waiting = self._spool is not None and len(self._spool) > 0
         late = self._deadline is not None and now >= self._deadline
-        if late or (self._failures and now < self._retry_at):
-            self._keep(batch)
+        if waiting or late or (self._failures and now < self._retry_at):
+            self._keep(part)
             return
-        sent = 0
-        for part in _parts(batch):
-            refused = self._publish([outgoing.message for outgoing in part])
-            if refused is None:
-                self._keep(batch[sent:])
-                return
-            sent += len(part)
-            if not self._abandoned:
-                self.counts.delivered += len(part) - refused
-                self.counts.dropped_late += refused
-            self.lag_s = (time.monotonic_ns() - part[-1].captured_ns) * 1e-9
+        refused = self._publish([outgoing.message for outgoing in part])
+        if refused is None:
+            self._keep(part)
+            return
+        if not self._abandoned:
+            self.counts.delivered += len(part) - refused
+            self.counts.dropped_late += refused
+        self.lag_s = (time.monotonic_ns() - part[-1].captured_ns) * 1e-9
 
     def _publish(self, messages: Sequence[OonaMessage]) -> int | None:
         """Publish all: how many are no messages and were left out, or None if the bus did not take them."""
@@ -412,15 +405,15 @@ class Sender:
         self.counts.dropped_late += max(0, self.counts.snapshot()["in_flight"])
 
 
-def _parts(batch: Sequence[Outgoing]) -> Iterator[Sequence[Outgoing]]:
-    """Slices of ``batch`` that one call may carry."""
-    begin = size = 0
-    for index, outgoing in enumerate(batch):
-        columns: Any = outgoing.message.payload.get("columns", {})
-        own = sum(len(column[1]) for column in columns.values())
-        if index > begin and (index - begin >= _BATCH or size + own > _BATCH_BYTES):
-            yield batch[begin:index]
-            begin, size = index, 0
-        size += own
-    if begin < len(batch):
-        yield batch[begin:]
+def _parts(stream: Iterable[Outgoing]) -> Iterator[Sequence[Outgoing]]:
+    """What one call may carry, again and again."""
+    part: list[Outgoing] = []
+    size = 0
+    for outgoing in stream:
+        part.append(outgoing)
+        size += outgoing.size
+        if len(part) >= _BATCH or size >= _PART_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part

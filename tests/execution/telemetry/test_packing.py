@@ -134,7 +134,7 @@ def test_values_beyond_the_types_are_held_at_their_ends() -> None:
 @pytest.mark.parametrize("seeds", [MAX_SEEDS_PER_MESSAGE, MAX_SEEDS_PER_MESSAGE + 1, 3 * MAX_SEEDS_PER_MESSAGE - 1])
 def test_a_layer_of_very_many_seeds_takes_several_messages(seeds: int) -> None:
     state = lattice(2, seeds)
-    found = Packer(WHO, ["a", "b"], seeds).pack(Capturer(state, Health()).take(0, 0, 0), lambda _: 0)
+    found = list(Packer(WHO, ["a", "b"], seeds).pack(Capturer(state, Health()).take(0, 0, 0), lambda _: 0))
     parts = parts_of(seeds)
     assert [outgoing.tag for outgoing in found] == [0, *[PART_TAG] * (parts - 1), 1, *[PART_TAG] * (parts - 1)]
     for index in range(2):
