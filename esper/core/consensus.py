@@ -161,14 +161,7 @@ class Consensus:
         self._rows_group = group if group is not None else dist.group.WORLD
         ranks = dist.get_process_group_ranks(self._rows_group)
         self.world_size, self.rank = len(ranks), dist.get_rank(self._rows_group)
-        # A group of its own: rounds overlap with whatever the training sends, and gloo needs no GPU for host data.
-        self._group = dist.new_group(
-            ranks,
-            backend="gloo",
-            timeout=datetime.timedelta(seconds=timeout_s),
-            use_local_synchronization=True,
-            group_desc="esper.consensus",
-        )
+        self._group = _own_group(ranks, timeout_s)
         self._open: list[_Open] = []
         self._failing: list[_Open] = []
         self._under_way: _Round | None = None
@@ -228,8 +221,6 @@ class Consensus:
             if not entry.request.outcome.done():
                 self._settle(entry.request, Refusal("the ranks no longer agree: the consensus was closed", bad=False))
         self._open, self._failing = [], []
-        if dist.is_initialized():
-            dist.destroy_process_group(self._group)
 
     def _awake(self) -> bool:
         # On a GPU the host learns late, and each rank at another time, that a seed has gone to sleep by itself.
@@ -335,6 +326,22 @@ class Consensus:
 
 
 _NEVER = 1 << 62
+
+#: (world, ranks, group): one for each set of ranks, kept, because a second one of the same ranks would find what the
+#: first one has left in the store.
+_GROUPS: list[tuple[Any, list[int], Any]] = []
+
+
+def _own_group(ranks: list[int], timeout_s: float) -> Any:
+    """A gloo group: rounds overlap with whatever the training sends, and gloo needs no GPU for what is the host's."""
+    world = dist.group.WORLD
+    for its_world, its_ranks, group in _GROUPS:
+        if its_world is world and its_ranks == ranks:
+            return group
+    timeout = datetime.timedelta(seconds=timeout_s)
+    group = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True, group_desc="esper.consensus")
+    _GROUPS.append((world, ranks, group))
+    return group
 
 
 def _digest(entries: Sequence[_Open]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ from torch import Tensor
 
 WORLD = 2
 #: Seconds that a scenario may take: starting the processes on a busy machine takes most of it.
-PATIENCE_S = 240.0
+PATIENCE_S = 120.0
 
 
 class Ranks:
@@ -66,6 +67,7 @@ def _serve(rank: int, folder: str, pipe: Connection) -> None:
             break
         try:
             torch.manual_seed(0)
+            faulthandler.dump_traceback_later(PATIENCE_S - 10)  # tells where a rank hangs
             pipe.send((True, scenario(rank, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
