@@ -111,6 +111,7 @@ class KernelRequests(nn.Module):
         self._requested.add(item)
         if self._consensus is not None:
             self._consensus.expect(item)
+            self._clock.due = 0  # every rank's next round is after this step, whenever its own fetch ends
         elif several_ranks() and not self._warned:
             self._warned = True
             warnings.warn(
