@@ -190,11 +190,12 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
 
     def _on_due(self, clock: Clock) -> None:
         clock.due = _NEVER
-        if self._consensus is not None:
-            self._fetched.clear()  # they are looked at when all ranks look at theirs
+        if self._consensus is None:
+            while self._fetched:
+                self._commit(self._fetched.popleft())
+        else:
             clock.due = self._consensus.round(clock.steps)
-        while self._fetched:
-            self._commit(self._fetched.popleft())
+            self._fetched.clear()  # a fetch is looked at when all ranks look at theirs
         if self.lattice.needs_step:
             self.lattice.step(clock.steps)
             clock.due = 0

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 WORLD = 2
 #: Seconds that a scenario may take: starting the processes on a busy machine takes most of it.
-PATIENCE_S = 120.0
+PATIENCE_S = 60.0
 
 
 class Ranks:
@@ -39,13 +39,17 @@ class Ranks:
         """``scenario(rank, *args)`` in every process; what each returns, in the order of ranks."""
         for pipe in self._pipes:
             pipe.send((scenario, args))
-        results = []
-        for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(PATIENCE_S), f"rank {rank} does not answer"
-            good, value = pipe.recv()
-            assert good, f"rank {rank}:\n{value}"
-            results.append(value)
-        return results
+        results: dict[int, Any] = {}
+        # Whoever has something to say: when one rank fails, the other one waits for it in vain.
+        while len(results) < WORLD:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
+            answered = wait(waiting, PATIENCE_S)
+            assert answered, f"only ranks {sorted(results)} answer"
+            for pipe in answered:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                good, results[rank] = self._pipes[rank].recv()
+                assert good, f"rank {rank}:\n{results[rank]}"
+        return [results[rank] for rank in range(WORLD)]
 
     def close(self) -> None:
         for pipe in self._pipes:
