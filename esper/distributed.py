@@ -32,7 +32,7 @@ def attach(
     Attaching again returns the first consensus and changes nothing.
 
     Args:
-        model: The wrapped model, or a ``DistributedDataParallel`` around it.
+        model: The ``DistributedDataParallel`` around a wrapped model, or the wrapped model.
         process_group: The ranks that train together; by default all.
         period: Training steps between two exchanges while all seeds sleep and no request is open.
         timeout_s: After how many seconds without an answer of another rank ``model.step()`` raises.
@@ -50,4 +50,5 @@ def attach(
         raise TypeError(f"attach needs a model that esper.wrap gave, or DDP around one; got {type(model).__name__}")
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
-    return wrapped.join_ranks(process_group, period=period, timeout_s=timeout_s)
+    static = isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph
+    return wrapped.join_ranks(process_group, period=period, timeout_s=timeout_s, static=static)

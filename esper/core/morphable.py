@@ -162,16 +162,21 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
         # graph is guarded by what the host's own would be.
         self.__dict__["__call__"] = _calling(host, tether) if patched is None else patched
 
-    def tie_reserved(self) -> None:
+    def tie_reserved(self, *, zeros: bool = False) -> None:
         """Give the outputs an edge to all reserved parameters: DDP waits for the gradient of every parameter it knows.
 
         A model that is wrapped after ``torch.distributed.init_process_group`` has it already.
+
+        Args:
+            zeros: Whether the gradients are zeros rather than undefined, for a DDP with ``static_graph=True``.
         """
-        if self._tether is not None:
-            self._tether.renew()
-        elif self.reserve_rank:
+        if not self.reserve_rank:
+            return
+        if self._tether is None:
             self._tether = Tether(lambda: list(self.esper.parameters()))
             self._route()
+        self._tether.zeros = zeros
+        self._tether.renew()
 
     def _reshard(self) -> None:
         """FSDP2: have the sharded parameters in place, which are the ones that last."""

@@ -53,7 +53,7 @@ class KernelRequests(nn.Module):
         """The layer of that name."""
         raise NotImplementedError("a wrapped model knows its layers")
 
-    def tie_reserved(self) -> None:
+    def tie_reserved(self, *, zeros: bool = False) -> None:
         """See :meth:`esper.core.morphable.MorphableModel.tie_reserved`."""
         raise NotImplementedError("a wrapped model knows its outputs")
 
@@ -155,13 +155,13 @@ class KernelRequests(nn.Module):
             done = layer.refuse(seed_idx, f"{item.artifact_id}: {type(error).__name__}: {error}", bad=False)
         item.outcome.set_result(done)
 
-    def join_ranks(self, group: ProcessGroup | None, *, period: int, timeout_s: float) -> Consensus:
+    def join_ranks(self, group: ProcessGroup | None, *, period: int, timeout_s: float, static: bool) -> Consensus:
         """See :func:`esper.distributed.attach`."""
         if self._consensus is None:
             layers = list(self.kasmina_layers.values())
             self._consensus = Consensus(
                 self.lattice, layers, self._commit, group=group, period=period, timeout_s=timeout_s
             )
-            self.tie_reserved()
+            self.tie_reserved(zeros=static)
             self._clock.due = 0
         return self._consensus

@@ -21,14 +21,13 @@ class _Anchor(torch.autograd.Function):
     """One node in front of all the parameters. Nothing is saved in it, so it serves any number of backwards."""
 
     @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
-        ctx.count = len(parameters)
+    def forward(ctx: Any, zeros: bool, *parameters: Tensor) -> Tensor:
+        ctx.zeros, ctx.parameters = zeros, parameters
         return parameters[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[None, ...]:
-        nothing: tuple[None, ...] = (None,) * ctx.count
-        return nothing
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(torch.zeros_like(parameter) if ctx.zeros else None for parameter in ctx.parameters)
 
 
 class _Tie(torch.autograd.Function):
@@ -43,6 +42,19 @@ class _Tie(torch.autograd.Function):
         return grad, None
 
 
+class _TracedTie(torch.autograd.Function):
+    """The same for compilers, which leave out inputs that nothing reads, and gradients that nobody computes."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, anchor: Tensor) -> Tensor:
+        ctx.anchor_dtype = anchor.dtype
+        return y - anchor  # the anchor is +0: this leaves every y as it is, -0 too
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.new_zeros((), dtype=ctx.anchor_dtype)
+
+
 class Tether:
     """Ties parameters to whatever outputs pass through it.
 
@@ -53,6 +65,9 @@ class Tether:
     def __init__(self, parameters: Callable[[], Sequence[nn.Parameter]]) -> None:
         self._parameters = parameters
         self._anchor: Tensor | None = None
+        #: Whether the parameters get gradients of zero instead of undefined ones: a DDP with ``static_graph=True`` takes
+        #: a parameter without a gradient in its first backward for one that never has any.
+        self.zeros = False
         self.renew()
 
     def renew(self) -> None:
@@ -63,7 +78,7 @@ class Tether:
         self._anchor = None
         if found and not sharded and any(parameter.requires_grad for parameter in found):
             with torch.inference_mode(False), torch.enable_grad():
-                self._anchor = _Anchor.apply(*found)
+                self._anchor = _Anchor.apply(self.zeros, *found)
 
     def __call__(self, output: Any) -> Any:
         """The output again; every tensor in it that has a gradient is tied."""
@@ -76,5 +91,5 @@ class Tether:
     def _tie(self, y: Tensor) -> Tensor:
         if not y.requires_grad:
             return y
-        tied: Tensor = _Tie.apply(y, self._anchor)
+        tied: Tensor = (_TracedTie if torch.compiler.is_compiling() else _Tie).apply(y, self._anchor)
         return tied

@@ -18,13 +18,20 @@ from torch import Tensor
 
 WORLD = 2
 #: Seconds that a scenario may take: starting the processes on a busy machine takes most of it.
-PATIENCE_S = 60.0
+PATIENCE_S = 150.0
 
 
 class Ranks:
     """The processes; :meth:`run` calls a function in all of them."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder, self._times, self._broken = folder, 0, False
+        self._start()
+
+    def _start(self) -> None:
+        folder = self._folder / str(self._times)
+        folder.mkdir()
+        self._times += 1
         context = multiprocessing.get_context("spawn")
         pairs = [context.Pipe() for _ in range(WORLD)]
         self._pipes: list[Connection] = [ours for ours, _ in pairs]
@@ -37,6 +44,10 @@ class Ranks:
 
     def run(self, scenario: Callable[..., Any], *args: Any) -> list[Any]:
         """``scenario(rank, *args)`` in every process; what each returns, in the order of ranks."""
+        if self._broken:  # one rank waits for the other since then
+            self.close()
+            self._start()
+        self._broken = True
         for pipe in self._pipes:
             pipe.send((scenario, args))
         results: dict[int, Any] = {}
@@ -49,13 +60,14 @@ class Ranks:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 good, results[rank] = self._pipes[rank].recv()
                 assert good, f"rank {rank}:\n{results[rank]}"
+        self._broken = False
         return [results[rank] for rank in range(WORLD)]
 
     def close(self) -> None:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(5)
+            process.join(0 if self._broken else 5)
             process.kill()
 
 
