@@ -184,6 +184,11 @@ class Attachment:
 
     def _on_growth(self, event: GrowthEvent, layer: str, seed_idx: int, parameters: Mapping[str, nn.Parameter]) -> None:
         if event == "bound":
+            if (optimizer := self.optimizer) is not None:
+                # Reserved memory may have been stepped while it slept: its zeros have counted steps, and a count that
+                # is ahead of its moments makes the first updates too large.
+                for parameter in parameters.values():
+                    optimizer.state.pop(parameter, None)
             self._bound(layer, seed_idx, parameters)
         else:
             self._unbound(parameters)

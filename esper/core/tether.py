@@ -65,7 +65,7 @@ class Tether:
     def __init__(self, parameters: Callable[[], Sequence[nn.Parameter]]) -> None:
         self._parameters = parameters
         self._anchor: Tensor | None = None
-        #: Whether the parameters get gradients of zero instead of undefined ones: a DDP with ``static_graph=True`` takes
+        #: Whether the parameters get gradients of zero, not undefined ones: a DDP with ``static_graph=True`` takes
         #: a parameter without a gradient in its first backward for one that never has any.
         self.zeros = False
         self.renew()

@@ -90,6 +90,25 @@ def test_it_learns_what_an_elastic_network_learns() -> None:
     assert losses[0][-1] < losses[0][0]
 
 
+def test_what_an_optimizer_counted_while_a_seed_slept_is_forgotten() -> None:
+    model = wrap()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    esper.optim.attach(optimizer, model)
+    memory: Any = model.layer("0").grafts
+    for _ in range(3):
+        model(X).sum().backward()
+        for parameter in memory.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # as DDP gives them
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.state[memory.seed1.down.weight]["step"] == 3
+    wake(model, "0", 1)
+    model(X).sum().backward()
+    optimizer.step()
+    assert optimizer.state[memory.seed1.down.weight]["step"] == 1
+    assert optimizer.state[model.get_parameter("0.weight")]["step"] == 4
+
+
 def test_optimizers_follow_by_the_same_parameters() -> None:
     model = wrap()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
