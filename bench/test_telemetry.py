@@ -118,7 +118,8 @@ def consume(url: str, layers: int, results: Any, ready: Any) -> None:
         reader = client.follow([TopicNames.TELEMETRY_SEED_HEALTH])
         ready.set()
         idle_since = time.monotonic()
-        while time.monotonic() - idle_since < 3.0:
+        # The first message has to wait for a model to be made.
+        while time.monotonic() - idle_since < (5.0 if found else 60.0):
             for delivery in reader.read(count=500, block=200):
                 window = read_payload(delivery.message)
                 assert isinstance(window, HealthWindow)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from esper.execution.kernel_cache import KernelCache
     from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
     from esper.execution.state_layout import KasminaStateLayout
+    from esper.execution.telemetry.options import TelemetryOptions
     from esper.services.tezzeret.forge import compile
 
 # Loaded when first used: `import esper` stays fast, and tools that only read artifacts do not load all of torch.
@@ -47,6 +48,7 @@ _HOMES = {
     "RegistryUnavailableError": "esper.contracts.registry",
     "SeedLifecycleState": "esper.execution.lifecycle",
     "ShapeMismatchError": "esper.contracts.errors",
+    "TelemetryOptions": "esper.execution.telemetry.options",
     "compile": "esper.services.tezzeret.forge",
     "export": "esper.core.export",
     "load": "esper.core.checkpoint",
@@ -82,6 +84,7 @@ __all__ = [
     "RegistryUnavailableError",
     "SeedLifecycleState",
     "ShapeMismatchError",
+    "TelemetryOptions",
     "__version__",
     "artifacts",
     "blueprints",

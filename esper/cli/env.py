@@ -19,12 +19,16 @@ __all__ = ["add_parser", "describe", "run"]
 VARIABLES = (
     "ESPER_BACKEND",
     "ESPER_CACHE_DIR",
+    "ESPER_CONTROL_KEY",
     "ESPER_DEBUG",
     "ESPER_REGISTRY",
+    "ESPER_RUN_ID",
     "ESPER_TRUSTED_KEYS",
     "REDIS_URL",
     "TRITON_INTERPRET",
 )
+#: Of these, what is shown is that they are set.
+SECRETS = frozenset(("ESPER_CONTROL_KEY",))
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -76,7 +80,11 @@ def describe() -> dict[str, Any]:
             "cache": str(cache_dir()),
             "registry": mask_credentials(os.environ.get("ESPER_REGISTRY") or str(default_registry_dir())),
         },
-        "environment": {name: mask_credentials(os.environ[name]) for name in VARIABLES if name in os.environ},
+        "environment": {
+            name: "(set)" if name in SECRETS else mask_credentials(os.environ[name])
+            for name in VARIABLES
+            if name in os.environ
+        },
         "operations": [_operation(registry.get(name), devices) for name in registry.names()],
     }
 

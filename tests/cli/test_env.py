@@ -42,11 +42,13 @@ def test_versions_and_extension() -> None:
 def test_credentials_are_masked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("ESPER_REGISTRY", "https://ada:secret@registry.example/kernels?token=hidden")
     monkeypatch.setenv("REDIS_URL", "redis://:secret@bus.example:6379/0")
+    monkeypatch.setenv("ESPER_CONTROL_KEY", "secret-of-those-who-command")
     for arguments in (["env"], ["env", "--json"]):
         assert main.main(arguments) == 0
         out = capsys.readouterr().out
         assert "registry.example/kernels" in out
         assert "bus.example:6379" in out
+        assert "ESPER_CONTROL_KEY" in out
         assert "secret" not in out
         assert "hidden" not in out
 
