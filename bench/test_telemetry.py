@@ -204,8 +204,14 @@ class Loop:
         self.model.step()
 
 
-def test_training_while_redis_is_dead(benchmark: Any, server: RedisServer, tmp_path: Path) -> None:
-    """Blocks of 50 steps, in turn, for longer than 30 s: with a bus that is dead, and without one."""
+@pytest.mark.parametrize("clock", ["wall", "processor"])
+def test_training_while_redis_is_dead(benchmark: Any, server: RedisServer, tmp_path: Path, clock: str) -> None:
+    """Blocks of 200 steps, in turn, for longer than 30 s: with a bus that is dead, and without one.
+
+    By the wall's clock, and by the processor time of all threads: what the sender takes is the training's loss where
+    both want the interpreter, and that number means something on a busy machine too.
+    """
+    nanoseconds = {"wall": time.perf_counter_ns, "processor": time.process_time_ns}[clock]
     loops = {"no bus": Loop(None, tmp_path / "none"), "dead bus": Loop(server.url, tmp_path / "spool")}
     for _ in range(100):
         for loop in loops.values():
@@ -214,7 +220,7 @@ def test_training_while_redis_is_dead(benchmark: Any, server: RedisServer, tmp_p
     server.kill()
     began = time.monotonic()
     ratios: dict[str, Ratio] = benchmark.pedantic(
-        lambda: compare(loops, "no bus", rounds=401, inner=50, seconds=OUTAGE_S + 5), rounds=1
+        lambda: compare(loops, "no bus", rounds=201, inner=200, seconds=OUTAGE_S + 5, clock=nanoseconds), rounds=1
     )
     outage = time.monotonic() - began
     stats = model.telemetry_stats()
@@ -228,6 +234,7 @@ def test_training_while_redis_is_dead(benchmark: Any, server: RedisServer, tmp_p
     after = model.telemetry_stats()
     assert after["delivered"] == after["produced"], after
     benchmark.extra_info |= {"outage s": outage, "spooled": stats["spooled"]}
+    assert outage > OUTAGE_S
     print(f"\nRedis dead for {outage:.0f} s, {stats['spooled']} messages spooled, all delivered afterwards", end="")
-    record(benchmark, "training while redis is dead", ratios, {"dead bus": OUTAGE_LIMIT})
+    record(benchmark, f"training while redis is dead/{clock}", ratios, {"dead bus": OUTAGE_LIMIT})
     loops["no bus"].model.close()
