@@ -125,6 +125,25 @@ def test_inductor_trains_as_eager_does() -> None:
         torch.testing.assert_close(parameter, theirs[name], rtol=1e-3, atol=2e-2, msg=name)
 
 
+def test_the_gradient_is_that_of_the_alpha_in_the_forward() -> None:
+    model = wrap(mlp())
+    wake(model, "0", 1)
+    wake(model, "2", 0, mode="replace")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 8)
+    found = []
+    for call in (compiled, model):
+        y = call(x).square().sum()
+        model.set_seed_alpha("0", 1, 0.9)
+        compiled(x)  # another forward before the backward, as when gradients of several batches are gathered
+        y.backward()
+        model.set_seed_alpha("0", 1, 0.5)
+        found.append({name: p.grad.clone() for name, p in model.graft_parameters().items()})
+        model.zero_grad()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], **CLOSE, msg=name)
+
+
 def test_without_prepare_the_first_waking_compiles_once() -> None:
     model = wrap(mlp())
     compiled = torch.compile(model, fullgraph=True, backend="eager")
