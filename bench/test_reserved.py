@@ -20,7 +20,7 @@ import esper
 from bench.models import WORKLOADS, Workload, mlp, same_weights
 from bench.paired import Ratio, compare, compare_in_processes
 from bench.results import record
-from bench.test_dormant_overhead import LIMIT, ROUNDS, TURNS, OwnTime, calls_per_block
+from bench.test_dormant_overhead import LIMIT, ROUNDS, OwnTime, pace
 
 PROCESSES = 6
 SEEDS = 4
@@ -57,8 +57,8 @@ def measure(name: str, mode: str, number: int) -> dict[str, Ratio]:
     """The ratios that process ``number`` finds."""
     torch.set_num_threads(1)
     calls = asleep(next(workload for workload in WORKLOADS if workload.name == name), mode, number)
-    inner = calls_per_block(calls["bare"])
-    return compare(calls, baseline="bare", rounds=ROUNDS, inner=inner, turns=TURNS, seconds=None, seed=number)
+    inner, turns = pace(calls["bare"])
+    return compare(calls, baseline="bare", rounds=ROUNDS, inner=inner, turns=turns, seconds=None, seed=number)
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
