@@ -205,6 +205,12 @@ class Consensus:
             return step + 1
         return step + self.period - step % self.period
 
+    def gather(self, mine: Tensor) -> list[Tensor]:
+        """Every rank's tensor, in the order of ranks; all have one shape and lie on the CPU. Waits for all ranks."""
+        found = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(found, mine, group=self._group)
+        return found
+
     def close(self) -> None:
         """Take part in nothing any more; every rank does it at the same step. What is under way is waited for."""
         if self._closed:

@@ -155,6 +155,11 @@ class KernelRequests(nn.Module):
             done = layer.refuse(seed_idx, f"{item.artifact_id}: {type(error).__name__}: {error}", bad=False)
         item.outcome.set_result(done)
 
+    @property
+    def consensus(self) -> Consensus | None:
+        """What the ranks that train this model agree by; None without :func:`esper.distributed.attach`."""
+        return self._consensus
+
     def join_ranks(self, group: ProcessGroup | None, *, period: int, timeout_s: float, static: bool) -> Consensus:
         """See :func:`esper.distributed.attach`."""
         if self._consensus is None:

@@ -214,10 +214,23 @@ class Monitor:
         Raises:
             ValueError: if there is no such layer.
         """
+        return self._probe(layer_name).health()
+
+    def statistics(self, layer_name: str) -> tuple[int, Tensor, Tensor] | None:
+        """What :meth:`health` is derived from: probes, ``features [5, C]``, ``chunks [4, S]``; None before the first.
+
+        The tensors are the monitor's own: read them, and do not keep them.
+
+        Raises:
+            ValueError: if there is no such layer.
+        """
+        return self._probe(layer_name).statistics()
+
+    def _probe(self, layer_name: str) -> _Probe:
         probe = self._by_name.get(layer_name)
         if probe is None:
             raise ValueError(f"Layer '{layer_name}' not found")
-        return probe.health()
+        return probe
 
     def take_closed(self) -> dict[int, ClosedWindow]:
         """The last full window of each layer that closed one since the last call, by number of the layer.
@@ -403,9 +416,14 @@ class _Probe:
         self.last_samples, self.samples = self.samples, 0
 
     def health(self) -> LayerHealth:
-        name = self.layer.layer_name
+        window = self.statistics()
+        if window is None:
+            return LayerHealth.nothing(self.layer.layer_name, self.layer.num_seeds)
+        return layer_health(self.layer.layer_name, *window, self.monitor.eps)
+
+    def statistics(self) -> tuple[int, Tensor, Tensor] | None:
         if self.last_samples and self.last_features is not None and self.last_chunks is not None:
-            return layer_health(name, self.last_samples, self.last_features, self.last_chunks, self.monitor.eps)
+            return self.last_samples, self.last_features, self.last_chunks
         if self.features is not None and self.chunks is not None:
-            return layer_health(name, self.samples, self.features, self.chunks, self.monitor.eps)
-        return LayerHealth.nothing(name, self.layer.num_seeds)
+            return self.samples, self.features, self.chunks
+        return None

@@ -280,6 +280,37 @@ def watched(rank: int) -> dict[str, Any]:
     return found
 
 
+def merged_health(rank: int) -> dict[str, Any]:
+    """Both ranks see other rows of one layer; rank 1 alone sees the second."""
+    run = Run(rank, "ddp", telemetry=True)
+    x = run.batch()
+    run.model.monitor.sample_now()
+    run.model(x)
+    with torch.no_grad():
+        y = run.model.wrapped_model[0](x)  # type: ignore[index]
+    found = {"y": y.tolist(), "health": _plain(esper.distributed.health(run.trained, "0"))}
+    fresh = esper.wrap(network(), reserve_rank=2)
+    esper.distributed.attach(fresh)
+    found["nothing"] = _plain(esper.distributed.health(fresh, "0"))
+    if rank == 1:
+        fresh.monitor.sample_now()
+        fresh(x)
+    found["one"] = _plain(esper.distributed.health(fresh, "0"))
+    fresh.close()
+    run.close()
+    return found
+
+
+def _plain(health: Any) -> dict[str, Any]:
+    return {
+        "probes": health.window_samples,
+        "samples": health.samples.tolist(),
+        "mean": health.activation_mean.tolist(),
+        "variance": health.activation_variance.tolist(),
+        "dead": health.dead_neuron_ratio.tolist(),
+    }
+
+
 def refusals(rank: int) -> list[str]:
     """What is not done with several ranks, in words."""
     model = esper.wrap(network(), reserve_rank=2, telemetry_enabled=False)

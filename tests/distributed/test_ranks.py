@@ -113,10 +113,28 @@ def test_samples_and_latencies_reach_all_lattices_alike(ranks: Ranks) -> None:
     assert all(result["samples"] > 0 for result in results)
 
 
+def test_health_over_all_ranks(ranks: Ranks) -> None:
+    results = ranks.run(scenarios.merged_health)
+    same(results, "health", "nothing", "one")
+    y = torch.cat([torch.tensor(result["y"], dtype=torch.float64) for result in results])
+    health = results[0]["health"]
+    assert health["probes"] == 2
+    for seed, columns in enumerate(y.split(2, 1)):  # four seeds watch eight features
+        assert health["samples"][seed] == columns.numel()
+        # float64 over float32 values.
+        assert abs(health["mean"][seed] - columns.mean().item()) < 1e-9
+        assert abs(health["variance"][seed] - columns.var(correction=0).item()) < 1e-9
+    assert results[0]["nothing"]["probes"] == 0
+    assert results[0]["one"]["probes"] == 1
+    assert results[0]["one"]["samples"] == [8, 8, 8, 8]
+
+
 def test_what_several_ranks_may_not_do(ranks: Ranks) -> None:
     for told in ranks.run(scenarios.refusals):
         assert len(told) == 4, told
         for text, words in zip(
-            told, ["attach(model) was not called", "request_kernel", "attach needs a model", "period"], strict=True
+            told,
+            ["attach(model) was not called", "request_kernel", "needs a model that esper.wrap gave", "period"],
+            strict=True,
         ):
             assert words in text
