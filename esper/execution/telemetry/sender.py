@@ -350,7 +350,8 @@ class Sender:
     def _replay(self, spool: Spool) -> None:
         """Send the oldest of what is on disk."""
         began = time.thread_time()
-        records = spool.head(_REPLAY_BYTES, _BATCH)
+        # One is enough to see whether the bus is back; reading a batch would cost more than asking.
+        records = spool.head(_REPLAY_BYTES, 1 if self._failures else _BATCH)
         if not records:
             self._settle_spool(spool)  # what there was could not be read
             return
