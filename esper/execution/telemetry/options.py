@@ -24,9 +24,9 @@ class TelemetryOptions:
             torchrun's run id, else one made of time and chance.
         every_steps: Training steps from one window to the next. None: as ``interval_s`` and ``sender_share`` allow.
         interval_s: Least seconds from one window to the next, where ``every_steps`` does not say.
-        sender_share: Share of a processor that the sender's thread may take, where ``every_steps`` does not say: with
-            many layers, windows come less often. Python runs one thread at a time, so this is the training's time, and
-            what it costs unseen (handing over the interpreter, caches) may be as much again.
+        sender_share: Share of the training thread's processor time that the sender's may take, where ``every_steps``
+            does not say: with many layers, windows come less often. Python runs one thread at a time, so this is the
+            training's time; what it costs unseen (handing over the interpreter, caches) may be as much again.
         queue_mb: Memory for windows that wait for the sender, in MiB; beyond it the oldest goes, and is counted.
         spool_dir: Where messages wait while the bus is away. None: below ``ESPER_CACHE_DIR``.
         spool_mb: Disk space for them, in MiB, for each process; beyond it the oldest go, and are counted. 0: no spool.

@@ -221,7 +221,7 @@ class Publisher:
         self._window_step = steps
         self._counts.produced_windows += self._messages_per_window
         self._offer(capture, sender)
-        return self._pacer.next_due(steps, capture.captured_ns, sender.window_cpu_s)
+        return self._pacer.next_due(steps, capture.captured_ns, time.thread_time_ns(), sender.window_cpu_s)
 
     def _offer(self, capture: Capture, sender: Sender) -> None:
         """Into the queue; what is oldest there goes when it is full."""

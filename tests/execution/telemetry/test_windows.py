@@ -11,13 +11,13 @@ from esper.execution.telemetry.options import TelemetryOptions
 from esper.execution.telemetry.windows import WindowPacer
 
 
-def run(pacer: WindowPacer, step_s: float, steps: int, cpu_s: float = 0.0) -> list[int]:
-    """The steps at which windows were taken, in a loop whose steps take so long."""
+def run(pacer: WindowPacer, step_s: float, steps: int, cpu_s: float = 0.0, work: float = 1.0) -> list[int]:
+    """The steps at which windows were taken, in a loop whose steps take so long, and work for a share of it."""
     due, taken = 1, []
     for n in range(1, steps + 1):
         if n >= due:
             taken.append(n)
-            due = pacer.next_due(n, int(n * step_s * 1e9), cpu_s)
+            due = pacer.next_due(n, int(n * step_s * 1e9), int(n * step_s * work * 1e9), cpu_s)
     return taken
 
 
@@ -39,15 +39,21 @@ def test_the_senders_cost_moves_them_apart() -> None:
     assert taken[-1] - taken[-2] == 400
 
 
+@pytest.mark.parametrize(("work", "apart"), [(0.5, 800), (0.25, 1600), (0.01, 1600)])
+def test_the_sender_has_a_share_of_the_work_and_not_of_the_time(work: float, apart: int) -> None:
+    taken = run(WindowPacer(None, 0.5, 0.005), 1e-2, 9000, cpu_s=0.02, work=work)
+    assert taken[-1] - taken[-2] == apart
+
+
 def test_a_long_pause_does_not_decide_for_long() -> None:
     pacer = WindowPacer(None, 0.5, 0.005)
-    assert pacer.next_due(1, 0, 0.0) == 17
+    assert pacer.next_due(1, 0, 0, 0.0) == 17
     # An hour went by in sixteen steps, then a millisecond a step again.
     hour = int(3600e9)
-    assert pacer.next_due(17, hour, 0.0) == 18
-    assert pacer.next_due(18, hour + 1_000_000, 0.0) == 18 + 16
-    assert pacer.next_due(34, hour + 17_000_000, 0.0) == 34 + 256
-    assert pacer.next_due(290, hour + 273_000_000, 0.0) == 290 + 500
+    assert pacer.next_due(17, hour, 0, 0.0) == 18
+    assert pacer.next_due(18, hour + 1_000_000, 0, 0.0) == 18 + 16
+    assert pacer.next_due(34, hour + 17_000_000, 0, 0.0) == 34 + 256
+    assert pacer.next_due(290, hour + 273_000_000, 0, 0.0) == 290 + 500
 
 
 @pytest.mark.parametrize(
