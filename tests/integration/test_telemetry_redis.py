@@ -382,6 +382,7 @@ def test_closing_while_redis_is_gone_keeps_everything(server: RedisServer, tmp_p
     train(successor, 0.1)
     settled(successor, lambda each: each["recovered"] == stats["spooled"])
     successor.close()
+    wait_until(lambda: windows(server, "first"), "what was spooled is there to be read")
     in_order_and_complete(windows(server, "first"), (stats["produced"] - 2) // LAYERS)
 
 

@@ -109,13 +109,13 @@ def test_what_urza_refuses(address):
 def test_polling_gets_rarer(address):
     async def scenario(queue):
         asked = []
-        ask = queue._ask
+        ask = queue._link.ask
 
         async def counted(*arguments):
             asked.append(arguments)
             return await ask(*arguments)
 
-        queue._ask = counted
+        queue._link.ask = counted
         for _ in range(40):
             assert await queue.claim(0.05) is None
         # Two seconds, with pauses of 1/8 to 1/4, 1/4 to 1/2, 1/2 to 1, ... of a second.
