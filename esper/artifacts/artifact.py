@@ -158,7 +158,8 @@ class Artifact:
             trusted_keys: As for :meth:`open`.
             policy: As for :meth:`open`.
             seen: Bytes with this ``sha256`` were opened before: what depends on them alone and takes time, the tensors'
-                hashes and whether their values are finite, is not looked at again.
+                hashes and whether their values are finite, is not looked at again. The hashes are all the same where a
+                trusted signature rests on them: whoever can write to a cache can write its ``sha256`` too.
         """
         return cls._verify(data, "the artifact", max_bytes, trusted_keys, policy, sha256, seen)
 
@@ -187,7 +188,8 @@ class Artifact:
             decide(checks, policy)
             manifest = Manifest.from_json(text)
             check_declared(held, manifest)
-            if not seen:
+            # A signature vouches for the manifest, and only the manifest's hashes for what else is in the file.
+            if not seen or any(check.trusted for check in checks):
                 _check_hashes(view, held, manifest)
             artifact = cls(data, held, manifest, sha256 or hashlib.sha256(view).hexdigest(), checks)
             if not seen:

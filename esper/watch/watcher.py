@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from esper.watch.facts import Fact, Unreadable
+from esper.watch.facts import Fact, RunReport, Unreadable
 from esper.watch.state import JobState
 
 __all__ = ["ReplayClock", "Source", "Watcher"]
@@ -107,10 +107,16 @@ class Watcher:
         with self._lock:
             for fact in facts:
                 self.state.apply(fact, now)
-            for listener in self._listeners:
-                listener(self.state, now)
+                if isinstance(fact, RunReport) and fact.epoch is not None and fact is not facts[-1]:
+                    # Of epochs that are heard together each is a point of its curve.
+                    self._tell(now)
+            self._tell(now)
         self._heard += len(facts)
         self._now = max(self._now, now)
+
+    def _tell(self, now: float) -> None:
+        for listener in self._listeners:
+            listener(self.state, now)
 
     def skip(self, seconds: float) -> None:
         """So much was left unread, to keep up."""

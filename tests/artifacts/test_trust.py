@@ -118,6 +118,17 @@ def test_altered_binaries_are_refused_whoever_is_trusted(keys):
     bad(bytes(data), r"binary 'gpu/sm_90/bf16/forward': SHA-256 is .* altered", trusted_keys=keys)
 
 
+def test_what_a_signature_vouches_for_is_hashed_every_time():
+    """Who can write to a disk cache can write the file's hash beside it; the signed manifest's hashes still hold."""
+    data = bytearray(SIGNED)
+    data[-1] ^= 1
+    altered = hashlib.sha256(data).hexdigest()
+    with pytest.raises(ArtifactError, match=r"SHA-256 is .* altered"):
+        Artifact.adopt(data, sha256=altered, trusted_keys=OURS, seen=True)
+    whole = hashlib.sha256(SIGNED).hexdigest()
+    assert Artifact.adopt(bytearray(SIGNED), sha256=whole, trusted_keys=OURS, seen=True).trusted
+
+
 def test_header_and_manifest_agree_about_binaries():
     name = "gpu/sm_90/bf16/forward"
     bad(with_manifest(UNSIGNED, lambda m: m["binaries"][name].update(size=13)), "the manifest 13 bytes")

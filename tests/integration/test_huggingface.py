@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -332,18 +330,6 @@ def test_on_top_of_peft(name: str) -> None:
     layer = f"base_model.model.{case.layer}.base_layer"
     wake(model, layer)
     assert not torch.equal(model(**batch).logits, adapted(**batch).logits)
-
-
-def test_the_example(tmp_path: Path) -> None:
-    example = Path(__file__).parents[2] / "examples" / "huggingface.py"
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(example)], capture_output=True, text=True, env=environment, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "seed awake: True" in done.stdout
-    # It has learnt to count.
-    assert done.stdout.strip().endswith("[5, 6, 7, 8, 9, 10, 11, 12, 13]")
 
 
 class StepSeeds(transformers.TrainerCallback):

@@ -43,9 +43,11 @@ def test_every_kernel_compiles_for_every_architecture() -> None:
     assert {row["arch"] for row in table} == set(ARCHITECTURES)
     for row in table:
         # The file formats' own bound: 255 registers a thread. Of shared memory, which launchers ask for, so much that
-        # two blocks fit a multiprocessor (164 KiB on sm_80, 228 KiB on sm_90 and sm_100).
+        # two blocks fit the smallest multiprocessor (164 KiB on sm_80). A layer's own product is tiled for the
+        # multiprocessor it runs on (228 KiB on sm_90 and sm_100).
         assert 0 < row["registers"] <= 255
-        assert 0 <= row["shared"] <= (82 if row["arch"] == 80 else 114) * 1024
+        large = row["kernel"].startswith("fused_linear.") and row["arch"] != 80
+        assert 0 <= row["shared"] <= (114 if large else 82) * 1024
         assert row["cubin_bytes"] > 0
 
 

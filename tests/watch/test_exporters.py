@@ -208,6 +208,21 @@ def test_a_training_process_exports_what_itself_tells(tmp_path: Path):
     assert [folder.name for folder in (tmp_path / "tb").iterdir()] == ["job.rank0"]
 
 
+def test_epochs_heard_together_are_a_point_each(tmp_path: Path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    watcher = Watcher(FileSource(recorded(tmp_path / "r.jsonl")))  # never started: it is told by hand
+    with Exporters(watcher, tensorboard=tmp_path / "tb"):
+        reports = [
+            RunReport(run="job", at=T0 + 0.01 * n, step=10 * n, epoch=n, metrics={"loss": 1 / n}) for n in range(1, 13)
+        ]
+        watcher.hear([*reports, window("a", [0], T0 + 1, step=130, epoch=12)], T0 + 1)
+    files = reader.EventAccumulator(str(tmp_path / "tb" / "job.rank0"), size_guidance={reader.SCALARS: 0})
+    files.Reload()
+    points = files.Scalars("run/loss")
+    assert [point.step for point in points[:12]] == [10 * n for n in range(1, 13)]
+    assert [point.value for point in points[:12]] == pytest.approx([1 / n for n in range(1, 13)])
+
+
 def test_event_files_of_a_recording_keep_its_times(tmp_path: Path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
     watcher = Watcher(FileSource(recorded(tmp_path / "r.jsonl")))
