@@ -144,7 +144,8 @@ def test_what_a_consumer_reads_is_what_numpy_computes(server: RedisServer, tmp_p
     add_up(model.telemetry_stats())
     assert model.telemetry_stats()["dropped"] == 0
 
-    last = {window.layer_name: window for window in windows(server)}
+    run_id = model.telemetry_stats()["run_id"]
+    last = {window.layer_name: window for window in windows(server, run_id)}
     assert last.keys() == {"0", "1", "2"}
     for name, window in last.items():
         assert window.window_samples == model.monitor.window
@@ -187,7 +188,13 @@ def test_commands_and_their_outcomes(server: RedisServer, tmp_path: Path) -> Non
     with OonaClient(server.url) as operator:
         answers = operator.follow([TopicNames.INNOVATION_FIELD_REPORTS], "0")
         load = KasminaCommand(
-            action="load", layer_name="0", seed_idx=1, artifact_id=kernel, alpha=0.5, ramp_steps=0, run_id="commanded"
+            action="load",
+            layer_name="0",
+            seed_idx=1,
+            artifact_id=kernel,
+            alpha=0.5,
+            ramp_steps=0,
+            run_id=model.telemetry_stats()["run_id"],
         )
         good, unsigned = load.signed(KEY), KasminaCommand(action="unload", layer_name="0", seed_idx=1)
         outcomes: dict[str, CommandOutcome] = {}
@@ -382,8 +389,8 @@ def test_closing_while_redis_is_gone_keeps_everything(server: RedisServer, tmp_p
     train(successor, 0.1)
     settled(successor, lambda each: each["recovered"] == stats["spooled"])
     successor.close()
-    wait_until(lambda: windows(server, "first"), "what was spooled is there to be read")
-    in_order_and_complete(windows(server, "first"), (stats["produced"] - 2) // LAYERS)
+    wait_until(lambda: windows(server, stats["run_id"]), "what was spooled is there to be read")
+    in_order_and_complete(windows(server, stats["run_id"]), (stats["produced"] - 2) // LAYERS)
 
 
 def test_the_successor_of_a_killed_process_sends_its_spool(server: RedisServer, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ __all__ = ["Identity", "in_child", "rank_and_world", "renewed", "this_process"]
 
 _MAX_RUN_ID: Final = 64
 _lock = threading.Lock()
-#: Models that go by one name in this process: the second and later get a number of their own.
+#: Models that have gone by one name in this process: the second and later get a number of their own.
 _taken: Counter[str] = Counter()
 
 
@@ -43,7 +43,7 @@ def this_process(run_id: str | None = None) -> Identity:
     Args:
         run_id: Name of the run, 1 to 64 letters, digits, dots, underscores and hyphens. By default ``ESPER_RUN_ID``,
             else torchrun's ``TORCHELASTIC_RUN_ID``, else one made of time and chance. A name that another model of this
-            process has gets a number: windows are counted by model.
+            process has or had gets a number: windows are counted by model.
     """
     launcher = os.environ.get("TORCHELASTIC_RUN_ID", "")
     # torchrun calls every run "none" unless it is told a name.

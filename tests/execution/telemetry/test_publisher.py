@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def test_windows_and_events_arrive_and_add_up(bus: FakeBus, tmp_path: Path) -> N
     assert [event.epoch for event in bus.events()] == [0, 1, 1]
     assert [window.step for window in bus.windows() if window.layer_name == "0"] == list(range(1, 11))
     assert [window.sequence for window in bus.windows() if window.layer_name == "2"] == list(range(10))
-    assert {window.run_id for window in bus.windows()} == {"test-windows"}
+    assert {window.run_id for window in bus.windows()} == {stats["run_id"]}
+    assert stats["run_id"].startswith("test-windows")
     assert bus.threads == {"esper-telemetry"}, "no call to the bus on the thread that trains"
     assert not bus.closed, "a bus that was handed in is its owner's"
     assert list(tmp_path.rglob("*.seg")) == []
@@ -454,6 +456,7 @@ def test_a_model_that_is_let_go_of_sends_what_it_has(bus: FakeBus, tmp_path: Pat
 def test_names_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from esper.execution.telemetry.identity import this_process
 
+    monkeypatch.setattr("esper.execution.telemetry.identity._taken", Counter())  # whatever ran before
     monkeypatch.delenv("ESPER_RUN_ID", raising=False)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert this_process().run_id != this_process().run_id
@@ -491,7 +494,7 @@ def test_a_forked_child_has_a_sender_of_its_own(bus: FakeBus, tmp_path: Path, mo
     settled(model, lambda stats: stats["in_flight"] == 0)
     bus.fail = BusError("gone")
     model.step()
-    settled(model, lambda stats: stats["spooled"] == LAYERS)
+    run_id = settled(model, lambda stats: stats["spooled"] == LAYERS)["run_id"]
 
     def trains_on() -> bool:
         assert telemetry_threads() == []
@@ -507,7 +510,7 @@ def test_a_forked_child_has_a_sender_of_its_own(bus: FakeBus, tmp_path: Path, mo
         assert stats["recovered"] == 0, "the parent's spool is the parent's"
         run_ids = {window.run_id for window in bus.windows()}
         assert len(run_ids) == 1
-        assert run_ids.pop().startswith("forked.f")
+        assert run_ids.pop().startswith(f"{run_id}.f")
         return [window.sequence for window in bus.windows() if window.layer_name == "0"] == [0, 1, 2]
 
     assert in_forked_child(trains_on)
@@ -527,7 +530,7 @@ def test_a_forked_child_has_a_sender_of_its_own(bus: FakeBus, tmp_path: Path, mo
     settled(model, lambda stats: stats["spooled"] == 0)
     model.close()
     add_up(model.telemetry_stats())
-    assert {window.run_id for window in bus.windows()} == {"forked"}
+    assert {window.run_id for window in bus.windows()} == {run_id}
 
 
 EXITS = """
@@ -575,7 +578,7 @@ def test_the_next_run_sends_what_the_last_one_left(bus: FakeBus, tmp_path: Path)
     add_up(second.telemetry_stats())
     assert second.telemetry_stats()["spooled"] == 0
     names = [run for run, _ in itertools.groupby(message.trace_id for message in bus.messages)]
-    assert names == ["first", "second"], "in order"
+    assert names == [model.telemetry_stats()["run_id"] for model in (first, second)], "in order"
 
 
 def test_the_default_spool_is_in_the_cache_folder(
