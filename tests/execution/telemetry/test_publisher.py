@@ -477,7 +477,10 @@ def test_names_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert this_process("odd").world_size == 1
 
 
-def test_ranks_of_torch_distributed(tmp_path: Path, bus: FakeBus) -> None:
+def test_ranks_of_torch_distributed(tmp_path: Path, bus: FakeBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of the environment it would be 3 of 8.
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
     model = published(bus, tmp_path / "spool")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
