@@ -64,12 +64,10 @@ class _Segment:
     size: int
     #: Records not yet taken, by tag.
     tags: Counter[int] = field(default_factory=Counter)
+    #: All of them: asked for with every message of an outage, so it is not added up.
+    count: int = 0
     #: Position of the first record not yet taken.
     read: int = 0
-
-    @property
-    def count(self) -> int:
-        return self.tags.total()
 
 
 class Spool:
@@ -117,11 +115,6 @@ class Spool:
         """Bytes of the segments."""
         return self._size
 
-    @property
-    def folder(self) -> Path:
-        """This process's folder."""
-        return self._folder
-
     # -- writing -----------------------------------------------------------------------------------
 
     def append(self, tag: int, text: bytes) -> None:
@@ -142,6 +135,7 @@ class Spool:
         segment.size += len(framed)
         self._size += len(framed)
         segment.tags[tag] += 1
+        segment.count += 1
 
     def _segment_for(self, size: int) -> _Segment:
         """The segment that a record of this size goes to."""
@@ -204,6 +198,7 @@ class Spool:
         for record in records:
             segment.read += _HEAD.size + len(record.text)
             segment.tags[record.tag] -= 1
+        segment.count -= len(records)
         if not segment.count:
             self._remove_empty(segment)
 
@@ -270,6 +265,7 @@ class Spool:
         with path.open("rb") as file:
             while (record := _next_record(file.read(_HEAD.size), file.read)) is not None:
                 segment.tags[record[0]] += 1
+                segment.count += 1
                 end += _HEAD.size + len(record[1])
         self.damaged += end != segment.size
         return segment
