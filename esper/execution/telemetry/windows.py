@@ -53,7 +53,3 @@ class WindowPacer:
             # A pause of the user's makes steps look long, or the first windows too cheap: neither decides for long.
             self.period = max(1, min(_LONGEST, wanted, self.period * _GROWTH))
         return n + self.period
-
-    def restart(self) -> None:
-        """Forget when the last window was: the process is another."""
-        self._mark = None
