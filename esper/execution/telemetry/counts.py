@@ -69,9 +69,9 @@ class Counts:
 
     def snapshot(self) -> dict[str, Any]:
         """produced, delivered, spooled, dropped, in_flight, recovered, recovered_dropped."""
-        # Ends first, the beginning last: what moves on meanwhile is in flight.
-        delivered, spooled = self.delivered, self.spooled
-        dropped = self.dropped_early + self.dropped_late
+        # Ends first, the beginning last, and what is spooled between them: what moves on meanwhile is in flight.
+        delivered, dropped = self.delivered, self.dropped_early + self.dropped_late
+        spooled = self.spooled
         produced = self.produced_windows + self.produced_events
         return {
             "produced": produced,

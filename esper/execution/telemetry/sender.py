@@ -262,16 +262,17 @@ class Sender:
             self._keep(part)
             return
         if not self._abandoned:
-            self.counts.delivered += len(part) - refused
-            self.counts.dropped_late += refused
+            self.counts.delivered += len(part) - len(refused)
+        for index in refused:
+            self._dropped(part[index].tag)
         self.lag_s = (time.monotonic_ns() - part[-1].captured_ns) * 1e-9
 
-    def _publish(self, messages: Sequence[OonaMessage]) -> int | None:
-        """Publish all: how many are no messages and were left out, or None if the bus did not take them."""
+    def _publish(self, messages: Sequence[OonaMessage]) -> list[int] | None:
+        """Publish all: which are no messages and were left out, or None if the bus did not take them."""
         try:
             try:
                 self._bus.publish_many(messages)
-                refused = 0
+                refused: list[int] = []
             except MessageError:
                 refused = self._one_by_one(messages)
         except Exception as error:
@@ -281,15 +282,15 @@ class Sender:
         self._failures, self._away_since = 0, None
         return refused
 
-    def _one_by_one(self, messages: Sequence[OonaMessage]) -> int:
-        """Publish those that are messages; how many are not."""
-        refused = 0
-        for message in messages:
+    def _one_by_one(self, messages: Sequence[OonaMessage]) -> list[int]:
+        """Publish those that are messages; which are not."""
+        refused: list[int] = []
+        for index, message in enumerate(messages):
             try:
                 self._bus.publish_many([message])
             except MessageError as error:
                 self.last_error = str(error)
-                refused += 1
+                refused.append(index)
         return refused
 
     def _lost(self, error: Exception) -> None:
@@ -330,13 +331,13 @@ class Sender:
     def _settle_spool(self, spool: Spool) -> None:
         """Count what the spool holds and what it had to let go."""
         own, others = spool.take_dropped()
-        for tag, number in own.items():
-            self._dropped(tag, number)
         if self._abandoned:
             return  # what was in hand is counted as dropped by now
-        self.counts.recovered_dropped += others.total()
         self.counts.spooled = spool.own
         self.spool_bytes = spool.size_bytes
+        self.counts.recovered_dropped += others.total()
+        for tag, number in own.items():
+            self._dropped(tag, number)
 
     def _dropped(self, tag: int, number: int = 1) -> None:
         if self._abandoned:
@@ -356,24 +357,34 @@ class Sender:
             self._settle_spool(spool)  # what there was could not be read
             return
         readable: list[tuple[Record, OonaMessage]] = []
+        lost: list[Record] = []
         for record in records:
             try:
                 readable.append((record, OonaMessage.from_json(record.text)))
             except MessageError as error:
                 # Its checksum is right, so it was written by a version that has other messages.
                 self.last_error = f"a spooled message cannot be read: {error}"
-        refused = self._publish([message for _, message in readable]) if readable else 0
+                lost.append(record)
+        refused = self._publish([message for _, message in readable]) if readable else []
         if refused is None:
             return
+        lost += [readable[index][0] for index in refused]
         spool.take(records)
+        self._settle_spool(spool)  # before it is delivered: nothing is counted twice, not for a moment
         if not self._abandoned:
-            own, own_sent = sum(record.own for record in records), sum(record.own for record, _ in readable)
-            self.counts.delivered += own_sent - refused
-            self.counts.dropped_late += own - own_sent + refused
-            self.counts.recovered += len(readable) - own_sent
-            self.counts.recovered_dropped += len(records) - own - (len(readable) - own_sent)
-        self._settle_spool(spool)
+            self._settle_replay(records, lost)
         self._rest(len(spool), time.thread_time() - began)
+
+    def _settle_replay(self, records: Sequence[Record], lost: Sequence[Record]) -> None:
+        """Count what was sent, all of it from one segment: written by this process, or taken over."""
+        sent = len(records) - len(lost)
+        if records[0].own:
+            self.counts.delivered += sent
+            for record in lost:
+                self._dropped(record.tag)
+        else:
+            self.counts.recovered += sent
+            self.counts.recovered_dropped += len(lost)
 
     def _rest(self, length: int, spent_s: float) -> None:
         """Let the training have the processor, unless the spool grows faster than it empties."""

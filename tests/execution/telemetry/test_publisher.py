@@ -26,7 +26,9 @@ from esper.contracts.bus import BusError
 from esper.contracts.messages import MessageError
 from esper.contracts.telemetry import EventKind
 from esper.execution.telemetry import publisher as publisher_module
+from esper.execution.telemetry.counts import Counts
 from esper.execution.telemetry.options import TelemetryOptions
+from esper.execution.telemetry.spool import Spool
 from tests.artifacts.forks import in_forked_child
 from tests.execution.telemetry.fakes import FakeBus, add_up, host, is_a_bus, published, settled
 
@@ -282,22 +284,96 @@ def test_whatever_a_bus_raises_the_run_goes_on(error: Exception, bus: FakeBus, t
     add_up(model.telemetry_stats())
 
 
-def test_what_a_bus_calls_no_message_is_left_out_alone(tmp_path: Path) -> None:
-    class Picky(FakeBus):
-        def publish_many(self, messages: Any) -> list[str]:
-            if any(message.payload.get("layer_name") == "2" for message in messages):
-                raise MessageError("not this one")
-            return super().publish_many(messages)
+class Picky(FakeBus):
+    """Calls the first windows of the second layer, and the event that begins a run, no messages."""
 
+    def publish_many(self, messages: Any) -> list[str]:
+        for message in messages:
+            payload = message.payload
+            if payload.get("kind") == "run_started" or (payload.get("layer_name") == "2" and payload["sequence"] < 2):
+                raise MessageError("not this one")
+        return super().publish_many(messages)
+
+
+REFUSED = 2 + 1
+
+
+@pytest.mark.parametrize("spooled", [False, True])
+def test_what_a_bus_calls_no_message_is_left_out_alone(spooled: bool, tmp_path: Path) -> None:
     bus = Picky()
     model = published(bus, tmp_path)
-    for _ in range(3):
+    bus.fail = BusError("gone") if spooled else None
+    for _ in range(2):
         model.step()
+    stats = settled(model, lambda stats: stats["in_flight"] == 0)
+    assert (stats["spooled"] > 0) is spooled
+    bus.fail = None
+    settled(model, lambda stats: stats["spooled"] == stats["in_flight"] == 0)
+    model.step()
     model.close()
     stats = model.telemetry_stats()
     add_up(stats)
-    assert (stats["delivered"], stats["dropped"]) == (3 + 2, 3)
-    assert {window.layer_name for window in bus.windows()} == {"0"}
+    assert (stats["delivered"], stats["dropped"]) == (3 * LAYERS + 2 - REFUSED, REFUSED)
+    assert "not this one" in stats["last_error"]
+    assert [window.sequence for window in bus.windows() if window.layer_name == "0"] == [0, 1, 2]
+    last = {window.layer_name: (window.sequence, window.dropped_windows) for window in bus.windows()}
+    assert last == {"0": (2, 0), "2": (2, 2)}
+    assert [(event.kind, event.dropped_events) for event in bus.events()] == [("run_ended", 1)]
+
+
+def test_what_a_bus_refuses_of_an_earlier_process_is_not_this_ones_loss(tmp_path: Path) -> None:
+    bus = Picky()
+    bus.fail = BusError("gone")
+    first = published(bus, tmp_path)
+    for _ in range(3):
+        first.step()
+    first.close()
+    left = first.telemetry_stats()["spooled"]
+    root = next(tmp_path.rglob("*.seg")).parent.parent
+    stranger = Spool(root, 8 << 20)  # takes over what is there
+    stranger.append(1, b"of a version that is not known yet")
+    stranger.close()
+    bus.fail = None
+    second = published(bus, tmp_path)
+    second.step()
+    stats = settled(second, lambda stats: stats["recovered"] + stats["recovered_dropped"] == left + 1)
+    assert (stats["recovered"], stats["recovered_dropped"]) == (left - REFUSED, REFUSED + 1)
+    bus.messages.clear()
+    for _ in range(2):
+        second.step()
+        settled(second, lambda stats: stats["in_flight"] == 0)
+    second.close()
+    stats = second.telemetry_stats()
+    add_up(stats)
+    # Its own first windows are refused as well.
+    assert stats["dropped"] == REFUSED
+    assert {window.layer_name: window.dropped_windows for window in bus.windows()} == {"0": 0, "2": 2}
+
+
+def test_no_message_is_counted_twice_for_a_moment(
+    bus: FakeBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    class Watched(Counts):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if hasattr(self, "events_dropped_late"):  # all there
+                seen.append(self.snapshot()["in_flight"])
+
+    monkeypatch.setattr(publisher_module, "Counts", Watched)
+    model = esper.wrap(nn.Sequential(nn.Linear(4, 4)), seeds_per_layer=8000, monitor_budget=0.0)
+    model.publish_to(bus, TelemetryOptions(every_steps=1, spool_dir=tmp_path, spool_mb=2.0))
+    bus.fail = BusError("gone")
+    for _ in range(12):
+        model.step()
+        settled(model, lambda stats: stats["in_flight"] == 0)
+    assert model.telemetry_stats()["dropped"] > 0
+    bus.fail = None
+    settled(model, lambda stats: stats["spooled"] == stats["in_flight"] == 0)
+    model.close()
+    add_up(model.telemetry_stats())
+    assert min(seen) == 0, "never less than none"
 
 
 def test_a_fault_of_ours_ends_telemetry_and_not_training(
