@@ -153,15 +153,17 @@ class Sender:
         """Wait for the thread to end.
 
         Returns:
-            Whether it did. What it has in hand when it did not (the bus or the disk hangs) counts as dropped.
+            Whether it did. What it has in hand when it did not (the bus or the disk hangs) counts as dropped, and so
+            does what came too late for it.
         """
         if self._thread.ident:
             self._thread.join(timeout_s)
         ended = not self._thread.is_alive()
-        self._abandoned = True
-        self.captures.clear()
-        self.reports.clear()
-        self.counts.dropped_late += max(0, self.counts.snapshot()["in_flight"])
+        if not ended or self.captures or self.reports:
+            self._give_up_the_rest()
+        elif lost := self.counts.snapshot()["in_flight"]:
+            # A fault of ours: nothing is left that could be in flight. Calling it dropped would hide it.
+            self.last_error = f"{lost} messages are unaccounted for"
         return ended
 
     def forget(self) -> None:

@@ -239,7 +239,7 @@ def test_a_full_queue_drops_the_oldest_window_and_keeps_its_health(bus: FakeBus,
     for _ in range(40):
         model.step()
     stats = model.telemetry_stats()
-    add_up(stats, in_flight=None)
+    add_up(stats, produced=(1 + model.monitor.window + 40) * LAYERS + 1)
     assert stats["dropped"] > 0
     assert stats["queued_windows"] < 40
     bus.hold.set()
@@ -374,6 +374,23 @@ def test_no_message_is_counted_twice_for_a_moment(
     model.close()
     add_up(model.telemetry_stats())
     assert min(seen) == 0, "never less than none"
+
+
+def test_messages_that_nobody_accounts_for_are_not_called_dropped(
+    bus: FakeBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: object) -> None:
+        pass
+
+    model = published(bus, tmp_path)
+    model.step()
+    settled(model, lambda stats: stats["in_flight"] == 0)
+    monkeypatch.setattr("esper.execution.telemetry.sender.Sender._ship", lose)
+    model.step()
+    model.close()
+    stats = model.telemetry_stats()
+    assert (stats["in_flight"], stats["dropped"]) == (LAYERS + 1, 0)
+    assert stats["last_error"] == f"{LAYERS + 1} messages are unaccounted for"
 
 
 def test_a_fault_of_ours_ends_telemetry_and_not_training(
