@@ -72,6 +72,12 @@ class Capture:
         found = snapshot.fields()
         return {name: found[name].numpy() for name in FIELDS}
 
+    def absorb(self, older: Capture) -> None:
+        """Take what a window before, which is not sent, has of health: news all the same, unless there is newer."""
+        self.closed = {**older.closed, **self.closed}
+        # What has arrived needs no waiting for, and windows may be dropped for hours.
+        self._events = [*(event for event in older._events if not event.query()), *self._events]
+
 
 class Capturer:
     """Takes windows of one model.
@@ -90,14 +96,13 @@ class Capturer:
         lattice = self._lattice
         closed = self.health.take_closed()
         now, now_ns = time.time(), time.monotonic_ns()
-        if lattice.storage.is_cuda:
-            events: list[torch.cuda.Event] = []
-            closed = {index: _on_its_way(window, events) for index, window in closed.items()}
-            snapshot = lattice.snapshot()
-            return Capture(sequence, step, epoch, now, now_ns, closed, snapshot.buffer.nbytes, {}, snapshot, events)
-        return Capture(
-            sequence, step, epoch, now, now_ns, closed, lattice.num_seeds * _SEED_BYTES, lattice.copies(FIELDS)
-        )
+        # Wherever the lattice is, a layer may be on a GPU.
+        events: list[torch.cuda.Event] = []
+        closed = {index: _on_its_way(window, events) for index, window in closed.items()}
+        snapshot = lattice.snapshot() if lattice.storage.is_cuda else None
+        nbytes = snapshot.buffer.nbytes if snapshot is not None else lattice.num_seeds * _SEED_BYTES
+        fields = lattice.copies(FIELDS) if snapshot is None else {}
+        return Capture(sequence, step, epoch, now, now_ns, closed, nbytes, fields, snapshot, events)
 
 
 def _on_its_way(window: ClosedWindow, events: list[torch.cuda.Event]) -> ClosedWindow:

@@ -238,8 +238,7 @@ class Publisher:
             except IndexError:
                 break  # the sender was faster
             self._queued_bytes -= oldest.nbytes
-            # Its health is news all the same, unless there is newer.
-            capture.closed = {**oldest.closed, **capture.closed}
+            capture.absorb(oldest)
             self._drop_early(oldest)
         self._queued_bytes += capture.nbytes
         captures.append(capture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from esper.contracts.telemetry import COLUMNS, MAX_SEEDS_PER_MESSAGE, HealthWind
 from esper.execution.health import ClosedWindow
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.state_layout import Lattice
+from esper.execution.telemetry import capture as capture_module
 from esper.execution.telemetry.capture import Capturer
 from esper.execution.telemetry.identity import Identity
 from esper.execution.telemetry.packing import PART_TAG, Packer, parts_of
@@ -172,3 +174,73 @@ def test_a_window_of_a_gpu_arrives_without_waiting_for_it() -> None:
     together = np.concatenate([window.columns["alpha"] for window in found])
     np.testing.assert_array_equal(together, expected[0].numpy())
     np.testing.assert_array_equal(found[1].columns["health_score"], expected[1].numpy().astype(np.float32))
+
+
+class Event:
+    """Stands for that of a copy from a GPU."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    """Every table is as if it came from a GPU; the events of their copies."""
+    made: list[Event] = []
+
+    def on_its_way(window: ClosedWindow, events: list[Any]) -> ClosedWindow:
+        made.append(Event())
+        events.append(made[-1])
+        return window
+
+    monkeypatch.setattr(capture_module, "_on_its_way", on_its_way)
+    return made
+
+
+def waits(capture: Any) -> bool:
+    """Whether ``capture.wait()`` returns only when all of the copies it waits for are done."""
+    pending = [event for event in capture._events if not event.query()]
+    returned = threading.Event()
+    thread = threading.Thread(target=lambda: (capture.wait(), returned.set()))
+    thread.start()
+    early = returned.wait(0.05)
+    for event in pending:
+        event.done = True
+    thread.join(30)
+    return not early and returned.is_set()
+
+
+def test_a_table_on_a_gpu_is_waited_for_wherever_the_lattice_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, health = on_a_gpu(monkeypatch), Health()
+    health.closed = {1: ClosedWindow(1, table(2))}
+    capture = Capturer(lattice(2, 2), health).take(0, 0, 0)
+    assert len(made) == 1
+    assert waits(capture)
+
+
+def test_health_of_a_window_that_is_not_sent_is_waited_for_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, health = on_a_gpu(monkeypatch), Health()
+    capturer = Capturer(lattice(3, 2), health)
+    captures = []
+    for n, layers in enumerate([(0, 1), (1,), ()]):
+        health.closed = {layer: ClosedWindow(n, table(2)) for layer in layers}
+        captures.append(capturer.take(n, n, 0))
+    made[0].done = True
+    captures[1].absorb(captures[0])
+    assert list(captures[1]._events) == made[1:], "what has arrived does not pile up"
+    captures[2].absorb(captures[1])
+    assert {layer: window.samples for layer, window in captures[2].closed.items()} == {0: 0, 1: 1}, "the newest of each"
+    assert waits(captures[2])
+
+
+@pytest.mark.gpu
+def test_a_layer_on_a_gpu_of_a_lattice_that_is_not() -> None:
+    health = Health()
+    expected = table(2)
+    health.closed = {0: ClosedWindow(5, expected), 1: ClosedWindow(5, expected.cuda())}
+    capture = Capturer(lattice(2, 2), health).take(0, 0, 0)
+    capture.wait()
+    for window in capture.closed.values():
+        assert torch.equal(window.table, expected)
