@@ -29,6 +29,8 @@ VARIABLES = (
 )
 #: Of these, what is shown is that they are set.
 SECRETS = frozenset(("ESPER_CONTROL_KEY",))
+#: Of these, what is shown is where the bus is.
+BUSES = frozenset(("REDIS_URL",))
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -80,13 +82,20 @@ def describe() -> dict[str, Any]:
             "cache": str(cache_dir()),
             "registry": mask_credentials(os.environ.get("ESPER_REGISTRY") or str(default_registry_dir())),
         },
-        "environment": {
-            name: "(set)" if name in SECRETS else mask_credentials(os.environ[name])
-            for name in VARIABLES
-            if name in os.environ
-        },
+        "environment": {name: _shown(name, os.environ[name]) for name in VARIABLES if name in os.environ},
         "operations": [_operation(registry.get(name), devices) for name in registry.names()],
     }
+
+
+def _shown(name: str, value: str) -> str:
+    """A variable's value without what is secret in it."""
+    from esper.contracts.registry import mask_credentials
+    from esper.oona.urls import mask
+
+    if name in SECRETS:
+        return "(set)"
+    # An empty one is as good as none.
+    return mask(value) if name in BUSES and value.strip() else mask_credentials(value)
 
 
 def _version(package: str) -> str | None:

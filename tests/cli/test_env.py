@@ -53,6 +53,22 @@ def test_credentials_are_masked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         assert "hidden" not in out
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://:sec/ret@bus.example", "redis://***@bus.example"),
+        ("redis://:sec#ret@bus.example", "redis://***"),
+        ("redis://:sec?ret@bus.example", "redis://***"),
+        ("unix:///run/redis.sock?password=secret", "unix:///run/redis.sock?***"),
+        ("secret", "***"),
+        (" ", " "),
+    ],
+)
+def test_of_a_bus_no_piece_of_the_password_is_shown(url: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", url)
+    assert env.describe()["environment"]["REDIS_URL"] == shown
+
+
 def test_folders_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESPER_CACHE_DIR", "/somewhere/cache")
     monkeypatch.setenv("ESPER_REGISTRY", "/somewhere/registry")

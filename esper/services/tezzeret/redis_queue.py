@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from esper.contracts.errors import EsperError
 from esper.contracts.messages import MessageError, OonaMessage, TopicNames
-from esper.contracts.registry import mask_credentials
+from esper.oona.urls import mask
 from esper.services.tezzeret import redis_scripts
 from esper.services.tezzeret.job import CompileJob, CompileResult, JobError
 from esper.services.tezzeret.queue import DEFAULT_LEASE_S, Claim, QueueUnavailableError, worker_name
@@ -63,7 +63,7 @@ class RedisQueue:
             from redis.backoff import NoBackoff
         except ImportError:
             raise EsperError("jobs over Redis need the Python package redis: pip install redis") from None
-        self._url = mask_credentials(url)
+        self._url = mask(url)
         try:
             # The worker does the retrying, with pauses that it can be woken from.
             self._redis: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
@@ -73,8 +73,12 @@ class RedisQueue:
                 socket_connect_timeout=_TIMEOUT_S,
                 socket_timeout=2 * _TIMEOUT_S,
             )
-        except ValueError as error:
-            raise ValueError(f"{self._url} is not a Redis URL: {error}") from None
+        except ValueError:
+            # Why is not quoted: of a password with an unescaped / or ?, a piece passes for the port.
+            raise ValueError(
+                f"{self._url} is not a Redis URL; need redis://, rediss:// or unix://, a port that is a number, "
+                f"options that redis-py knows, and a user and password that are percent-encoded"
+            ) from None
         self._failures = (redis.exceptions.RedisError, OSError)
         self._rejected = redis.exceptions.ResponseError
         self.name = worker_name(name)

@@ -264,6 +264,21 @@ def test_not_a_redis_url():
         RedisQueue("http://user:secret@host")
 
 
+@pytest.mark.parametrize("url", ["redis://:%s/ss@host", "redis://:%s#ss@host", "redis://u:%s?ss@host", "redis://:%s"])
+def test_no_piece_of_a_password_that_is_not_encoded_is_shown(url):
+    with pytest.raises(ValueError, match=r"is not a Redis URL.*percent-encoded") as caught:
+        RedisQueue(url % "hunter")
+    assert "hunter" not in str(caught.value)
+    assert "ss" not in str(caught.value).replace("rediss", "").replace("password", "")
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:12/hunter@host", "redis://:12#hunter@host", "redis://h?db=1&password=hunter"]
+)
+def test_nor_in_the_name_of_a_queue(url):
+    assert "hunter" not in RedisQueue(url).url
+
+
 @pytest.mark.parametrize("name", ["", "two\nlines", "x" * 129])
 def test_not_a_name(name):
     with pytest.raises(ValueError, match="the worker's name is"):
