@@ -93,27 +93,24 @@ def _finish(
     if GRAFT != NO_GRAFT:
         if awake != 0:
             rank = tl.arange(0, BLOCK_R)
-            host = tl.full(col.shape, 1.0, tl.float32)
             for g in range(0, groups):
                 begin = tl.load(spans + 2 * g)
                 end = tl.load(spans + 2 * g + 1)
+                mine = (col >= begin) & (col < end)
                 replaced = replace_sum(alpha, seats, seeds, begin, end, SEATS)
-                host = tl.where((col >= begin) & (col < end), host_factor(replaced), host)
-            # A host whose factor is 0 may hold anything. Its -0 becomes +0 beside a seed that adds nothing.
-            result = tl.where((host == 0.0)[None, :], 0.0, host[None, :] * result)
-            for g in range(0, groups):
-                begin = tl.load(spans + 2 * g)
-                end = tl.load(spans + 2 * g + 1)
-                replaced = replace_sum(alpha, seats, seeds, begin, end, SEATS)
+                host = host_factor(replaced)
                 c = coefficients(alpha, seats, owner, rank, rank < ranks, begin, end, replaced)
                 rows_up = tl.load(
                     up + rank.to(tl.int64)[:, None] * d_out + col[None, :],
-                    mask=(c != 0.0)[:, None] & (in_n & (col >= begin) & (col < end))[None, :],
+                    mask=(c != 0.0)[:, None] & (in_n & mine)[None, :],
                     other=0.0,
                 )
                 # 0 * NaN is NaN: a seed that does not count here is left out rather than multiplied.
                 scaled = operand(tl.where((c != 0.0)[None, :], hidden * c[None, :], 0.0), dtype, EMULATE)
-                result = product(scaled, operand(rows_up, dtype, EMULATE), result)
+                # A host whose factor is 0 may hold anything. Its -0 becomes +0 beside a seed that adds nothing.
+                own = tl.where(host == 0.0, 0.0, host * result)
+                # The product is of the whole tile, and inf * 0 is NaN: columns of other segments stay as they are.
+                result = tl.where(mine[None, :], product(scaled, operand(rows_up, dtype, EMULATE), own), result)
             bad = mask & (finite(result.to(dtype).to(tl.float32)) == 0)
             if tl.max(tl.max(bad.to(tl.int32), 1), 0) != 0:
                 tl.store(suspect, tl.full([], 1, tl.uint8))

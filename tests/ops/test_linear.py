@@ -106,6 +106,8 @@ def assert_close(got, want):
 PLAIN = [(4, None, None, False)]
 MIXED = [(3, None, None, True), (5, None, None, False), (2, None, None, True)]
 CHUNKS = [(3, 0, 5, True), (2, 5, 41, False), (4, None, None, True)]
+#: Chunks alone, with features that nobody changes behind them.
+APART = [(3, 0, 5, True), (5, 5, 30, False), (2, 0, 5, False)]
 
 
 @pytest.mark.parametrize(
@@ -189,19 +191,22 @@ FAULTS = {
     "host": lambda c: c.bias.__setitem__(1, float("inf")),
     "input": lambda c: c.x[2].__setitem__(1, float("nan")),
     "host and weight": lambda c: (c.bias.__setitem__(1, float("nan")), c.down[9].__setitem__(0, float("inf"))),
+    # h stays finite: features that no seed changes must not be touched by what the seeds make of it.
+    "inf input with sigmoid": lambda c: (c.x[2].__setitem__(1, float("inf")), setattr(c, "activation", "sigmoid")),
 }
 
 
 @pytest.mark.parametrize("way", KERNEL_WAYS)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults(fault, way):
-    case = Case(20, 13, 41, MIXED, activation="relu")
+@pytest.mark.parametrize("seeds", [MIXED, APART], ids=["layer", "chunks"])
+def test_faults(fault, way, seeds):
+    case = Case(20, 13, 41, seeds, activation="relu")
     FAULTS[fault](case)
     y, _, _, faults = case.run(way)
     want, _, _, expected = case.run("library")
     assert faults.tolist() == expected.tolist()
     assert_close(y, want)
-    assert faults.any() == (fault not in ("host", "input"))
+    assert faults.any() == (fault not in ("host", "input", "inf input with sigmoid"))
     if faults.any():
         # h of this kernel: the host without seeds.
         bare = Case(20, 13, 41, activation="relu")
