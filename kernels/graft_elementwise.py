@@ -35,6 +35,31 @@ def _folded(alpha, seats, weights, seeds, features, channel, inside, replaced, o
     return total, counting
 
 
+@triton.jit
+def _alone(
+    alpha,
+    seats,
+    scale,
+    shift,
+    s,
+    features,
+    channel,
+    inside,
+    replaced,
+    active,
+    dtype: tl.constexpr,
+    SHIFTED: tl.constexpr,
+):
+    """What seed s adds, rounded to ``dtype``, and its coefficient at each feature; ``active`` is act(x)."""
+    c = tl.where(inside, coefficient_at(alpha, seats, s, channel, replaced), 0.0)
+    w = tl.load(scale + s * features + channel, mask=c != 0.0, other=0.0).to(tl.float32)
+    each = w[None, :] * active
+    if SHIFTED:
+        b = tl.load(shift + s * features + channel, mask=c != 0.0, other=0.0).to(tl.float32)
+        each += b[None, :]
+    return (c[None, :] * each).to(dtype).to(tl.float32), c
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def graft_elementwise_kernel(
     x,
@@ -104,13 +129,9 @@ def graft_elementwise_kernel(
                 largest = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 one = tl.full([], 1, tl.uint8)
                 for s in range(0, seeds):
-                    c = tl.where(present, coefficient_at(alpha, seats, s, channel, replaced), 0.0)
-                    w = tl.load(scale + s * features + channel, mask=c != 0.0, other=0.0).to(tl.float32)
-                    each = w[None, :] * a
-                    if SHIFTED:
-                        b = tl.load(shift + s * features + channel, mask=c != 0.0, other=0.0).to(tl.float32)
-                        each += b[None, :]
-                    each = (c[None, :] * each).to(dtype).to(tl.float32)
+                    each, c = _alone(
+                        alpha, seats, scale, shift, s, features, channel, present, replaced, a, dtype, SHIFTED
+                    )
                     sound = finite(each) | (c == 0.0)[None, :]
                     if tl.max(tl.max((broken & (sound == 0) & trusted).to(tl.int32), 1), 0) != 0:
                         tl.store(faults + s, one)
@@ -118,14 +139,11 @@ def graft_elementwise_kernel(
                     largest = tl.maximum(largest, tl.where(sound & (c != 0.0)[None, :], tl.abs(each), 0.0))
                 if tl.max(tl.max(overflow.to(tl.int32), 1), 0) != 0:
                     for s in range(0, seeds):
-                        c = tl.where(present, coefficient_at(alpha, seats, s, channel, replaced), 0.0)
-                        w = tl.load(scale + s * features + channel, mask=c != 0.0, other=0.0).to(tl.float32)
-                        each = w[None, :] * a
-                        if SHIFTED:
-                            b = tl.load(shift + s * features + channel, mask=c != 0.0, other=0.0).to(tl.float32)
-                            each += b[None, :]
-                        each = tl.abs((c[None, :] * each).to(dtype).to(tl.float32))
-                        if tl.max(tl.max((overflow & (c != 0.0)[None, :] & (each == largest)).to(tl.int32), 1), 0) != 0:
+                        each, c = _alone(
+                            alpha, seats, scale, shift, s, features, channel, present, replaced, a, dtype, SHIFTED
+                        )
+                        most = overflow & (c != 0.0)[None, :] & (tl.abs(each) == largest)
+                        if tl.max(tl.max(most.to(tl.int32), 1), 0) != 0:
                             tl.store(faults + s, one)
 
 
