@@ -49,6 +49,8 @@ from esper.execution.telemetry.options import TelemetryOptions
 __all__ = ["FORMAT_VERSION", "CheckpointError", "load", "save"]
 
 _MARKER = f"{GRAFT_PREFIX}."
+#: More than any layer could use; what a file asks for beyond it is a damaged file's.
+MAX_RESERVE_RANK = 65_536
 
 
 def save(model: MorphableModel, path: str | os.PathLike[str]) -> None:
@@ -136,7 +138,7 @@ def load(
         telemetry_enabled=record.telemetry,
         preserve_original=preserve_original,
         registry=registry,
-        reserve_rank=record.reserve_rank if reserve_rank is None else reserve_rank,
+        reserve_rank=_rank(source, record.reserve_rank) if reserve_rank is None else reserve_rank,
         reserve_tap=_tap(source, record.reserve_tap),
         bus=bus,
         monitor_budget=record.monitor_budget,
@@ -171,6 +173,13 @@ def _without_padding(model: MorphableModel) -> dict[str, Any]:
             for name, tensor in layer.grafts.seed_tensors(seed_idx).items():
                 state[f"{prefix}{seed_idx}.{name}"] = tensor
     return state
+
+
+def _rank(path: Path, rank: int) -> int:
+    # Memory is set aside by it before anything else of the file is looked at.
+    if not 0 <= rank <= MAX_RESERVE_RANK:
+        raise CheckpointError(f"{path}: its reserve_rank is {rank}; need 0 to {MAX_RESERVE_RANK}")
+    return rank
 
 
 def _tap(path: Path, tap: str) -> Tap:

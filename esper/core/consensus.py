@@ -26,6 +26,7 @@ from torch import Tensor
 from esper.contracts.errors import ArtifactError
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_executor import LoadedKernel
+from esper.execution.pacing import NEVER
 from esper.execution.state_layout import Lattice
 
 __all__ = ["Consensus", "Refusal", "Request", "several_ranks"]
@@ -36,7 +37,7 @@ SLOTS = 32
 _REASON_BYTES = 384
 #: Every rank sends the digest of its requests, small enough for sums of squares to be exact in float64.
 _DIGEST_BITS = 20
-_HEADER = 2
+_HEADER = 3  # the requests' digest, its square, ranks with awake seeds
 _PER_SLOT = 3  # ranks where it is ready, not to be had, bad
 _PER_LAYER = 2  # latency: sum, count
 _PER_ROW = 3  # faults, health: sum, count
@@ -191,13 +192,15 @@ class Consensus:
             RuntimeError: the other ranks did not answer in time.
         """
         if self._closed:
-            return _NEVER
+            return NEVER
         last, self._under_way = self._under_way, None
         if last is not None:
             for work in last.works:
                 work.wait()
         self._collect()
-        self._lattice.expect_step(self._deliver(last.rows) if last is not None else False)
+        if last is not None:
+            self._deliver(last.rows)
+        self._lattice.expect_step(last is not None)
         if last is not None:
             self._act(last)
         if self._open or self._failing or self._awake() or step % self.period == 0:
@@ -260,6 +263,7 @@ class Consensus:
         facts = torch.zeros(_HEADER + _PER_SLOT * SLOTS + _PER_LAYER * len(self._layers), dtype=torch.float64)
         digest = _digest(slots)
         facts[0], facts[1] = digest, digest * digest
+        facts[2] = self._lattice.has_active_seeds()
         for position, entry in enumerate(slots):
             entry.look()
             at = _HEADER + _PER_SLOT * position
@@ -288,18 +292,18 @@ class Consensus:
 
     # -- what all of them do -----------------------------------------------------------------------
 
-    def _deliver(self, rows: Tensor) -> bool:
+    def _deliver(self, rows: Tensor) -> None:
         """Put the ranks' faults and mean samples into the lattice; its next step counts them. Nothing is looked at."""
         faults, total, count = rows.unbind()
         lattice = self._lattice
         lattice.fault_flags.copy_(faults != 0)
         lattice.health_sample.copy_(torch.where(count > 0, total / count, torch.nan))
-        return True
 
     def _act(self, last: _Round) -> None:
         self._record_latencies(last.facts[_HEADER + _PER_SLOT * SLOTS :].reshape(-1, _PER_LAYER))
         for position, entry in enumerate(last.failing):
             self._settle(entry.request, self._refusal(entry, [line[position] for line in last.reasons]))
+        self._woken = bool(last.facts[2] > 0)
         digest = _digest(last.slots)
         if (last.facts[0].item(), last.facts[1].item()) != (self.world_size * digest, self.world_size * digest**2):
             for entry in last.slots:
@@ -330,8 +334,6 @@ class Consensus:
                 for seed_idx in layer.grafts.bound:
                     layer.state_layout.update_telemetry(seed_idx, round(total / count), float("nan"))
 
-
-_NEVER = 1 << 62
 
 #: (world, ranks, group): one for each set of ranks, kept, because a second one of the same ranks would find what the
 #: first one has left in the store.

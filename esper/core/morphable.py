@@ -23,6 +23,7 @@ from esper.execution.grafts.reservation import Tap
 from esper.execution.kasmina_layer import GrowthCallback, GrowthEvent, KasminaLayer
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.monitor import Monitor
+from esper.execution.pacing import NEVER
 from esper.execution.state_layout import Lattice
 
 __all__ = ["MorphableModel"]
@@ -33,8 +34,6 @@ _tracing = torch.compiler.is_dynamo_compiling
 #: Cost of a step() with nothing due, in nanoseconds; the monitor's budget pays for it too. A counted call costs no more
 #: than the host's own.
 FIXED_NS_PER_STEP = 100.0
-
-_NEVER = 1 << 62
 
 
 class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
@@ -194,7 +193,7 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
         return self
 
     def _on_due(self, clock: Clock) -> None:
-        clock.due = _NEVER
+        clock.due = NEVER
         if self._consensus is None:
             while self._fetched:
                 self._commit(self._fetched.popleft())

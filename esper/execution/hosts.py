@@ -10,7 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-__all__ = ["SUPPORTED_HOSTS", "ConvGeometry", "HostSpec", "describe_host", "foreign_linear", "supported_hosts"]
+__all__ = [
+    "SUPPORTED_HOSTS",
+    "ConvGeometry",
+    "HostSpec",
+    "describe_host",
+    "device_of",
+    "foreign_linear",
+    "supported_hosts",
+]
 
 #: Layers that any shape passes through; their features are known at the first forward.
 _ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid)
@@ -199,3 +207,10 @@ _DESCRIBE: tuple[tuple[type[nn.Module], Callable[..., HostSpec]], ...] = (
 
 #: The types of PyTorch that :func:`describe_host` takes.
 SUPPORTED_HOSTS: tuple[type[nn.Module], ...] = (*(kind for kind, _ in _DESCRIBE), *_ACTIVATIONS)
+
+
+def device_of(host: nn.Module) -> torch.device:
+    """Where a module's tensors are; the CPU for one without any."""
+    for tensor in (*host.parameters(), *host.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -14,7 +14,7 @@ from esper.contracts.errors import ArtifactError, ShapeMismatchError
 from esper.contracts.telemetry import EventKind
 from esper.execution.grafts import GraftSet, Reservation, ReservedGraftSet
 from esper.execution.host_binding import HostBinding
-from esper.execution.hosts import HostSpec, describe_host
+from esper.execution.hosts import HostSpec, describe_host, device_of
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.kernel_executor import LoadedKernel
 from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
@@ -141,13 +141,13 @@ class KasminaLayer(nn.Module):
         self.telemetry_enabled = telemetry_enabled
         self.kernel_cache = kernel_cache
         if state_layout is None:
-            state_layout = KasminaStateLayout(num_seeds, device=_device_of(host))
+            state_layout = KasminaStateLayout(num_seeds, device=device_of(host))
         self.state_layout = state_layout
         spec = describe_host(host)
         if reservation is None:
             self.grafts = GraftSet(spec, state_layout)
         else:
-            self.grafts = ReservedGraftSet(spec, state_layout, reservation, _device_of(host))
+            self.grafts = ReservedGraftSet(spec, state_layout, reservation, device_of(host))
         # nn.Module's attribute look-up for submodules is slow; the call path reads this one.
         self.__dict__["_grafts"] = self.grafts
         self._binding = HostBinding(host, fast_path)
@@ -531,9 +531,3 @@ class KasminaLayer(nn.Module):
         state["_forwards"] = None
         state["latency_sink"] = None
         return state
-
-
-def _device_of(host: nn.Module) -> torch.device:
-    for tensor in (*host.parameters(), *host.buffers()):
-        return tensor.device
-    return torch.device("cpu")

@@ -124,8 +124,9 @@ class Grower:
             trial.ends_after = record.epoch + self.RAMP_EPOCHS + self.SETTLE_EPOCHS
         elif record.epoch >= trial.ends_after:
             self._judge(trial)
-        self.traces.append(self._trace(record.epoch))
-        self._observe()
+        trace = self._trace(record.epoch)
+        self.traces.append(trace)
+        self._observe(trace)
 
     def finish(self) -> None:
         """End of training: a seed still on trial has not shown that it helps, and goes."""
@@ -210,12 +211,15 @@ class Grower:
     def _mean_recent(self) -> float:
         return sum(self._recent) / len(self._recent)
 
-    def _observe(self) -> None:
-        for name, layer in self.model.kasmina_layers.items():
-            layout = layer.state_layout
-            health = [value if math.isfinite(value) else None for value in _health_of(layout)]
-            states, alphas = layout.lifecycle_states.tolist(), layout.alpha_blend.tolist()
-            self._emit(events.SeedsObserved(self._seed, self._epoch, name, states, alphas, health))
+    def _observe(self, trace: SeedTrace) -> None:
+        lattice = self.model.lattice
+        states = lattice.lifecycle_states.tolist()
+        health = [value if math.isfinite(value) else None for value in trace.health]
+        for index, name in enumerate(self.model.kasmina_layers):
+            rows = slice(index * lattice.seeds_per_layer, (index + 1) * lattice.seeds_per_layer)
+            self._emit(
+                events.SeedsObserved(self._seed, self._epoch, name, states[rows], trace.alpha[rows], health[rows])
+            )
 
     def _trace(self, epoch: int) -> SeedTrace:
         lattice = self.model.lattice

@@ -181,7 +181,7 @@ class LowRankGraft(KeepsTypes):
                 raise ValueError("alpha has no gradient; to learn the size of a graft, train up.weight")
             factor = alpha.reshape(1).to(h.device, torch.float32)
         else:
-            factor = torch.full((1,), alpha, dtype=torch.float32, device=h.device)
+            factor = torch.full((1,), _checked(alpha), dtype=torch.float32, device=h.device)
         return self._grafts.forward(x, h, factor)
 
     def _check(self, x: Tensor, h: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from esper.execution.grafts.reservation import Reservation
 from esper.execution.grafts.reserved import ReservedGraftSet
 from esper.execution.host_binding import HostBinding
+from esper.execution.hosts import device_of
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.lifecycle import SeedLifecycleState
@@ -40,7 +41,7 @@ class OwnSeeds(KasminaLayer):
         nn.Module.__init__(self)
         self.__dict__["default_transform"] = host
         self.standalone = True
-        device = _device_of(host)
+        device = device_of(host)
         # A layer on the meta device has a state all the same: its seeds sleep.
         state = KasminaStateLayout(num_seeds, "cpu" if device.type == "meta" else device)
         # The layer may stand in torch's encoder, whose fused inference path looks for hooks before it passes by.
@@ -77,7 +78,7 @@ class OwnSeeds(KasminaLayer):
         self.telemetry_enabled = telemetry_enabled
         self.standalone = False
         if reservation is not None:
-            grafts = ReservedGraftSet(self.grafts.spec, state_layout, reservation, _device_of(self.default_transform))
+            grafts = ReservedGraftSet(self.grafts.spec, state_layout, reservation, device_of(self.default_transform))
             self.grafts = self.__dict__["_grafts"] = grafts
         self._binding.remove()
         self._binding = HostBinding(self.default_transform, fast_path)
@@ -237,10 +238,6 @@ class Seeded(nn.Module):
             layout.lattice.load_state_dict(lattice)
         except (ValueError, KeyError) as error:
             error_msgs.append(f"{marker}lattice: {error}")
-
-
-def _device_of(layer: nn.Module) -> torch.device:
-    return next((p.device for p in layer.parameters()), torch.device("cpu"))
 
 
 def step(network: nn.Module) -> None:

@@ -39,7 +39,15 @@ from esper.oona.commands import (
     Trim,
 )
 from esper.oona.counting import Counters
-from esper.oona.entries import DEAD, DeadLetter, dead_letter_fields, fields_of, message_of, read_dead_letter
+from esper.oona.entries import (
+    DEAD,
+    DeadLetter,
+    dead_letter_fields,
+    fields_of,
+    message_of,
+    order_of,
+    read_dead_letter,
+)
 from esper.oona.failures import GroupExistsError, NoGroupError, failed_at_start
 from esper.oona.retention import Trimmer
 from esper.oona.settings import BusSettings
@@ -320,7 +328,7 @@ class Engine:
         for stream in streams:
             newest: list[Entry] = yield from self._ask(Newest(stream))
             reached = self._reached.get((stream, group), BEGINNING)
-            start = reached if newest and _order(newest[0].entry_id) >= _order(reached) else BEGINNING
+            start = reached if newest and order_of(newest[0].entry_id) >= order_of(reached) else BEGINNING
             try:
                 yield from self._ask(MakeGroup(stream, group, start))
             except GroupExistsError:
@@ -462,8 +470,3 @@ def _name(what: str, value: str) -> str:
         raise ValueError(f"the {what} is {value!r:.80}; need printable text of 1 to {_MAX_NAME} characters")
     # A TopicNames is a str, and shows itself otherwise where it is formatted.
     return str(value)
-
-
-def _order(entry_id: str) -> tuple[int, int]:
-    milliseconds, _, number = entry_id.partition("-")
-    return int(milliseconds), int(number or 0)

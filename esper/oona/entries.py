@@ -20,6 +20,7 @@ __all__ = [
     "first_id",
     "id_before",
     "message_of",
+    "order_of",
     "read_dead_letter",
 ]
 
@@ -105,6 +106,12 @@ def first_id(since: float | datetime | str) -> str:
     if not math.isfinite(since) or since < 0:
         raise ValueError(f"the time to begin at is {since!r}; need seconds since 1970, 0 or more")
     return f"{int(since * 1000)}-0"
+
+
+def order_of(entry_id: str) -> tuple[int, int]:
+    """What ids are ordered by: milliseconds since 1970 by the bus's clock, and a number within the millisecond."""
+    milliseconds, _, number = entry_id.partition("-")
+    return int(milliseconds), int(number or 0)
 
 
 def id_before(entry_id: str) -> str:

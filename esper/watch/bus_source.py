@@ -14,6 +14,7 @@ from esper.contracts.bus import Delivery
 from esper.contracts.errors import BusError
 from esper.contracts.messages import TopicNames
 from esper.oona import Follower, OonaClient
+from esper.oona.entries import order_of
 from esper.watch.decode import TOPICS, decode
 from esper.watch.facts import Fact, Unreadable, clean
 from esper.watch.recording import Recorder
@@ -62,19 +63,24 @@ class BusSource:
     ) -> None:
         self.name = bus.url
         self._bus = bus
-        self._since_s = since_s
+        self._since_s = since_s or 0.0
         self._follow = follow
         self._patience_s = patience_s
         self._recorder = recorder
         self._streams = [topic.value for topic in TOPICS]
         self._unreadable = bus.counters()["skipped"]
+        # "From now on" is from here, not from when a thread gets to read. Not caught: a bus that was never there is the
+        # user's to mend.
+        self._from_now = bus.follow(self._streams) if since_s is None else None
 
     def run(self, watcher: Watcher) -> None:
         """See :class:`~esper.watch.watcher.Source`; a bus that is lost later is waited for."""
-        # Not caught: a bus that was never there is the user's to mend.
-        ends = self._bus.follow(self._streams).places
-        begin = None if self._since_s is None else max(0.0, time.time() - self._since_s)
-        reader = self._bus.follow(self._streams, begin)
+        reader = self._from_now
+        if reader is not None:
+            ends = dict(reader.places)
+        else:
+            ends = self._bus.follow(self._streams).places
+            reader = self._bus.follow(self._streams, max(0.0, time.time() - self._since_s))
         began = looked = time.monotonic()
         history = True
         while not watcher.stopping:
@@ -111,7 +117,7 @@ class BusSource:
     def _keep_up(self, watcher: Watcher, reader: Follower, *, patient: bool) -> Follower:
         """The reader, or one that stands at the end of the windows when this one is too far behind."""
         end = self._bus.follow([_HEALTH]).places[_HEALTH]
-        behind = (_order(end)[0] - _order(reader.places[_HEALTH])[0]) / 1000
+        behind = (order_of(end)[0] - order_of(reader.places[_HEALTH])[0]) / 1000
         if patient or behind <= BEHIND_S:
             return reader
         watcher.skip(behind)
@@ -119,13 +125,13 @@ class BusSource:
 
     def _tell(self, watcher: Watcher, found: list[Delivery], ends: Mapping[str, str]) -> None:
         # They come stream by stream: in the order of the bus's clock a run's start comes before its windows.
-        found = sorted(found, key=lambda each: _order(each.entry_id))
+        found = sorted(found, key=lambda each: order_of(each.entry_id))
         batch: list[Fact | Unreadable] = []
         for each in found:
             if self._recorder is not None:
                 self._recorder.write(each.message)
             fact = decode(each.message)
-            if _order(each.entry_id) <= _order(ends[each.stream]):
+            if order_of(each.entry_id) <= order_of(ends[each.stream]):
                 # What was there before we were is told at the time at which it came to the bus.
                 watcher.hear([fact], each.published_at)
             else:
@@ -140,9 +146,4 @@ class BusSource:
 
 
 def _behind(places: Mapping[str, str], ends: Mapping[str, str]) -> bool:
-    return any(_order(places[stream]) < _order(end) for stream, end in ends.items())
-
-
-def _order(entry_id: str) -> tuple[int, int]:
-    milliseconds, _, number = entry_id.partition("-")
-    return int(milliseconds), int(number or 0)
+    return any(order_of(places[stream]) < order_of(end) for stream, end in ends.items())

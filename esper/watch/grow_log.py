@@ -13,6 +13,7 @@ from typing import Any, Final, TypeGuard
 
 import numpy as np
 
+from esper.contracts import payload
 from esper.contracts.payload import MAX_COUNT
 from esper.watch.facts import (
     STATES,
@@ -53,7 +54,10 @@ class GrowLog:
         if "network" in line or "seed" in line:
             # Events without a network are the grown one's.
             network = clean(line.get("network", "grown"), 40)
-            self._run = f"{network}-seed{_whole(line, 'seed')}"
+            run = f"{network}-seed{_whole(line, 'seed')}"
+            # A log is a file that anybody may have written, and exporters name folders after runs.
+            payload.run_id("network", run)
+            self._run = run
         epoch = _whole(line, "epoch") if line.get("epoch") is not None else None
         run = JOB if kind in ("run_started", "run_finished") else self._run
         return reader(line, {"run": run, "at": _time(line), "epoch": epoch})
@@ -197,10 +201,9 @@ def _text(line: Mapping[str, Any], name: str) -> str:
 
 
 def _whole(line: Mapping[str, Any], name: str) -> int:
-    value = line.get(name)
-    if type(value) is not int or not 0 <= value <= MAX_COUNT:
-        raise ValueError(f"{name} is {value!r:.40}; need an integer from 0 to {MAX_COUNT}")
-    return value
+    value: Any = line.get(name)
+    payload.integer(name, value)
+    return int(value)
 
 
 def _number(line: Mapping[str, Any], name: str) -> float:

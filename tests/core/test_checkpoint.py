@@ -253,6 +253,14 @@ def _version(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     record["version"] = 99
 
 
+def _negative_rank(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    record["reserve_rank"] = -1
+
+
+def _huge_rank(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    record["reserve_rank"] = 1 << 40
+
+
 def _extra_key(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     record["surprise"] = 1
 
@@ -289,6 +297,8 @@ def _alias(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     ("change", "words"),
     [
         (_version, ["version 99", "reads 1"]),
+        (_negative_rank, ["reserve_rank is -1"]),
+        (_huge_rank, ["reserve_rank is 1099511627776"]),
         (_extra_key, ["surprise"]),
         (_wrong_type, ["seeds_per_layer"]),
         (_lost_kernel, ["GRAFTING", "no kernel"]),

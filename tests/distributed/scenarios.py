@@ -138,6 +138,8 @@ def wakes_together(rank: int, kind: str, options: dict[str, Any], compiled: str 
         time.sleep(0.02)
     seconds = time.perf_counter() - asked
     grown = run.report()
+    consensus = run.model._consensus
+    assert consensus is not None and consensus._woken
     run.model.cull("0", 1)
     for _ in range(3):
         run.watch()
@@ -151,6 +153,11 @@ def wakes_together(rank: int, kind: str, options: dict[str, Any], compiled: str 
         "awake": [tensor.full_tensor().norm().item() if hasattr(tensor, "full_tensor") else tensor.norm().item()
                   for tensor in run.model.graft_parameters().values()],
     }  # fmt: skip
+    # With nothing awake any more the ranks have nothing to agree on after every step.
+    run.model.cull("2", 0)
+    for _ in range(consensus.period + 2):
+        run.watch()
+    found["still_awake"] = consensus._woken
     run.close()
     return found
 

@@ -54,6 +54,7 @@ def test_seeds_wake_together_whatever_the_fetch_takes(
     awake = states.index("GRAFTING")
     assert states[3] == "LOADING"
     assert fast["own"] <= slow["own"] <= awake + 1
+    assert not fast["still_awake"] and not slow["still_awake"]
     assert "ACTIVE" in states
     assert states[-1] == "CULLED"
     assert all(norm > 0 for norm in fast["awake"])

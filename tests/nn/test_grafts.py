@@ -113,6 +113,9 @@ def test_alpha_of_one_call() -> None:
     for alpha in (0.25, torch.tensor(0.25), torch.tensor([0.25], dtype=torch.float64)):
         torch.testing.assert_close(graft(x, h, alpha), composition(graft, x, h, 0.25, "relu"), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(graft(x, h), composition(graft, x, h, 0.5, "relu"), rtol=1e-5, atol=1e-5)
+    for bad in (float("nan"), 7.0, -0.1):
+        with pytest.raises(ValueError, match="alpha is"):
+            graft(x, h, bad)
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from esper.contracts.errors import EsperError
 from esper.oona import OonaClient
+from esper.watch.bus_source import BusSource
 from esper.watch.export import Exporters, exporting
 from esper.watch.facts import RunReport, RunStatus, SeedChange, Unreadable
 from esper.watch.prometheus import METRICS, PrometheusExporter, serve
@@ -206,6 +207,20 @@ def test_a_training_process_exports_what_itself_tells(tmp_path: Path):
     with pytest.raises(OSError, match="refused"):
         scrape(url or "")
     assert [folder.name for folder in (tmp_path / "tb").iterdir()] == ["job.rank0"]
+
+
+def test_what_is_told_before_anybody_reads_is_exported_too():
+    with OonaClient("memory://exporting-early") as bus:
+        watcher = Watcher(BusSource(bus, since_s=None))
+        bus.publish(window_message("fc", 0, time.time(), lifecycle_state=[0, 2]))
+        watcher.start()
+        try:
+            wait_until(lambda: watcher.heard > 0, "the window is heard")
+        finally:
+            watcher.stop()
+    with watcher.looking() as state:
+        (run,) = state.runs.values()
+        assert list(run.layers) == ["fc"]
 
 
 def test_epochs_heard_together_are_a_point_each(tmp_path: Path):

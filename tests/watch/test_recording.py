@@ -233,6 +233,13 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.parametrize("network", ["../../up", "/tmp/there", "a/b"])
+def test_a_run_is_named_as_a_folder_may_be(lines_of_a_log: list[dict[str, Any]], network: str):
+    line = next(line for line in lines_of_a_log if line["event"] == "network_started")
+    with pytest.raises(ValueError, match="network is"):
+        GrowLog().read({**line, "network": network})
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_whatever_stands_in_a_line_it_is_a_fact_or_an_error(data: st.DataObject, lines_of_a_log: list[dict[str, Any]]):

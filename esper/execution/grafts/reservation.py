@@ -76,11 +76,6 @@ class Reservation:
             tap = "output"
         return cls(rank, tap, spec.d_in if tap == "input" else spec.d_out, spec.d_out)
 
-    @property
-    def numbers_per_seed(self) -> int:
-        """Numbers that one seed takes: R * (d_tap + d_out + 1)."""
-        return self.rank * (self.d_tap + self.d_out + 1)
-
     def check(self, kernel: LoadedKernel) -> None:
         """Raise :class:`ReservationError` unless the kernel fits; its widths are checked elsewhere."""
         family, name = kernel.family, kernel.artifact_id

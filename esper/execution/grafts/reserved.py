@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from esper.execution.grafts.bank import Bank
+from esper.execution.grafts.device_bank import capturing
 from esper.execution.grafts.families import sample_strided
 from esper.execution.grafts.graft_set import GraftSet, SeedState
 from esper.execution.grafts.reservation import Reservation, ReservedWeights
@@ -107,14 +108,14 @@ class ReservedGraftSet(GraftSet):
 
     def forward(self, x: Tensor, h: Tensor, alpha: Tensor | None = None) -> Tensor:
         """As :meth:`GraftSet.forward`; with no seed awake an eager call gives h itself."""
-        if not _compiling() and not self._kernels and not _capturing(h):
+        if not _compiling() and not self._kernels and not capturing(h.device):
             return h
         return super().forward(x, h, alpha)
 
     def _traced(self, x: Tensor, h: Tensor, alpha: Tensor | None = None) -> Tensor:
         if h.numel() == 0:
             return h
-        known = not _compiling() and not _capturing(h)
+        known = not _compiling() and not capturing(h.device)
         kinds = {seed.family.activation for seed in self._seeds.values()} if known else ACTIVATIONS
         geometry = self.spec.geometry
         reads_input = self.reservation.tap == "input"
@@ -139,7 +140,7 @@ class ReservedGraftSet(GraftSet):
 
     def _general(self, x: Tensor, h: Tensor, alpha: Tensor) -> Tensor:
         # A graph must not depend on which seeds are awake, so nothing of theirs is looked at here.
-        return self._traced(x, h, alpha) if _compiling() or _capturing(h) else super()._general(x, h, alpha)
+        return self._traced(x, h, alpha) if _compiling() or capturing(h.device) else super()._general(x, h, alpha)
 
     def _pack(self) -> Bank | None:
         # A bank of the elastic kind moves parameters into memory of its own; these stay where they are.
@@ -153,7 +154,3 @@ class ReservedGraftSet(GraftSet):
         # It follows the device, and keeps its type.
         self.plan = self.plan.to(fn(torch.empty(0, device=self.plan.device)).device)
         return self
-
-
-def _capturing(h: Tensor) -> bool:
-    return h.is_cuda and torch.cuda.is_current_stream_capturing()
