@@ -39,7 +39,7 @@ from esper.core.checkpoint_format import (
     write_record,
 )
 from esper.core.model_wrapper import MorphableModel, find_targets, wrap
-from esper.core.naming import GRAFT_PREFIX, graft_key
+from esper.core.naming import GRAFT_PREFIX, seeds_prefix
 from esper.execution.grafts.reservation import Tap
 from esper.execution.kernel_executor import LoadedKernel
 from esper.execution.lattice import Lattice
@@ -166,7 +166,7 @@ def _without_padding(model: MorphableModel) -> dict[str, Any]:
     if not model.reserve_rank:
         return state
     for layer_name, layer in model.kasmina_layers.items():
-        prefix = f"{_MARKER}{graft_key(layer_name)}.seed"
+        prefix = seeds_prefix(layer_name)
         for name in [name for name in state if name.startswith(prefix)]:
             del state[name]
         for seed_idx in layer.grafts.bound:
@@ -303,7 +303,7 @@ def _bind(path: Path, model: MorphableModel, seed: SeedRecord, tensors: Mapping[
     where = f"{path}: layer '{seed.layer}', seed {seed.seed_idx}"
     if seed.layer not in model.kasmina_layers or not 0 <= seed.seed_idx < model.lattice.seeds_per_layer:
         raise CheckpointError(f"{where}: there is no such seed")
-    prefix = f"{_MARKER}{graft_key(seed.layer)}.seed{seed.seed_idx}."
+    prefix = f"{seeds_prefix(seed.layer)}{seed.seed_idx}."
     weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     try:
         manifest = Manifest.from_json(json.dumps(seed.manifest))
@@ -355,7 +355,7 @@ def _fill(path: Path, model: MorphableModel, tensors: Mapping[str, Tensor]) -> N
     state = dict(tensors)
     if model.reserve_rank:
         # The seeds' weights are in place already: binding has copied them into the memory reserved for them.
-        grafts = tuple(f"{_MARKER}{graft_key(name)}.seed" for name in model.kasmina_layers)
+        grafts = tuple(map(seeds_prefix, model.kasmina_layers))
         state = {name: tensor for name, tensor in state.items() if not name.startswith(grafts)}
         state |= {f"{_MARKER}{name}": tensor for name, tensor in model.esper.state_dict().items()}
     try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from esper.core.clock import Clock, Timed, call_through_clock, make_clock
 from esper.core.consensus import several_ranks
-from esper.core.naming import GRAFT_PREFIX, GraftTree, HostNames, graft_key, is_sharded
+from esper.core.naming import GraftTree, HostNames, is_sharded, seeds_prefix
 from esper.core.published import Published
 from esper.core.requests import KernelRequests
 from esper.core.tether import Tether
@@ -325,7 +325,7 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
     def graft_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of all awake seeds, by the names they have in :meth:`named_parameters`."""
         return {
-            f"{GRAFT_PREFIX}.{graft_key(layer_name)}.seed{seed_idx}.{name}": parameter
+            f"{seeds_prefix(layer_name)}{seed_idx}.{name}": parameter
             for layer_name, layer in self.kasmina_layers.items()
             for seed_idx in layer.grafts.bound
             for name, parameter in layer.grafts.seed_parameters(seed_idx).items()

@@ -13,7 +13,7 @@ from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.lifecycle import AWAKE
 from esper.execution.state_layout import Lattice
 
-__all__ = ["GRAFT_PREFIX", "WRAPPED", "GraftTree", "HostNames", "graft_key", "is_sharded"]
+__all__ = ["GRAFT_PREFIX", "WRAPPED", "GraftTree", "HostNames", "is_sharded", "seeds_prefix"]
 
 #: Attribute of a MorphableModel that holds the host.
 WRAPPED = "wrapped_model"
@@ -30,6 +30,11 @@ def is_sharded(module: nn.Module) -> bool:
 def graft_key(layer_name: str) -> str:
     """A layer's name as one attribute name: module names cannot contain dots."""
     return layer_name.replace(".", "/")
+
+
+def seeds_prefix(layer_name: str) -> str:
+    """What the names of a layer's graft parameters begin with in a wrapped model; the seed's index follows."""
+    return f"{GRAFT_PREFIX}.{graft_key(layer_name)}.seed"
 
 
 class GraftTree(nn.Module):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from esper.grow.errors import GrowError
 
@@ -112,14 +112,15 @@ def _train(task: Any, args: argparse.Namespace, device: Any, out: Path, registry
         # Before any training: a bus that was asked for and is not there is found at once.
         exports = args.prometheus is not None or args.tensorboard is not None
         # Exporters hear what others would; without REDIS_URL the bus is in this process.
-        own = OonaClient() if exports else None
-        bus = own or find_bus(None)
+        bus = find_bus(None)
+        if bus is None and exports:
+            bus = OonaClient()
     except EsperError as error:
         raise GrowError(f"REDIS_URL: {error}") from error
     start = time.monotonic()
     with (
         contextlib.closing(bus) if bus is not None else contextlib.nullcontext(),
-        contextlib.nullcontext() if own is None else _exporting(own, args),
+        _exporting(cast("OonaClient", bus), args) if exports else contextlib.nullcontext(),
         _one_thread(),
         events.EventLog(out / "events.jsonl") as log,
         make_progress(len(NETWORKS) * len(seeds), args.epochs) as progress,

@@ -8,6 +8,7 @@ to it, in RESP2.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -56,14 +57,14 @@ class PendingRow:
     times_delivered: int
 
 
-class Command:
+class Command(ABC):
     """One command. ``stream`` is what it is about, for messages, where it is about one."""
 
     __slots__ = ()
 
+    @abstractmethod
     def wire(self) -> Wire:
         """The command's words."""
-        raise NotImplementedError
 
     @property
     def options(self) -> dict[str, Any]:
