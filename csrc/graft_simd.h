@@ -18,6 +18,17 @@ struct Vec {
     typedef T type __attribute__((vector_size(Bytes)));
 };
 
+// Lanes A, B, C and D of two vectors in a row.
+template <int A, int B, int C, int D, typename V>
+ESPER_HD V shuffled(V v, V w) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(v, w, A, B, C, D);
+#else
+    typedef std::int32_t Lanes __attribute__((vector_size(16)));
+    return __builtin_shuffle(v, w, Lanes{A, B, C, D});
+#endif
+}
+
 // The sums of the lanes of four vectors.
 template <typename T, int Bytes>
 ESPER_HD void lane_sums(const typename Vec<T, Bytes>::type* v, T* out) {
@@ -33,9 +44,9 @@ ESPER_HD void lane_sums(const typename Vec<T, Bytes>::type* v, T* out) {
     } else if constexpr (sizeof(T) == 4) {
         // A transposition of 4 x 4 that adds as it goes: 9 instructions instead of 4 times 5.
         typedef typename Vec<T, 16>::type V;
-        const V a = __builtin_shufflevector(v[0], v[1], 0, 4, 2, 6) + __builtin_shufflevector(v[0], v[1], 1, 5, 3, 7);
-        const V b = __builtin_shufflevector(v[2], v[3], 0, 4, 2, 6) + __builtin_shufflevector(v[2], v[3], 1, 5, 3, 7);
-        const V sums = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+        const V a = shuffled<0, 4, 2, 6>(v[0], v[1]) + shuffled<1, 5, 3, 7>(v[0], v[1]);
+        const V b = shuffled<0, 4, 2, 6>(v[2], v[3]) + shuffled<1, 5, 3, 7>(v[2], v[3]);
+        const V sums = shuffled<0, 1, 4, 5>(a, b) + shuffled<2, 3, 6, 7>(a, b);
         std::memcpy(out, &sums, sizeof(sums));
     } else {
         for (int j = 0; j < 4; ++j) out[j] = v[j][0] + v[j][1];
