@@ -76,6 +76,7 @@ def _finish(
     KEEP: tl.constexpr,
     STATS: tl.constexpr,
     GRAFT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     EMULATE: tl.constexpr,
     SEATS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -96,6 +97,8 @@ def _finish(
             for g in range(0, groups):
                 begin = tl.load(spans + 2 * g)
                 end = tl.load(spans + 2 * g + 1)
+                if ALIGNED:  # said so that the compiler sees it
+                    begin, end = begin // 16 * 16, end // 16 * 16
                 mine = (col >= begin) & (col < end)
                 replaced = replace_sum(alpha, seats, seeds, begin, end, SEATS)
                 host = host_factor(replaced)
@@ -164,6 +167,7 @@ def _tile(
     GRAFT: tl.constexpr,
     GRAFT_ACT: tl.constexpr,
     GRAFT_BIASED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     EMULATE: tl.constexpr,
     SEATS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -211,7 +215,8 @@ def _tile(
     if SPLITS == 1:
         _finish(
             acc, hidden, col, m, in_m, block, awake, bias, y, before, up, alpha, owner, seats, spans, features,
-            suspect, d_out, ranks, seeds, groups, y_row, ACT, BIASED, KEEP, STATS, GRAFT, EMULATE, SEATS, BLOCK_R,
+            suspect, d_out, ranks, seeds, groups, y_row, ACT, BIASED, KEEP, STATS, GRAFT, ALIGNED, EMULATE, SEATS,
+            BLOCK_R,
         )  # fmt: skip
     else:
         half: tl.constexpr = BLOCK_N // 2
@@ -221,7 +226,7 @@ def _tile(
                 _finish(
                     left if i == 0 else right, hidden, first + i * half + tl.arange(0, half), m, in_m, block, awake,
                     bias, y, before, up, alpha, owner, seats, spans, features, suspect, d_out, ranks, seeds, groups,
-                    y_row, ACT, BIASED, KEEP, STATS, GRAFT, EMULATE, SEATS, BLOCK_R,
+                    y_row, ACT, BIASED, KEEP, STATS, GRAFT, ALIGNED, EMULATE, SEATS, BLOCK_R,
                 )  # fmt: skip
         else:
             quarter: tl.constexpr = BLOCK_N // 4
@@ -231,7 +236,7 @@ def _tile(
                     _finish(
                         one if j == 0 else other, hidden, first + (2 * i + j) * quarter + tl.arange(0, quarter), m,
                         in_m, block, awake, bias, y, before, up, alpha, owner, seats, spans, features, suspect, d_out,
-                        ranks, seeds, groups, y_row, ACT, BIASED, KEEP, STATS, GRAFT, EMULATE, SEATS, BLOCK_R,
+                        ranks, seeds, groups, y_row, ACT, BIASED, KEEP, STATS, GRAFT, ALIGNED, EMULATE, SEATS, BLOCK_R,
                     )  # fmt: skip
 
 
@@ -342,14 +347,14 @@ def fused_linear_kernel(
             _tile(
                 tile, tiles_m, tiles_n, awake, x, weight, bias, y, before, down, up, graft_bias, z, alpha, owner, seats,
                 spans, features, suspect, rows, d_in, d_out, ranks, seeds, groups, x_row, w_row, y_row, z_row,
-                ACT, BIASED, KEEP, STATS, GRAFT, GRAFT_ACT, GRAFT_BIASED, EMULATE, SEATS,
+                ACT, BIASED, KEEP, STATS, GRAFT, GRAFT_ACT, GRAFT_BIASED, ALIGNED, EMULATE, SEATS,
                 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, SPLITS,
             )  # fmt: skip
     else:
         _tile(
             tl.program_id(0), tiles_m, tiles_n, awake, x, weight, bias, y, before, down, up, graft_bias, z, alpha,
             owner, seats, spans, features, suspect, rows, d_in, d_out, ranks, seeds, groups, x_row, w_row, y_row, z_row,
-            ACT, BIASED, KEEP, STATS, GRAFT, GRAFT_ACT, GRAFT_BIASED, EMULATE, SEATS,
+            ACT, BIASED, KEEP, STATS, GRAFT, GRAFT_ACT, GRAFT_BIASED, ALIGNED, EMULATE, SEATS,
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, SPLITS,
         )  # fmt: skip
 
