@@ -36,7 +36,7 @@ import esper
 from bench.models import mlp, same_weights
 from bench.paired import Ratio, compare
 from bench.results import machine
-from bench.test_dormant_overhead import OwnTime
+from bench.test_dormant_overhead import stepped
 from bench.test_grafts import adapted, grown
 
 __all__ = ["Row", "main", "measure", "table"]
@@ -162,18 +162,7 @@ def dormant(setting: Setting) -> Iterator[Row]:
                 call()
             if mode == "graphed":
                 calls = {name: setting.captured(call) for name, call in calls.items()}
-            inner = calls["wrapped"]
-
-            def wrapped(inner: Callable[[], object] = inner, model: Any = model) -> None:
-                inner()
-                model.step()
-
-            # The budget is a share of the time of the loop that trains: the others' turns must not count as its own.
-            own = OwnTime()
-            model.monitor._clock = own
-            wrapped.resume, wrapped.pause = own.resume, own.pause  # type: ignore[attr-defined]
-
-            ratios = setting.ratios({**calls, "wrapped": wrapped}, "bare")
+            ratios = setting.ratios({**calls, "wrapped": stepped(model, calls["wrapped"])}, "bare")
         name = f"mlp-{width}x{batch} {mode}"
         yield Row(
             "dormant", f"{name}, wrapped / bare", ratios["wrapped"].median, "x", 1.005, note=str(ratios["wrapped"])
@@ -259,18 +248,12 @@ class Layer:
 
     def contestants(self, setting: Setting, folder: Path) -> tuple[dict[str, Any], Tensor]:
         """Bare and grown layers over the same host weights."""
-        from bench import test_grafts
-
         torch.manual_seed(0)
         bare: nn.Module = nn.Sequential(nn.Linear(self.width, self.width)).to(setting.device, self.dtype)
         x = torch.randn(self.rows, self.width, device=setting.device).to(self.dtype).requires_grad_()
-        before = test_grafts.SEEDS, test_grafts.RANK
-        test_grafts.SEEDS, test_grafts.RANK = self.seeds, self.rank
-        try:
-            found: dict[str, Any] = {"bare": bare, "esper": grown(bare, self.width, folder)}
-            peft = adapted(bare)
-        finally:
-            test_grafts.SEEDS, test_grafts.RANK = before
+        model = grown(bare, self.width, folder, seeds=self.seeds, rank=self.rank)
+        found: dict[str, Any] = {"bare": bare, "esper": model}
+        peft = adapted(bare, seeds=self.seeds, rank=self.rank)
         if peft is not None:
             found["peft"] = peft.to(setting.device, self.dtype)  # its adapters are float32 otherwise
         composed = Composed(same_weights(bare), self.width, self.width, self.seeds, self.rank)
@@ -390,10 +373,9 @@ def elsewhere(folder: Path) -> Iterator[Row]:
     bench = folder / "bench.json"
     if bench.exists():
         for entry in json.loads(bench.read_text())["benchmarks"]:
-            extra = entry.get("extra_info", {})
-            for key, part in (("microseconds_per_launch", "launch"), ("microseconds_per_call", "load")):
-                if key in extra:
-                    yield Row(part, entry["name"], extra[key], "us")
+            taken = entry.get("extra_info", {}).get("microseconds_per_call")
+            if taken is not None:
+                yield Row("load", entry["name"], taken, "us")
 
 
 def measure(setting: Setting, parts: Sequence[str]) -> tuple[list[Row], list[str]]:

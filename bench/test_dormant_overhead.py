@@ -60,18 +60,10 @@ def candidates(workload: Workload, mode: str, number: int) -> dict[str, Callable
         found[name](x)
     wrapped = found.pop("wrapped")
 
-    def step() -> None:
-        wrapped(x)
-        model.step()
-
-    # The budget is a share of the time of the loop that trains: the others' turns must not count as its own.
-    own = OwnTime()
-    model.monitor._clock = own
-    step.resume, step.pause = own.resume, own.pause  # type: ignore[attr-defined]
     calls: dict[str, Callable[[], Any]] = {
         name: (lambda network=network: network(x)) for name, network in found.items()
     }
-    return calls | {"wrapped": step}
+    return calls | {"wrapped": stepped(model, wrapped, x)}
 
 
 def measure(name: str, mode: str, threads: int, number: int) -> dict[str, Ratio]:
@@ -104,6 +96,22 @@ class OwnTime:
         if self.paused_at is not None:
             self.behind += time.perf_counter_ns() - self.paused_at
             self.paused_at = None
+
+
+def stepped(model: Any, call: Callable[..., object], *arguments: object) -> Callable[[], None]:
+    """The call and the model's step after it, by a clock of its own.
+
+    The budget is a share of the time of the loop that trains: the others' turns must not count as its own.
+    """
+
+    def step() -> None:
+        call(*arguments)
+        model.step()
+
+    own = OwnTime()
+    model.monitor._clock = own
+    step.resume, step.pause = own.resume, own.pause  # type: ignore[attr-defined]
+    return step
 
 
 def pace(call: Callable[[], Any]) -> tuple[int, int]:

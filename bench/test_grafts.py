@@ -28,15 +28,17 @@ RANK = 8
 LIMITS = {(64, 8): 1.8, (256, 32): 1.45, (1024, 64): 1.15}
 
 
-def grown(bare: nn.Module, width: int, registry: Path) -> Any:
-    """The network with four awake seeds on every Linear, all alphas 0.5."""
+def grown(
+    bare: nn.Module, width: int, registry: Path, *, seeds: int = SEEDS, rank: int = RANK, reserve_rank: int = 0
+) -> Any:
+    """The network with awake seeds on every Linear, all alphas 0.5."""
     model = esper.wrap(
-        same_weights(bare), [nn.Linear], seeds_per_layer=SEEDS, preserve_original=False, telemetry_enabled=False,
-        registry=registry.as_uri(),
+        same_weights(bare), [nn.Linear], seeds_per_layer=seeds, preserve_original=False, telemetry_enabled=False,
+        registry=registry.as_uri(), reserve_rank=reserve_rank,
     )  # fmt: skip
     artifacts = [
-        esper.compile("lowrank", d_in=width, d_out=width, registry=registry.as_uri(), seed=seed, rank=RANK)
-        for seed in range(SEEDS)
+        esper.compile("lowrank", d_in=width, d_out=width, registry=registry.as_uri(), seed=seed, rank=rank)
+        for seed in range(seeds)
     ]
 
     async def load() -> None:
@@ -48,19 +50,19 @@ def grown(bare: nn.Module, width: int, registry: Path) -> Any:
     return model
 
 
-def adapted(bare: nn.Module) -> nn.Module | None:
-    """The same network under PEFT with four active LoRA adapters, everything trainable; None without PEFT."""
+def adapted(bare: nn.Module, *, seeds: int = SEEDS, rank: int = RANK) -> nn.Module | None:
+    """The same network under PEFT with an active LoRA adapter for each seed, all trainable; None without PEFT."""
     try:
         import peft
     except ImportError:
         return None
     network = same_weights(bare)
     targets = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    config = peft.LoraConfig(r=RANK, target_modules=targets)
+    config = peft.LoraConfig(r=rank, target_modules=targets)
     model = peft.get_peft_model(network, config, adapter_name="a0")
-    for i in range(1, SEEDS):
+    for i in range(1, seeds):
         model.add_adapter(f"a{i}", config)
-    model.base_model.set_adapter([f"a{i}" for i in range(SEEDS)])
+    model.base_model.set_adapter([f"a{i}" for i in range(seeds)])
     model.requires_grad_(True)
     return model
 

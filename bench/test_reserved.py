@@ -6,7 +6,6 @@ and promise 1 holds for it as for any dormant network. Awake, four rank-8 seeds 
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,17 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import esper
 from bench.models import WORKLOADS, Workload, mlp, same_weights
 from bench.paired import Ratio, compare, compare_in_processes
 from bench.results import record
-from bench.test_dormant_overhead import LIMIT, ROUNDS, OwnTime, pace
+from bench.test_dormant_overhead import LIMIT, ROUNDS, pace, stepped
+from bench.test_grafts import RANK, grown
 
 PROCESSES = 6
-SEEDS = 4
-RANK = 8
 
 
 def asleep(workload: Workload, mode: str, number: int) -> dict[str, Callable[[], Any]]:
@@ -42,15 +39,10 @@ def asleep(workload: Workload, mode: str, number: int) -> dict[str, Callable[[],
     for name in names:
         found[name](x)
     reserved = found.pop("reserved")
-
-    def step() -> None:
-        reserved(x)
-        model.step()
-
-    own = OwnTime()
-    model.monitor._clock = own
-    step.resume, step.pause = own.resume, own.pause  # type: ignore[attr-defined]
-    return {name: (lambda network=network: network(x)) for name, network in found.items()} | {"reserved": step}
+    calls: dict[str, Callable[[], Any]] = {
+        name: (lambda network=network: network(x)) for name, network in found.items()
+    }
+    return calls | {"reserved": stepped(model, reserved, x)}
 
 
 def measure(name: str, mode: str, number: int) -> dict[str, Ratio]:
@@ -69,26 +61,6 @@ def test_asleep(workload: Workload, mode: str, benchmark: Any) -> None:
     record(benchmark, f"reserved/asleep/{workload}/{mode}", ratios, limits={"reserved": LIMIT})
 
 
-def awake(bare: nn.Module, width: int, registry: Path, reserve_rank: int) -> esper.MorphableModel:
-    """The network with four awake seeds on every Linear, all alphas 0.5."""
-    model = esper.wrap(
-        same_weights(bare), [nn.Linear], seeds_per_layer=SEEDS, preserve_original=False, telemetry_enabled=False,
-        registry=registry.as_uri(), reserve_rank=reserve_rank,
-    )  # fmt: skip
-    artifacts = [
-        esper.compile("lowrank", d_in=width, d_out=width, registry=registry.as_uri(), seed=seed, rank=RANK)
-        for seed in range(SEEDS)
-    ]
-
-    async def load() -> None:
-        for name in model.get_layer_names():
-            for seed_idx, artifact in enumerate(artifacts):
-                assert await model.load_kernel(name, seed_idx, artifact, alpha=0.5), model.get_layer_stats(name)
-
-    asyncio.run(load())
-    return model
-
-
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize(("width", "batch"), [(64, 8), (256, 32), (1024, 64)])
 def test_awake(width: int, batch: int, mode: str, benchmark: Any, tmp_path: Path) -> None:
@@ -99,8 +71,8 @@ def test_awake(width: int, batch: int, mode: str, benchmark: Any, tmp_path: Path
         bare, x = mlp(width), torch.randn(batch, width)
         networks: dict[str, Any] = {
             "bare": bare,
-            "elastic": awake(bare, width, tmp_path, 0),
-            "reserved": awake(bare, width, tmp_path, RANK),
+            "elastic": grown(bare, width, tmp_path),
+            "reserved": grown(bare, width, tmp_path, reserve_rank=RANK),
         }
         if mode == "compiled":
             torch._dynamo.reset()
