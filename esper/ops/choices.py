@@ -17,17 +17,12 @@ from typing import Final
 
 import torch
 
-__all__ = ["CHOICES", "Choices", "bucket", "capturing"]
+__all__ = ["CHOICES", "Choices", "bucket"]
 
 
 def bucket(rows: int) -> int:
     """Rows as choices know them: the next power of two, because a batch need not be the same at every call."""
     return 1 << max(rows - 1, 0).bit_length()
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured, during which nothing can be measured."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _folder() -> Path:
@@ -60,6 +55,7 @@ class Choices:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._lock = threading.Lock()
+        #: By the file's name: where the folder is need not be asked at every call.
         self._known: dict[str, dict[str, str]] = {}
 
     def path(self, device: torch.device) -> Path:
@@ -72,10 +68,10 @@ class Choices:
 
     def put(self, key: str, choice: str, device: torch.device) -> None:
         """Keep a choice. A folder that cannot be written to costs nothing but the next process's knowledge."""
-        path = self.path(device)
+        name, path = _file_name(device), self.path(device)
         with self._lock:
             # Other processes may have chosen meanwhile.
-            known = self._known[str(path)] = _read(path) | self._known.get(str(path), {}) | {key: choice}
+            known = self._known[name] = _read(path) | self._known.get(name, {}) | {key: choice}
             partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,11 +87,11 @@ class Choices:
             self._known.clear()
 
     def _of(self, device: torch.device) -> dict[str, str]:
-        path = self.path(device)
-        found = self._known.get(str(path))
+        name = _file_name(device)
+        found = self._known.get(name)
         if found is None:
             with self._lock:
-                found = self._known.setdefault(str(path), _read(path))
+                found = self._known.setdefault(name, _read(self.path(device)))
         return found
 
 

@@ -9,13 +9,16 @@ roundings of values of the largest size: 4 eps of the dtype times the scale. In 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from esper.ops import choices, registry
-from esper.ops.linear import WAYS, Graft, fused_linear, linear, tune_linear
+from esper.ops import choices, registry, tuning
+from esper.ops.graft import graft_bank, graft_bank_backward
+from esper.ops.linear import WAYS, Graft, fused_linear, kept_way, linear, reference, tune_linear
 from esper.ops.linear import triton as launcher
 from esper.ops.linear.reference import linear_blend
 from esper.ops.linear.triton import choice_key, runs_fused
@@ -101,6 +104,14 @@ def assert_close(got, want):
     scale = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
     allowed = (64 if want.dtype is torch.float32 else 4) * torch.finfo(want.dtype).eps * scale
     torch.testing.assert_close(got, want, rtol=0, atol=allowed, equal_nan=True)
+
+
+@pytest.fixture
+def chosen(tmp_path, monkeypatch):
+    """The process's choices in a folder of their own."""
+    own = choices.Choices(tmp_path)
+    monkeypatch.setattr(launcher, "CHOICES", own)
+    return own
 
 
 PLAIN = [(4, None, None, False)]
@@ -260,6 +271,38 @@ def test_without_gradients_nothing_is_kept(stats):
     assert features.shape == ((5, 5) if stats else (0,)) and faults.numel() == 0
 
 
+@pytest.mark.parametrize("way", KERNEL_WAYS)
+def test_autocast_changes_nothing(chosen, way):
+    case = Case(6, 4, 5, PLAIN, activation="gelu")
+    chosen.put(choice_key(case.x, case.weight, case.bias, "gelu", 4, None, True, False), way, case.x.device)
+    run = fused_linear.backend("triton")
+    want = run(*case.arguments, True, False)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = run(*case.arguments, True, False)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_alpha_with_a_stride():
+    case = Case(9, 13, 41, MIXED)
+    want = [case.run(way)[0] for way in KERNEL_WAYS]
+    h = case.bias.expand(9, 41)
+    bank = None, case.up, None, None, case.seats, None
+    faults = torch.zeros(3, dtype=torch.uint8, device=DEVICE)
+    forward, backward = graft_bank.backend("triton"), graft_bank_backward.backend("triton")
+
+    def results():
+        there = backward(case.gy, case.x, case.alpha, faults, case.down, *bank, True, True, True)
+        return forward(case.x, h, case.alpha, case.down, *bank)[0], *there
+
+    together = results()
+    apart = torch.full((8,), float("nan"), device=DEVICE)
+    apart[::2] = case.alpha
+    case.alpha = apart[::2]
+    assert all(torch.equal(case.run(way)[0], y) for way, y in zip(KERNEL_WAYS, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(results(), together, strict=True))
+
+
 def test_opcheck_and_compile():
     case = Case(6, 4, 5, MIXED, activation="gelu", graft_activation="relu")
     for keep, stats in ((True, True), (False, False)):
@@ -289,9 +332,14 @@ def test_what_does_not_fit_is_refused():
         for way in WAYS:
             with pytest.raises(ValueError, match=match):
                 case.run(way)
+        with pytest.raises(ValueError, match=match):
+            fused_linear.backend("triton")(*case.arguments, True, True)
 
     like = {"device": DEVICE}
     refused("weight is", x=torch.zeros(4, 4, **like))
+    refused(r"x is \(\)", x=torch.zeros((), **like))
+    refused(r"weight \(3,\)", weight=torch.zeros(3, **like))
+    refused(r"down is \(\)", down=torch.zeros((), **like))
     refused(r"bias is \(4,\)", bias=torch.zeros(4, **like))
     refused("float64", weight=torch.zeros(5, 3, dtype=torch.float64, **like))
     refused(r"up is \(4, 6\)", up=torch.zeros(4, 6, **like))
@@ -303,14 +351,6 @@ def test_what_does_not_fit_is_refused():
 
 
 # -- choosing ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def chosen(tmp_path, monkeypatch):
-    """The process's choices in a folder of their own."""
-    own = choices.Choices(tmp_path)
-    monkeypatch.setattr(launcher, "CHOICES", own)
-    return own
 
 
 def test_the_way_is_the_librarys_unless_another_was_measured_faster(chosen, monkeypatch):
@@ -359,6 +399,33 @@ def test_a_folder_that_cannot_be_written_to_loses_only_the_file(tmp_path):
     assert own.get("a", torch.device("cpu")) == "inline"
 
 
+def test_a_call_asks_neither_for_the_folder_nor_twice_for_the_checks(chosen, monkeypatch):
+    case = Case(6, 4, 5)
+    run = fused_linear.backend("triton")
+    run(*case.arguments, False, False)
+    checks = []
+    monkeypatch.setattr(choices.Choices, "path", lambda *_: pytest.fail("the path was built again"))
+    for module in (launcher, reference):
+        real = module.check_linear
+        monkeypatch.setattr(module, "check_linear", lambda *rest, real=real: (checks.append(1), real(*rest))[1])
+    run(*case.arguments, False, False)
+    assert checks == [1]
+
+
+def test_a_device_has_one_file_by_whatever_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(choices, "_file_name", lambda device: f"{device.type}.json")
+    own = choices.Choices(tmp_path)
+    assert own.get("a", torch.device("cuda:0")) is None
+    own.put("a", "inline", torch.device("cuda"))
+    assert own.get("a", torch.device("cuda:0")) == "inline"
+
+
+def test_operations_are_imported_without_the_compiler():
+    code = "import sys, esper.ops; print([m for m in ('tuning', 'toolchain') if f'esper.ops.{m}' in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
 def test_rows_are_bucketed():
     assert [choices.bucket(n) for n in (0, 1, 2, 3, 4, 5, 1000)] == [1, 1, 2, 4, 4, 8, 1024]
     case = Case(5, 4, 5)
@@ -369,7 +436,7 @@ def test_rows_are_bucketed():
     assert len(keys) == 2
 
 
-def test_measuring_needs_a_gpu_and_no_capture(monkeypatch):
+def test_measuring_needs_a_gpu():
     with pytest.raises(RuntimeError, match="on a GPU, and cpu is none"):
         tune_linear(8, 4, 4, device="cpu")
     if not torch.cuda.is_available():
@@ -401,7 +468,7 @@ def test_of_the_ways_the_fastest_that_agrees_is_kept(monkeypatch, tmp_path):
 
     last, wrong = [""], [1.0]
     monkeypatch.setattr(measure, "runs_fused", run)
-    monkeypatch.setattr(measure, "time_of", time_of)
+    monkeypatch.setattr(tuning, "time_of", time_of)
     monkeypatch.setattr(measure.torch, "Generator", lambda device: torch._C.Generator())
     monkeypatch.setattr(measure.torch, "randn", lambda *s, generator, device: torch.zeros(s))
     monkeypatch.setattr(measure.torch, "full", lambda s, v, device: torch.zeros(s))
@@ -409,6 +476,7 @@ def test_of_the_ways_the_fastest_that_agrees_is_kept(monkeypatch, tmp_path):
     def best():
         measure.tune_linear(8, 4, 4, ranks=4)
         (kept,) = set(json.loads(own.path(torch.device("cuda")).read_text()).values())
+        assert kept_way(8, 4, 4, ranks=4) == kept
         return kept
 
     monkeypatch.setattr(choices, "_file_name", lambda device: "test.json")
@@ -418,6 +486,7 @@ def test_of_the_ways_the_fastest_that_agrees_is_kept(monkeypatch, tmp_path):
     assert best() == "inline"
     costs["inline"] = 0.99  # noise
     assert best() == "library"
+    assert kept_way(9, 4, 4, ranks=4) is None
     broken.update(("inline", "given"))
     costs["inline"] = 0.1
     assert best() == "library"
@@ -435,7 +504,17 @@ def test_ways_are_measured_and_taken(chosen, monkeypatch, ranks, activation):
     monkeypatch.setattr(measure, "CHOICES", chosen)
     times = tune_linear(2048, 1024, 1024, ranks=ranks, activation=activation)
     assert "library" in times and all(t > 0 for t in times.values())
-    assert json.loads(chosen.path(torch.device("cuda")).read_text())
+    ((key, kept),) = json.loads(chosen.path(torch.device("cuda")).read_text()).items()
+    assert kept in times
+    ways = []
+    real = launcher.runs_fused
+    monkeypatch.setattr(launcher, "runs_fused", lambda way, *rest: (ways.append(way), real(way, *rest))[1])
+    seeds = [(ranks, None, None, False)] if ranks else []
+    case = Case(2048, 1024, 1024, seeds, torch.bfloat16, activation=activation)
+    for way in (kept, *times):
+        chosen.put(key, way, case.x.device)
+        linear(case.x, case.weight.requires_grad_(), case.bias, activation, case.graft())
+    assert ways == [kept, *times]
 
 
 @pytest.mark.gpu

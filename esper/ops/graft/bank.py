@@ -76,7 +76,7 @@ def check_bank(
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(map(str, ACTIVATION_CODES))}")
     if x.dim() == 0 or x.shape[:-1] != h.shape[:-1]:
         raise ValueError(f"x is {tuple(x.shape)} and h {tuple(h.shape)}; all but the last dimension must agree")
-    ranks = down.shape[0]
+    ranks = down.shape[0] if down.dim() else 0
     expected = {
         "down": (down, (ranks, x.shape[-1])),
         "value": (value, (ranks, x.shape[-1])),

@@ -20,11 +20,22 @@ from esper.ops.graft.bank import BankLayout, check_bank
 from esper.ops.graft.variants import ACTIVATION_CODES, DTYPE_NAMES, SEATS
 from esper.ops.registry import implements, triton_interprets, unavailable
 
-__all__ = ["blame", "cdiv", "choose", "contain", "is_aligned", "matrix", "on_device", "processors", "tables"]
+__all__ = [
+    "FAULTS_AT",
+    "blame",
+    "cdiv",
+    "choose",
+    "contain",
+    "is_aligned",
+    "matrix",
+    "on_device",
+    "processors",
+    "tables",
+]
 
 _OPS = ("graft_bank", "graft_bank_backward")
 #: Where the faults begin behind the one byte that says that something is not finite: pointers are 16-byte aligned.
-_FAULTS_AT = 16
+FAULTS_AT = 16
 
 
 def cdiv(a: int, b: int) -> int:
@@ -190,8 +201,8 @@ def _register() -> None:
             )
             return plain
         y = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-        flags = torch.zeros(_FAULTS_AT + len(layout.rows), dtype=torch.uint8, device=h.device)
-        suspect, faults = flags[:1], flags[_FAULTS_AT:]
+        flags = torch.zeros(FAULTS_AT + len(layout.rows), dtype=torch.uint8, device=h.device)
+        suspect, faults = flags[:1], flags[FAULTS_AT:]
         if h.numel() == 0:
             return y, faults.clone()
         flat_x, flat_h, flat_y = matrix(x), matrix(h), matrix(y)
@@ -202,7 +213,7 @@ def _register() -> None:
         z_row = cdiv(ranks, 16) * 16
         owner, places, spans = tables(layout, tuple(seats), h.device)
         weights = (down, value, up, bias, value_bias)
-        seat_tables = (alpha, owner, places, spans)
+        seat_tables = (alpha.contiguous(), owner, places, spans)
         sizes = (rows, d_in, d_out, ranks, len(layout.rows), len(layout.blend.segments))
         strides = (flat_x.stride(0), flat_h.stride(0), flat_y.stride(0), z_row)
         kind = {"ACT": ACTIVATION_CODES[activation], "GATED": gated, "BIASED": biased, "EMULATE": emulate}
@@ -263,7 +274,7 @@ def _register() -> None:
         flat_gh = matrix(gh) if want_h else flat_gy
         (rows, d_out), d_in, ranks, seeds = flat_gy.shape, flat_x.shape[1], down.shape[0], len(layout.rows)
         gated, biased = value is not None, bias is not None
-        down, up = down.contiguous(), up.contiguous()
+        alpha, down, up = alpha.contiguous(), down.contiguous(), up.contiguous()
         value, bias, value_bias = (down if t is None else t.contiguous() for t in (value, bias, value_bias))
         owner, places, spans = tables(layout, tuple(seats), gy.device)
         z_row = cdiv(ranks, 16) * 16

@@ -4,7 +4,7 @@
 from esper.ops.linear import reference, triton  # isort: split
 
 from esper.ops.linear.autograd import Graft, linear
-from esper.ops.linear.measure import tune_linear
+from esper.ops.linear.measure import kept_way, tune_linear
 from esper.ops.linear.schema import WAYS, fused_linear
 
-__all__ = ["WAYS", "Graft", "fused_linear", "linear", "reference", "triton", "tune_linear"]
+__all__ = ["WAYS", "Graft", "fused_linear", "kept_way", "linear", "reference", "triton", "tune_linear"]

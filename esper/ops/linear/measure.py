@@ -12,14 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from esper.ops.choices import CHOICES, capturing
+from esper.ops.choices import CHOICES
+from esper.ops.graft.variants import DTYPE_NAMES
 from esper.ops.linear.schema import WAYS
 from esper.ops.linear.triton import choice_key, runs_fused
-from esper.ops.tuning import WORTH, Workload, agree, time_of
 
-__all__ = ["tune_linear"]
-
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+__all__ = ["kept_way", "tune_linear"]
 
 
 def tune_linear(
@@ -57,10 +55,12 @@ def tune_linear(
     Raises:
         RuntimeError: ``device`` is no GPU, or a CUDA graph is being captured.
     """
+    from esper.ops.tuning import WORTH, Workload, agree, time_of  # The compiler, which calls do without.
+
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
         raise RuntimeError(f"the ways of a linear layer are measured on a GPU, and {device} is none")
-    if capturing():
+    if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a CUDA graph is being captured; measure before the capture")
     generator = torch.Generator(device).manual_seed(0)
 
@@ -95,11 +95,36 @@ def tune_linear(
                 raise
             continue
         expected = expected or results
-        if agree(results, expected, _NAMES[dtype]):
-            times[way] = time_of(Workload(run, _NAMES[dtype]))
+        if agree(results, expected, DTYPE_NAMES[dtype]):
+            times[way] = time_of(Workload(run, DTYPE_NAMES[dtype]))
     best = min(times, key=times.__getitem__)
     if times[best] > WORTH * times["library"]:
         best = "library"
     key = choice_key(*host, activation, ranks, graft_activation if ranks else None, keep, stats)
     CHOICES.put(key, best, device)
     return times
+
+
+def kept_way(
+    rows: int,
+    d_in: int,
+    d_out: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: bool = True,
+    activation: str | None = None,
+    ranks: int = 0,
+    graft_activation: str | None = None,
+    training: bool = True,
+    stats: bool = False,
+    device: torch.device | str = "cuda",
+) -> str | None:
+    """What :func:`tune_linear` found for such a layer, in this process or another; None where nobody measured it."""
+    x, weight, there = (
+        torch.empty(shape, dtype=dtype, device="meta") for shape in ((rows, d_in), (d_out, d_in), d_out)
+    )
+    keep = training and activation is not None
+    key = choice_key(
+        x, weight, there if bias else None, activation, ranks, graft_activation if ranks else None, keep, stats
+    )
+    return CHOICES.get(key, torch.device(device))

@@ -13,7 +13,19 @@ from torch import Tensor
 
 from esper.ops.choices import CHOICES, bucket
 from esper.ops.graft.bank import BankLayout, bank_layout
-from esper.ops.graft.triton import blame, cdiv, choose, contain, is_aligned, matrix, on_device, processors, tables
+from esper.ops.graft.reference import unaffected_by_autocast
+from esper.ops.graft.triton import (
+    FAULTS_AT,
+    blame,
+    cdiv,
+    choose,
+    contain,
+    is_aligned,
+    matrix,
+    on_device,
+    processors,
+    tables,
+)
 from esper.ops.graft.variants import ACTIVATION_CODES, DTYPE_NAMES, SEATS
 from esper.ops.linear.reference import by_library
 from esper.ops.linear.schema import MAX_RANKS, WAYS, check_linear
@@ -34,7 +46,9 @@ def choice_key(
     keep: bool,
     stats: bool,
 ) -> str:
-    """Under which name the way of such a call is kept."""
+    """Under which name the way of such a call is kept; none for tensors that the operation does not take."""
+    if x.dim() == 0 or weight.dim() != 2:
+        return ""
     rows = bucket(x.numel() // max(x.shape[-1], 1))
     sizes = f"{rows}x{weight.shape[1]}x{weight.shape[0]}+{ranks}"
     flags = "".join(name[0] for name, on in {"bias": bias is not None, "keep": keep, "stats": stats}.items() if on)
@@ -72,7 +86,8 @@ def runs_fused(
     """
     if way not in WAYS:
         raise ValueError(f"way {way!r}: expected one of {', '.join(WAYS)}")
-    check_linear(x, weight, bias, activation, alpha, down, up, graft_bias, seats, graft_activation)
+    if way != "library":  # which checks by itself
+        check_linear(x, weight, bias, activation, alpha, down, up, graft_bias, seats, graft_activation)
     if way == "library" or not _possible(x, weight, down, seats):
         return by_library(
             x, weight, bias, activation, alpha, down, up, graft_bias, seats, graft_activation, keep, stats
@@ -88,15 +103,15 @@ def runs_fused(
     layout: BankLayout | None = None
     ranks = 0
     seat_tables: tuple[Tensor, ...]
-    flags = torch.zeros(16 + len(seats) // 6, dtype=torch.uint8, device=x.device)
-    suspect, faults = flags[:1], flags[16:]
+    flags = torch.zeros(FAULTS_AT + len(seats) // 6, dtype=torch.uint8, device=x.device)
+    suspect, faults = flags[:1], flags[FAULTS_AT:]
     nothing = flat_y.new_empty(0)
     if grafted:
         assert alpha is not None and down is not None and up is not None
         ranks = down.shape[0]
         layout = bank_layout(tuple(seats), d_out, ranks)
         down, up = down.contiguous(), up.contiguous()
-        seat_tables = (alpha, *tables(layout, tuple(seats), x.device))
+        seat_tables = (alpha.contiguous(), *tables(layout, tuple(seats), x.device))
         if way == "given":
             # A seed asleep gives a column that is not read.
             nothing = torch.mm(flat_x, down.t())
@@ -169,6 +184,7 @@ def _register() -> None:
     import esper.kernels.fused_linear  # noqa: F401  # Whether it imports is the question.
 
     @implements("fused_linear", "triton")
+    @unaffected_by_autocast
     def fused_linear(
         x: Tensor,
         weight: Tensor,
@@ -183,7 +199,7 @@ def _register() -> None:
         keep: bool,
         stats: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ranks = 0 if down is None else down.shape[0]
+        ranks = 0 if down is None or down.dim() == 0 else down.shape[0]
         key = choice_key(x, weight, bias, activation, ranks, graft_activation, keep, stats)
         way = CHOICES.get(key, x.device) or "library"
         return runs_fused(
