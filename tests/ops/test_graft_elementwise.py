@@ -15,6 +15,7 @@ import torch
 from esper.ops import registry
 from esper.ops.graft import (
     blend_elementwise,
+    elementwise,
     elementwise_reference,
     graft_elementwise,
     graft_elementwise_backward,
@@ -144,6 +145,26 @@ def test_strided_rows():
     case.check()
     case.h = torch.randn(5, 6, device=DEVICE).t()
     case.check()
+
+
+def test_alpha_with_a_stride():
+    case = Case((5, 7), 1, MIXED)
+    want = case.check()
+    apart = torch.full((8,), float("nan"), device=DEVICE)
+    apart[::2] = case.alpha
+    case.alpha = apart[::2]
+    y, faults, grads = case.check()
+    assert torch.equal(y, want[0]) and torch.equal(faults, want[1])
+    assert all(torch.equal(a, b) for a, b in zip(grads, want[2], strict=True))
+
+
+def test_the_layout_is_made_once(monkeypatch):
+    case = Case((5, 7), 1, CHUNKS)
+    case.forward("triton")
+    monkeypatch.setattr(elementwise.BlendLayout, "from_flat", lambda *_: pytest.fail("made again"))
+    y, faults = case.forward("triton")
+    case.backward("triton", faults)
+    assert torch.isfinite(y).all()
 
 
 def test_empty():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,6 +13,15 @@ from esper.ops.graft.variants import ACTIVATION_CODES
 from esper.ops.registry import define
 
 __all__ = ["blank", "check_elementwise", "graft_elementwise", "graft_elementwise_backward", "is_channels_last"]
+
+
+@lru_cache(maxsize=1024)
+def _layout(places: tuple[int, ...], features: int) -> BlendLayout:
+    layout = BlendLayout.from_flat(places, features)
+    for place in layout.places:
+        if not 0 <= place.begin < place.end <= features:
+            raise ValueError(f"a seed changes features {place.begin} to {place.end}, but the layer has {features}")
+    return layout
 
 
 def check_elementwise(
@@ -42,10 +52,8 @@ def check_elementwise(
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, but h is {h.dtype} on {h.device}")
     if alpha.dtype is not torch.float32 or alpha.dim() != 1 or alpha.device != h.device:
         raise ValueError(f"alpha is {alpha.dtype} {tuple(alpha.shape)} on {alpha.device}; it must be float32 beside h")
-    layout = BlendLayout.from_flat(places, features)
+    layout = _layout(tuple(places), features)
     for place in layout.places:
-        if not 0 <= place.begin < place.end <= features:
-            raise ValueError(f"a seed changes features {place.begin} to {place.end}, but the layer has {features}")
         if not 0 <= place.index < alpha.shape[0]:
             raise ValueError(f"a seed has row {place.index} of alpha, which has {alpha.shape[0]}")
     return layout

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esper.ops.graft import reference
 from esper.ops.graft.bank_reference import activate, slope
-from esper.ops.graft.elementwise import blank, check_elementwise
+from esper.ops.graft.elementwise import blank, check_elementwise, is_channels_last
 from esper.ops.graft.layout import BlendLayout
 from esper.ops.graft.reference import accumulation_dtype, unaffected_by_autocast
 from esper.ops.graft.schema import graft_blend
@@ -151,7 +151,7 @@ def _on_cuda(blend: Callable[..., Any]) -> None:
         # Its masks are for whole positions.
         trusted = torch.isfinite(x).all(dim, keepdim=True)
         y, faults = blend(h, parts, [trusted] * len(parts), alpha, places, dim)
-        return blank(h, dim).copy_(y) if y.stride() != blank(h, dim).stride() else y, faults
+        return blank(h, dim).copy_(y) if is_channels_last(h, dim) else y, faults
 
     # Sums and products by features: PyTorch's own kernels.
     implements("graft_elementwise_backward", "cuda")(graft_elementwise_backward)

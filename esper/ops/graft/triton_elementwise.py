@@ -13,6 +13,7 @@ from esper.ops.graft.elementwise import blank, check_elementwise, is_channels_la
 from esper.ops.graft.triton import cdiv, choose, contain, on_device, processors
 from esper.ops.graft.triton_blend import seats_on
 from esper.ops.graft.variants import ACTIVATION_CODES, DTYPE_NAMES, SEATS
+from esper.ops.graft.views import extents
 from esper.ops.registry import implements, unavailable
 
 __all__: list[str] = []
@@ -29,12 +30,9 @@ class _Lanes:
 
     def __init__(self, like: Tensor, dim: int) -> None:
         self.permuted = is_channels_last(like, dim)
-        self.features = like.shape[dim]
-        self.inner = 1
-        if not self.permuted:
-            for size in like.shape[dim + 1 :]:
-                self.inner *= size
-        self.outer = like.numel() // (self.features * self.inner)
+        self.outer, self.features, self.inner = extents(like, dim)
+        if self.permuted:
+            self.outer, self.inner = self.outer * self.inner, 1
 
     def flat(self, t: Tensor) -> Tensor:
         """The matrix; a view where memory allows."""
@@ -92,7 +90,7 @@ def _register() -> None:
             kernels.ELEMENTWISE_OPTIONS,
         )
         parts, stretch, splits = lanes.grid(constants, h.device)
-        scale = scale.contiguous()
+        alpha, scale = alpha.contiguous(), scale.contiguous()
         shift = scale if shift is None else shift.contiguous()
         with on_device(h):
             launch(
@@ -148,6 +146,7 @@ def _register() -> None:
         )
         parts, stretch, splits = lanes.grid(constants, gy.device)
         places_there = seats_on(tuple(places), gy.device)
+        alpha = alpha.contiguous()
         sums = (splits, 2, lanes.features) if want_weights else 1
         partials = torch.empty(sums, dtype=torch.float32, device=gy.device)
         with on_device(gy):
