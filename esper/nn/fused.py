@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from esper.blueprints.interpret import activate
 from esper.execution.health import LayerHealth, layer_health
 from esper.nn.buffers import KeepsTypes
-from esper.ops.linear import linear, tune_linear
+from esper.ops.linear import kept_way, linear, tune_linear
 from esper.ops.stats import ACTIVATIONS, CHUNK_FIELDS, FEATURE_FIELDS, ChunkField, activate_with_stats, stats_merge
 
 __all__ = ["FusedLinearAct"]
@@ -125,26 +125,29 @@ class FusedLinearAct(KeepsTypes):
     def tune(self, rows: int) -> None:
         """Measure on this layer's GPU which way is fastest, in training and in inference; waits for the device.
 
-        What is found is kept on disk. Without it calls take the library's product.
+        What is found is kept on disk, and what was kept before is not measured again. Without it calls take the
+        library's product.
 
         Args:
             rows: Rows of the batches to come; the choice holds up to the next power of two.
 
         Raises:
-            RuntimeError: the layer is on no GPU, or a CUDA graph is being captured.
+            RuntimeError: the layer is on no GPU, or gathers statistics; or a CUDA graph is being captured.
         """
+        if self.statistics:
+            raise RuntimeError("a layer with statistics=True has one way to run; there is nothing to measure")
         for training in (False, True):
-            times = tune_linear(
-                rows,
-                self.in_features,
-                self.out_features,
-                dtype=self.weight.dtype,
-                bias=self.bias is not None,
-                activation=self.activation,
-                training=training,
-                device=self.weight.device,
-            )
-            self._tuned |= min(times, key=times.__getitem__) != "library"
+            sizes = rows, self.in_features, self.out_features
+            about: dict[str, Any] = {
+                "dtype": self.weight.dtype,
+                "bias": self.bias is not None,
+                "activation": self.activation,
+                "training": training,
+                "device": self.weight.device,
+            }
+            if kept_way(*sizes, **about) is None:
+                tune_linear(*sizes, **about)
+            self._tuned |= kept_way(*sizes, **about) != "library"
 
     def _measured(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias, self.activation)[0]

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from esper.nn import FusedLinearAct
+from esper.ops.choices import Choices
+from esper.ops.linear import measure
+from esper.ops.linear import triton as launcher
 from esper.ops.stats import channel_stats
 from tests.nn.cases import DTYPES, bits
 
@@ -155,7 +158,7 @@ def test_statistics_keep_their_type_and_stay_out_of_the_state() -> None:
 
 
 def test_copies_state_and_repr() -> None:
-    fused, composition = pair("gelu")
+    fused, _ = pair("gelu")
     x = torch.randn(4, 7)
     buffer = io.BytesIO()
     torch.save(fused, buffer)
@@ -172,7 +175,7 @@ def test_copies_state_and_repr() -> None:
     linear.reset_parameters()
     assert torch.equal(fused.weight, linear.weight) and torch.equal(fused.bias, linear.bias)
     assert repr(fused) == "FusedLinearAct(in_features=7, out_features=5, bias=True, activation='gelu')"
-    assert "bias=False" in repr(FusedLinearAct(2, 2, False)) and composition is not None
+    assert "bias=False" in repr(FusedLinearAct(2, 2, False))
 
 
 def test_errors() -> None:
@@ -206,15 +209,59 @@ def test_tuning_needs_a_gpu() -> None:
         FusedLinearAct(4, 4).tune(8)
 
 
+def test_statistics_leave_nothing_to_tune() -> None:
+    fused, _ = pair("relu", statistics=True)
+    with pytest.raises(RuntimeError, match="statistics=True has one way"):
+        fused.tune(8)
+
+
+@pytest.fixture
+def chosen(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Choices:
+    """The process's choices in a folder of their own."""
+    own = Choices(tmp_path)
+    monkeypatch.setattr(measure, "CHOICES", own)
+    monkeypatch.setattr(launcher, "CHOICES", own)
+    return own
+
+
+def key_of(fused: FusedLinearAct, rows: int, keep: bool) -> str:
+    x = torch.empty(rows, fused.in_features, dtype=fused.weight.dtype)
+    return launcher.choice_key(x, fused.weight, fused.bias, fused.activation, 0, None, keep, False)
+
+
+def test_tuning_follows_what_is_kept(chosen: Choices, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    fused, _ = pair("gelu")
+
+    def tune_linear(rows: int, d_in: int, d_out: int, *, training: bool, **_: Any) -> dict[str, float]:
+        measured.append(training)
+        chosen.put(key_of(fused, rows, training), "library", fused.weight.device)
+        return {"library": 1.0, "inline": 0.99}
+
+    monkeypatch.setattr("esper.nn.fused.tune_linear", tune_linear)
+    fused.tune(8)
+    assert measured == [False, True] and not fused._tuned  # not worth leaving the library for
+    chosen.put(key_of(fused, 8, True), "inline", fused.weight.device)
+    chosen.forget()  # as another process has it
+    twin = pair("gelu")[0]
+    twin.tune(8)
+    assert measured == [False, True] and twin._tuned
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("activation", MODULES)
-def test_tuned_on_a_gpu(activation: str, grad: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ESPER_CACHE_DIR", str(tmp_path))
+def test_tuned_on_a_gpu(activation: str, grad: bool, chosen: Choices, monkeypatch: pytest.MonkeyPatch) -> None:
     fused, composition = (layer.cuda() for layer in pair(activation, 256, 512, dtype=torch.bfloat16))
+    for keep in (False, True):
+        chosen.put(key_of(fused, 64, keep), "inline", fused.weight.device)
+    ways = []
+    real = launcher.runs_fused
+    monkeypatch.setattr(launcher, "runs_fused", lambda way, *rest: (ways.append(way), real(way, *rest))[1])
     fused.tune(64)
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
     with torch.set_grad_enabled(grad):
         y, expected = fused(x), composition(x)
+    assert ways == ["inline"]
     # Both round a float32 sum of values of order one to bfloat16: the composition twice, before the activation too.
     torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-7)
