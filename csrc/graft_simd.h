@@ -16,7 +16,19 @@ template <typename T, int Bytes>
 struct Vec {
     static constexpr std::int64_t width = Bytes / static_cast<std::int64_t>(sizeof(T));
     typedef T type __attribute__((vector_size(Bytes)));
+    // The same in memory, where it may begin anywhere. Through memcpy GCC 12 moves halves of a register, by way of the stack.
+    typedef T unaligned __attribute__((vector_size(Bytes), aligned(alignof(T)), may_alias));
 };
+
+template <typename T, int Bytes>
+ESPER_HD typename Vec<T, Bytes>::type load(const T* from) {
+    return *reinterpret_cast<const typename Vec<T, Bytes>::unaligned*>(from);
+}
+
+template <typename T, int Bytes>
+ESPER_HD void store(T* to, typename Vec<T, Bytes>::type value) {
+    *reinterpret_cast<typename Vec<T, Bytes>::unaligned*>(to) = value;
+}
 
 // Lanes A, B, C and D of two vectors in a row.
 template <int A, int B, int C, int D, typename V>
@@ -60,16 +72,26 @@ ESPER_HD void tile_nt(const T* a, std::int64_t lda, const T* const* bp, std::int
     typedef typename Vec<T, Bytes>::type V;
     constexpr std::int64_t W = Vec<T, Bytes>::width;
     const std::int64_t kv = k0 + (k1 - k0) / W * W;
-    V sum[TI][4] = {};
+    const T* const b0 = bp[0];
+    const T* const b1 = bp[1];
+    const T* const b2 = bp[2];
+    const T* const b3 = bp[3];
+    V sum[TI][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < TI; ++i) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = V{};
     for (std::int64_t k = k0; k < kv; k += W) {
-        V av[TI];
-        for (int i = 0; i < TI; ++i) std::memcpy(&av[i], a + i * lda + k, sizeof(V));
-        for (int j = 0; j < 4; ++j) {
-            V bv;
-            std::memcpy(&bv, bp[j] + k, sizeof(V));
-            for (int i = 0; i < TI; ++i) sum[i][j] += av[i] * bv;
+        const V v0 = load<T, Bytes>(b0 + k), v1 = load<T, Bytes>(b1 + k);
+        const V v2 = load<T, Bytes>(b2 + k), v3 = load<T, Bytes>(b3 + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < TI; ++i) {
+            const V av = load<T, Bytes>(a + i * lda + k);
+            sum[i][0] += av * v0;
+            sum[i][1] += av * v1;
+            sum[i][2] += av * v2;
+            sum[i][3] += av * v3;
         }
     }
+#pragma GCC unroll 4
     for (int i = 0; i < TI; ++i) {
         T totals[4];
         lane_sums<T, Bytes>(sum[i], totals);
@@ -120,27 +142,29 @@ ESPER_HD void tile_nn(const Nn<T>& p, std::int64_t i0, std::int64_t c, typename 
     constexpr std::int64_t W = Vec<T, Bytes>::width;
     const V zero = {};
     V sum[TI][TC];
+#pragma GCC unroll 4
     for (int i = 0; i < TI; ++i)
-        for (int v = 0; v < TC; ++v) {
-            sum[i][v] = -zero;
-            if (p.start) {
-                std::memcpy(&sum[i][v], p.start + (i0 + i) * p.ldo + c + v * W, sizeof(V));
-                sum[i][v] *= p.factor;
-            }
-        }
+#pragma GCC unroll 4
+        for (int v = 0; v < TC; ++v)
+            sum[i][v] = p.start ? load<T, Bytes>(p.start + (i0 + i) * p.ldo + c + v * W) * p.factor : -zero;
     for (std::int64_t j = 0; j < p.nj; ++j) {
         const T* bp = p.b + (p.rows ? p.rows[j] : j) * p.ldb + c;
         V bv[TC];
-        for (int v = 0; v < TC; ++v) std::memcpy(&bv[v], bp + v * W, sizeof(V));
+#pragma GCC unroll 4
+        for (int v = 0; v < TC; ++v) bv[v] = load<T, Bytes>(bp + v * W);
+#pragma GCC unroll 4
         for (int i = 0; i < TI; ++i) {
             const T w = p.a[(i0 + i) * p.si + j * p.sj];
+#pragma GCC unroll 4
             for (int v = 0; v < TC; ++v) sum[i][v] += w * bv[v];
         }
     }
+#pragma GCC unroll 4
     for (int i = 0; i < TI; ++i)
+#pragma GCC unroll 4
         for (int v = 0; v < TC; ++v) {
             check += sum[i][v] * T(0);
-            std::memcpy(p.out + (i0 + i) * p.ldo + c + v * W, &sum[i][v], sizeof(V));
+            store<T, Bytes>(p.out + (i0 + i) * p.ldo + c + v * W, sum[i][v]);
         }
 }
 
@@ -193,11 +217,7 @@ ESPER_HD bool scan_finite(const T* values, std::int64_t count) {
     V check[4] = {};
     std::int64_t i = 0;
     for (; i + 4 * W <= count; i += 4 * W)
-        for (int v = 0; v < 4; ++v) {
-            V value;
-            std::memcpy(&value, values + i + v * W, sizeof(V));
-            check[v] += value * T(0);
-        }
+        for (int v = 0; v < 4; ++v) check[v] += load<T, Bytes>(values + i + v * W) * T(0);
     T total = 0;
     for (; i < count; ++i) total += values[i] * T(0);
     for (int v = 0; v < 4; ++v)
