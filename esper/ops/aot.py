@@ -14,10 +14,12 @@ import dataclasses
 import importlib
 import io
 import json
+import multiprocessing
 import pkgutil
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -204,31 +206,45 @@ def compile_case(case: Case, arch: int, *, line_info: bool = True) -> Compiled:
     return Compiled(resources, compiled.metadata.name, cubin, compiled.metadata)
 
 
-def check(architectures: Sequence[int] = ARCHITECTURES) -> tuple[list[Resources], list[str]]:
+def check(architectures: Sequence[int] = ARCHITECTURES, jobs: int = 1) -> tuple[list[Resources], list[str]]:
     """Compile everything.
+
+    Args:
+        architectures: For which GPUs.
+        jobs: Processes that share the work.
 
     Returns:
         The table, and the problems in words (empty when all is well).
     """
-    table: list[Resources] = []
     problems: list[str] = []
+    work: list[tuple[str, int, int]] = []
     for module in modules():
         problems += [f"{module.__name__}.{name} is launched, but AOT does not list it" for name in missing(module)]
-        for case in cases(module):
-            for arch in architectures:
-                try:
-                    row = compile_case(case, arch).resources
-                except Exception as error:
-                    # The compiler raises many things; all of them mean that this kernel does not compile.
-                    problems.append(f"{case.name} ({case.variant}) does not compile for sm_{arch}: {error!r}")
-                    continue
-                table.append(row)
-                if row.spill_stores + row.spill_loads and not case.spills:
-                    problems.append(
-                        f"{case.name} ({case.variant}) spills {row.spill_stores} bytes on sm_{arch}; "
-                        f"use fewer registers, or give the reason in AOT_SPILLS of {module.__name__}"
-                    )
-    return table, problems
+        work += [(module.__name__, i, arch) for i in range(len(cases(module))) for arch in architectures]
+    if jobs > 1:
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(_attempt, work))
+    else:
+        found = list(map(_attempt, work))
+    table = [row for row, _ in found if row is not None]
+    return table, problems + [problem for _, problem in found if problem is not None]
+
+
+def _attempt(which: tuple[str, int, int]) -> tuple[Resources | None, str | None]:
+    """Compile one case of a module for one architecture: what it takes, and what is wrong."""
+    name, index, arch = which
+    case = cases(importlib.import_module(name))[index]
+    try:
+        row = compile_case(case, arch).resources
+    except Exception as error:
+        # The compiler raises many things; all of them mean that this kernel does not compile.
+        return None, f"{case.name} ({case.variant}) does not compile for sm_{arch}: {error!r}"
+    if row.spill_stores + row.spill_loads and not case.spills:
+        return row, (
+            f"{case.name} ({case.variant}) spills {row.spill_stores} bytes on sm_{arch}; "
+            f"use fewer registers, or give the reason in AOT_SPILLS of {name}"
+        )
+    return row, None
 
 
 #: What the record keeps of a kernel. The size of the machine code says where its lines came from, too.
@@ -266,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 1 if there are problems."""
     parser = argparse.ArgumentParser(prog="python -m esper.ops.aot", description="Compile the Triton kernels for GPUs.")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, metavar="SM", help="such as 80 90 100")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that share the work")
     parser.add_argument("--json", action="store_true", help="print the table and the problems as JSON")
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep the table in this file")
     parser.add_argument("--against", type=Path, metavar="FILE", help="say what is not as this file has it")
@@ -274,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if triton_interprets():
         parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
-    table, problems = check(args.arch)
+    table, problems = check(args.arch, args.jobs)
     if args.record is not None:
         args.record.write_text(json.dumps(record(table), indent=1) + "\n")
     if args.against is not None:

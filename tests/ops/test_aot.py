@@ -30,7 +30,7 @@ def compiling_environment(**extra: str) -> dict[str, str]:
 @pytest.mark.timeout(2400)  # two hundred compilations, on machines that share their cores
 def test_every_kernel_compiles_for_every_architecture() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "esper.ops.aot", "--json", "--against", str(RECORD)],
+        [sys.executable, "-m", "esper.ops.aot", "--jobs", "2", "--json", "--against", str(RECORD)],
         env=compiling_environment(),
         capture_output=True,
         text=True,
