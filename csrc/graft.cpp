@@ -28,18 +28,21 @@ namespace {
 
 using SeedTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, bool, int>;
 
-// A bank together with where its weights lie. The Python side owns the memory and drops this object when it moves.
+// Where one seed's reserved parameters lie: down [R, d_in], up [d_out, R] and bias [R], 0 for a kernel without one.
+using Reserved = std::tuple<Address, Address, Address>;
+
+// A bank whose weights lie in one buffer, down [rows, d_in] | up [rows, d_out] | bias [rows], given at every call.
 template <typename T>
 class BoundBank {
 public:
-    BoundBank(const std::vector<SeedTuple>& seeds, std::int64_t d_in, std::int64_t d_out, std::int64_t rows, Address down,
-              Address up, Address bias)
-        : bank_(unpack(seeds), d_in, d_out, rows), down_(as<T>(down)), up_(as<T>(up)), bias_(as<T>(bias)) {}
+    BoundBank(const std::vector<SeedTuple>& seeds, std::int64_t d_in, std::int64_t d_out, std::int64_t rows, bool biased)
+        : bank_(unpack(seeds), d_in, d_out, rows), biased_(biased) {}
 
     // The coefficients as bytes, or None when some result is not finite.
-    py::object forward(Address x, Address h, Address y, std::int64_t n, Address alpha) const {
+    py::object forward(Address weights, Address x, Address h, Address y, std::int64_t n, Address alpha) const {
         py::bytes table = coefficients(alpha);
-        if (!bank_.forward(as<const T>(x), as<const T>(h), as<T>(y), down_, up_, bias_, view(table), n)) return py::none();
+        if (!bank_.forward(as<const T>(x), as<const T>(h), as<T>(y), down(weights), up(weights), bias(weights), view(table), n))
+            return py::none();
         return std::move(table);
     }
 
@@ -50,18 +53,82 @@ public:
         return py::reinterpret_steal<py::bytes>(raw);
     }
 
-    void backward(const py::bytes& table, Address x, Address gy, std::int64_t n, Address gx, Address gh, Address gdown,
-                  Address gup, Address gbias) const {
-        bank_.backward(as<const T>(x), as<const T>(gy), down_, up_, bias_, view(table), n, as<T>(gx), as<T>(gh),
-                       as<T>(gdown), as<T>(gup), as<T>(gbias));
+    // gweights is a buffer like weights, or 0.
+    void backward(Address weights, const py::bytes& table, Address x, Address gy, std::int64_t n, Address gx, Address gh,
+                  Address gweights) const {
+        T* none = nullptr;
+        bank_.backward(as<const T>(x), as<const T>(gy), down(weights), up(weights), bias(weights), view(table), n, as<T>(gx),
+                       as<T>(gh), gweights ? down(gweights) : none, gweights ? up(gweights) : none,
+                       gweights ? bias(gweights) : none);
     }
 
-    void activate(const py::bytes& table, Address pre, Address scaled, std::int64_t n) const {
-        bank_.activate(as<const T>(pre), as<T>(scaled), bias_, view(table), n);
+    void activate(Address weights, const py::bytes& table, Address pre, Address scaled, std::int64_t n) const {
+        bank_.activate(as<const T>(pre), as<T>(scaled), bias(weights), view(table), n);
     }
 
-    void activate_backward(const py::bytes& table, Address gz, Address pre, std::int64_t n) const {
-        bank_.activate_backward(as<T>(gz), as<const T>(pre), bias_, view(table), n);
+    void activate_backward(Address weights, const py::bytes& table, Address gz, Address pre, std::int64_t n) const {
+        bank_.activate_backward(as<T>(gz), as<const T>(pre), bias(weights), view(table), n);
+    }
+
+    // Tell where the seeds' reserved parameters lie, each with room for `rank` rows.
+    void reserve(std::int64_t rank, std::vector<Reserved> sources) {
+        check_reserved(sources);
+        for (const BankSeed& seed : bank_.seeds())
+            if (seed.row1 - seed.row0 > rank) throw std::invalid_argument("a kernel has more rows than are reserved for it");
+        reserved_rank_ = rank;
+        sources_ = std::move(sources);
+    }
+
+    // Copy what the kernels occupy of the reserved parameters into the buffer.
+    void gather(Address weights) const {
+        for (std::size_t s = 0; s < sources_.size(); ++s) {
+            const BankSeed& seed = bank_.seeds()[s];
+            const auto& [from_down, from_up, from_bias] = sources_[s];
+            const std::int64_t rank = seed.row1 - seed.row0, d_out = bank_.d_out();
+            const T* source = as<const T>(from_down);
+            std::copy(source, source + rank * bank_.d_in(), down(weights) + seed.row0 * bank_.d_in());
+            source = as<const T>(from_up);
+            for (std::int64_t k = 0; k < rank; ++k) {
+                T* line = up(weights) + (seed.row0 + k) * d_out;
+                std::fill(line, line + seed.col0, T(0));
+                for (std::int64_t j = seed.col0; j < seed.col1; ++j) line[j] = source[j * reserved_rank_ + k];
+                std::fill(line + seed.col1, line + d_out, T(0));
+            }
+            if (!biased_) continue;
+            T* bias_row = bias(weights) + seed.row0;
+            if (from_bias)
+                std::copy(as<const T>(from_bias), as<const T>(from_bias) + rank, bias_row);
+            else
+                std::fill(bias_row, bias_row + rank, T(0));
+        }
+    }
+
+    // The reverse for gradients: fills the targets whole, with 0 where no kernel is. A target may be 0: not wanted.
+    void scatter(Address gweights, const std::vector<Reserved>& targets) const {
+        check_reserved(targets);
+        for (std::size_t s = 0; s < targets.size(); ++s) {
+            const BankSeed& seed = bank_.seeds()[s];
+            const auto& [to_down, to_up, to_bias] = targets[s];
+            const std::int64_t rank = seed.row1 - seed.row0, d_in = bank_.d_in(), d_out = bank_.d_out();
+            if (to_down) {
+                T* target = as<T>(to_down);
+                const T* source = down(gweights) + seed.row0 * d_in;
+                std::fill(std::copy(source, source + rank * d_in, target), target + reserved_rank_ * d_in, T(0));
+            }
+            if (to_up) {
+                T* target = as<T>(to_up);
+                std::fill(target, target + d_out * reserved_rank_, T(0));
+                for (std::int64_t k = 0; k < rank; ++k) {
+                    const T* line = up(gweights) + (seed.row0 + k) * d_out;
+                    for (std::int64_t j = seed.col0; j < seed.col1; ++j) target[j * reserved_rank_ + k] = line[j];
+                }
+            }
+            if (to_bias) {
+                T* target = as<T>(to_bias);
+                const T* source = bias(gweights) + seed.row0;
+                std::fill(std::copy(source, source + rank, target), target + reserved_rank_, T(0));
+            }
+        }
     }
 
     // (runs of neighbouring rows whose seeds count, host factor), for the products that the caller does.
@@ -103,11 +170,23 @@ private:
     }
     static const T* view(const py::bytes& table) { return reinterpret_cast<const T*>(PyBytes_AS_STRING(table.ptr())); }
 
+    T* down(Address weights) const { return as<T>(weights); }
+    T* up(Address weights) const { return down(weights) + bank_.rows() * bank_.d_in(); }
+    T* bias(Address weights) const { return biased_ ? up(weights) + bank_.rows() * bank_.d_out() : nullptr; }
+
+    void check_reserved(const std::vector<Reserved>& seats) const {
+        if (seats.size() != bank_.seeds().size())
+            throw std::invalid_argument("this bank has " + std::to_string(bank_.seeds().size()) + " seeds, not " +
+                                        std::to_string(seats.size()));
+    }
+
     Bank bank_;
-    T *down_, *up_, *bias_;
+    bool biased_;
+    std::int64_t reserved_rank_ = 0;
+    std::vector<Reserved> sources_;
 };
 
-// Whether the parameters of a bank are still the ones that were packed, where they were packed. Asked at every forward, so it is
+// Whether the parameters of a bank are still the ones that it was made for, where they were. Asked at every forward, so it is
 // asked here: a Python loop over eight parameters costs as much as the product of a small layer.
 class Guard {
 public:
@@ -158,13 +237,16 @@ private:
 template <typename T>
 void bind_bank(py::module_& m, const char* name) {
     using B = BoundBank<T>;
-    py::class_<B>(m, name, "The low-rank seeds of one layer at fixed addresses; see esper.execution.grafts.bank.")
-        .def(py::init<const std::vector<SeedTuple>&, std::int64_t, std::int64_t, std::int64_t, Address, Address, Address>())
+    py::class_<B>(m, name, "The low-rank seeds of one layer; see esper.execution.grafts.bank_kernel.")
+        .def(py::init<const std::vector<SeedTuple>&, std::int64_t, std::int64_t, std::int64_t, bool>())
         .def("forward", &B::forward)
         .def("coefficients", &B::coefficients)
         .def("backward", &B::backward)
         .def("activate", &B::activate)
         .def("activate_backward", &B::activate_backward)
+        .def("reserve", &B::reserve)
+        .def("gather", &B::gather)
+        .def("scatter", &B::scatter)
         .def("plan", &B::plan)
         .def_property_readonly("groups", &B::groups)
         .def_property_readonly("spans", &B::spans)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from esper.contracts.errors import ShapeMismatchError
 from esper.execution.grafts import blend, fused
-from esper.execution.grafts.bank import Bank, bank_eligible
+from esper.execution.grafts.bank import Bank
+from esper.execution.grafts.bank_kernel import bank_eligible
 from esper.execution.grafts.device_bank import DeviceBank, capturing, packable
 from esper.execution.grafts.families import contributions, sample_tap
+from esper.execution.grafts.reserved_bank import ReservedBank
 from esper.execution.grafts.seed import BoundSeed, SeedWeights, bind_seed
 from esper.execution.hosts import HostSpec
 from esper.ops.graft import reference
@@ -70,7 +72,7 @@ class GraftSet(nn.Module):
         self._layout: BlendLayout | None = None
         self._plan: fused.Plan | None = None
         self._runs: fused.Runs = ()
-        self._bank: Bank | DeviceBank | None = None
+        self._bank: Bank | ReservedBank | DeviceBank | None = None
         self._bank_tried = False
         # Empty; follows `.half()` and `.to()` with the rest of the model, so that seeds bound later have its dtype.
         dtype = spec.dtype if spec.dtype is not None else torch.get_default_dtype()
@@ -242,7 +244,7 @@ class GraftSet(nn.Module):
         self._plan = fused.plan_of(list(fitting.values()), tensors, self.spec.d_in, self.spec.d_out)
         self._runs = fused.runs_of(list(fitting))
 
-    def _pack(self) -> Bank | DeviceBank | None:
+    def _pack(self) -> Bank | ReservedBank | DeviceBank | None:
         seeds = list(self._seeds.values())
         weights = [self._weights(seed_idx) for seed_idx in self._seeds]
         parameters = [p for w in weights for p in w.parameters()]

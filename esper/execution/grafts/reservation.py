@@ -117,6 +117,11 @@ class ReservedWeights(SeedWeights):
         self._rank = 0
         self._begin, self._end = 0, d_out
 
+    @property
+    def rank(self) -> int:
+        """Rows that are occupied."""
+        return self._rank
+
     def whole(self) -> tuple[Tensor, Tensor, Tensor]:
         """(down, bias, up) in full, whatever occupies them; under ``functional_call`` the caller's."""
         slots = super().tensors()

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from esper.execution.grafts.bank import Bank
+from esper.execution.grafts import fused
+from esper.execution.grafts.bank_kernel import bank_eligible
 from esper.execution.grafts.device_bank import capturing
 from esper.execution.grafts.families import sample_strided
 from esper.execution.grafts.graft_set import GraftSet, SeedState
 from esper.execution.grafts.reservation import Reservation, ReservedWeights
+from esper.execution.grafts.reserved_bank import ReservedBank, readable
 from esper.execution.grafts.reserved_blend import ACTIVATIONS, Plan, reserved_blend
 from esper.execution.grafts.seed import bind_seed
 from esper.execution.hosts import HostSpec
@@ -30,7 +32,8 @@ class ReservedGraftSet(GraftSet):
 
     Waking a seed copies weights in place and writes one line of the *plan*, a small tensor on the device. A compiled or
     captured graph reads the plan and the alphas, so nothing it depends on changes; see
-    :mod:`esper.execution.grafts.reserved_blend`. Eager calls on the CPU know the plan, and run what is awake only.
+    :mod:`esper.execution.grafts.reserved_blend`. Eager calls run what is awake only: on the CPU as one bank
+    (:mod:`esper.execution.grafts.reserved_bank`), on a GPU as one operation where the seeds allow it.
 
     Args:
         spec: The host; its sizes are known.
@@ -116,6 +119,8 @@ class ReservedGraftSet(GraftSet):
         if h.numel() == 0:
             return h
         known = not _compiling() and not capturing(h.device)
+        if known and self._plan is not None and fused.serves(h.device):
+            return super()._traced(x, h, alpha)  # one operation for what is awake now
         kinds = {seed.family.activation for seed in self._seeds.values()} if known else ACTIVATIONS
         geometry = self.spec.geometry
         reads_input = self.reservation.tap == "input"
@@ -142,9 +147,17 @@ class ReservedGraftSet(GraftSet):
         # A graph must not depend on which seeds are awake, so nothing of theirs is looked at here.
         return self._traced(x, h, alpha) if _compiling() or capturing(h.device) else super()._general(x, h, alpha)
 
-    def _pack(self) -> Bank | None:
+    def _pack(self) -> ReservedBank | None:
         # A bank of the elastic kind moves parameters into memory of its own; these stay where they are.
-        return None
+        seeds = list(self._seeds.values())
+        memory = [self._memory(seed_idx) for seed_idx in self._seeds]
+        dtype = self._like.dtype
+        if self.misfits or self.spec.channel_dim != -1 or not readable(memory, dtype):
+            return None
+        if not bank_eligible(seeds, dtype, torch.device("cpu")):
+            return None
+        assert self.spec.d_out is not None
+        return ReservedBank(seeds, [m.rank for m in memory], memory, self.reservation.d_tap, self.spec.d_out, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "before_write": None}

@@ -337,6 +337,6 @@ except ImportError as error:
         unavailable(_name, "triton", f"triton does not import: {error}")
 for _name in _OPS:
     unavailable(
-        _name, "cpu", "the CPU runs a bank through esper.execution.grafts.bank, which calls esper._native itself"
+        _name, "cpu", "the CPU runs a bank through esper.execution.grafts.bank_kernel, which calls esper._native itself"
     )
     unavailable(_name, "cuda", "the products would be left to cuBLAS, which is what the reference does")

@@ -138,9 +138,9 @@ def test_the_layer_recovers():
 
 
 def test_large_results_are_scanned_too(monkeypatch):
-    from esper.execution.grafts import bank
+    from esper.execution.grafts import bank_kernel
 
-    monkeypatch.setattr(bank, "NATIVE_LIMIT", 0)
+    monkeypatch.setattr(bank_kernel, "NATIVE_LIMIT", 0)
     grafts, x, h = _broken("lowrank")
     assert torch.equal(grafts(x, h), h)
     assert grafts.state_layout.fault_flags.tolist() == [0, 1, 0]

@@ -61,9 +61,9 @@ def test_alpha_zero_is_the_host(name, mode, poisoned, traced):
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("switched_off", [0, 1, 2])
 def test_a_seed_that_is_off_is_not_read(switched_off, large, monkeypatch):
-    from esper.execution.grafts import bank
+    from esper.execution.grafts import bank_kernel
 
-    monkeypatch.setattr(bank, "NATIVE_LIMIT", 0 if large else 1 << 23)
+    monkeypatch.setattr(bank_kernel, "NATIVE_LIMIT", 0 if large else 1 << 23)
     torch.manual_seed(0)
     alphas = [0.25, 0.5, 0.75]
     alphas[switched_off] = 0.0

@@ -72,9 +72,9 @@ def test_every_activation_of_the_bank(activation, bias):
 @pytest.mark.parametrize("alphas", [(0.0, 0.0, 0.0), (0.3, 0.7, 0.2), (1.0, 1.0, 1.0), (0.0, 0.5, 0.0)])
 @pytest.mark.parametrize("large", [False, True])
 def test_mixed_modes_and_scopes_in_one_bank(alphas, large, monkeypatch):
-    from esper.execution.grafts import bank
+    from esper.execution.grafts import bank_kernel
 
-    monkeypatch.setattr(bank, "NATIVE_LIMIT", 0 if large else 1 << 23)
+    monkeypatch.setattr(bank_kernel, "NATIVE_LIMIT", 0 if large else 1 << 23)
     torch.manual_seed(0)
     kernels = {
         0: kernel("lowrank", 40, 33, rank=3, mode="replace"),

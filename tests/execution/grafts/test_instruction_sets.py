@@ -52,14 +52,14 @@ def test_products(instruction_set: str, dtype: Any, size: tuple[int, int, int, t
         for shape in ((n, d_in), (n, d_out), (n, d_out), (rows, d_in), (rows, d_out))
     )
     alpha = np.array([0.25, 0.5, 0.75], dtype=np.float32)
-    bank = getattr(module, "GraftBankF32" if dtype is np.float32 else "GraftBankF64")(
-        table, d_in, d_out, rows, down.ctypes.data, up.ctypes.data, 0
-    )
-    y, gx, gdown, gup = (np.full_like(t, np.nan) for t in (h, x, down, up))
-    coefficients = bank.forward(x.ctypes.data, h.ctypes.data, y.ctypes.data, n, alpha.ctypes.data)
+    bank = getattr(module, "GraftBankF32" if dtype is np.float32 else "GraftBankF64")(table, d_in, d_out, rows, False)
+    weights = np.concatenate([down.ravel(), up.ravel()])
+    y, gx, gweights = (np.full_like(t, np.nan) for t in (h, x, weights))
+    gdown, gup = gweights[: down.size].reshape(down.shape), gweights[down.size :].reshape(up.shape)
+    coefficients = bank.forward(weights.ctypes.data, x.ctypes.data, h.ctypes.data, y.ctypes.data, n, alpha.ctypes.data)
     assert coefficients is not None
     bank.backward(
-        coefficients, x.ctypes.data, gy.ctypes.data, n, gx.ctypes.data, 0, gdown.ctypes.data, gup.ctypes.data, 0
+        weights.ctypes.data, coefficients, x.ctypes.data, gy.ctypes.data, n, gx.ctypes.data, 0, gweights.ctypes.data
     )
 
     # In float64, the coefficients and chunks folded into up. The same with absolute values bounds the errors:
@@ -81,16 +81,21 @@ def test_products(instruction_set: str, dtype: Any, size: tuple[int, int, int, t
 
 def test_what_is_not_finite_is_noticed_wherever_it_is(instruction_set: str) -> None:
     n, d = 5, 41
-    down, up = np.ones((1, d), np.float32), np.zeros((1, d), np.float32)
-    bank = module.GraftBankF32([(0, 0, 1, 0, d, False, 0)], d, d, 1, down.ctypes.data, up.ctypes.data, 0)
+    bank = module.GraftBankF32([(0, 0, 1, 0, d, False, 0)], d, d, 1, False)
+    weights = np.concatenate([np.ones(d, np.float32), np.zeros(d, np.float32)])  # down, up
     x, y = np.zeros((n, d), np.float32), np.empty((n, d), np.float32)
     alpha = np.ones(1, np.float32)
     for position in range(n * d):
         for bad in (np.nan, np.inf, -np.inf):
             h = np.zeros((n, d), np.float32)
             h.flat[position] = bad
-            assert bank.forward(x.ctypes.data, h.ctypes.data, y.ctypes.data, n, alpha.ctypes.data) is None
-    assert bank.forward(x.ctypes.data, x.ctypes.data, y.ctypes.data, n, alpha.ctypes.data) is not None
+            assert (
+                bank.forward(weights.ctypes.data, x.ctypes.data, h.ctypes.data, y.ctypes.data, n, alpha.ctypes.data)
+                is None
+            )
+    assert (
+        bank.forward(weights.ctypes.data, x.ctypes.data, x.ctypes.data, y.ctypes.data, n, alpha.ctypes.data) is not None
+    )
 
 
 def test_an_unknown_name_is_refused() -> None:
