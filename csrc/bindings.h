@@ -8,3 +8,4 @@ void bind_driver(pybind11::module_& m);
 void bind_lattice(pybind11::module_& m);
 void bind_stats(pybind11::module_& m);
 void bind_graft(pybind11::module_& m);
+void bind_graft_call(pybind11::module_& m);

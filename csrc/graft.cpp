@@ -145,6 +145,9 @@ public:
         return {runs, static_cast<double>(view(table)[seeds.size()])};
     }
 
+    // For BankCall, which keeps this object.
+    Address address() const { return reinterpret_cast<Address>(&bank_); }
+
     std::size_t groups() const { return bank_.groups().size(); }
 
     std::vector<std::pair<std::int64_t, std::int64_t>> spans() const {
@@ -248,6 +251,7 @@ void bind_bank(py::module_& m, const char* name) {
         .def("gather", &B::gather)
         .def("scatter", &B::scatter)
         .def("plan", &B::plan)
+        .def_property_readonly("address", &B::address)
         .def_property_readonly("groups", &B::groups)
         .def_property_readonly("spans", &B::spans)
         .def_property_readonly("owners", &B::owners);

@@ -20,4 +20,5 @@ PYBIND11_MODULE(_native, m) {
     bind_lattice(m);
     bind_stats(m);
     bind_graft(m);
+    bind_graft_call(m);
 }

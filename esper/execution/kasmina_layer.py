@@ -181,8 +181,7 @@ class KasminaLayer(nn.Module):
 
     def _awake_forward(self, input: Tensor) -> Tensor:
         # A host that works in place would overwrite what its seeds are to read.
-        given = input.clone() if self._in_place else input
-        return self._blend(input, self._binding.base(given))
+        return self._blend(input, self._binding.base(input.clone() if self._in_place else input))
 
     def _awake_attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         h, weights = self._binding.base(query, *args, **kwargs)

@@ -7,6 +7,7 @@ its rows of ``up``.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper.execution.grafts import bank_kernel
 from esper.execution.grafts.bank_kernel import BankKernel
 from esper.execution.grafts.seed import BoundSeed, SeedWeights
 from esper.ops import native
@@ -59,10 +61,9 @@ class _Run(torch.autograd.Function):
     """Attaches the gradient to a y that is computed already."""
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[Tensor, Bank, bytes], x: Tensor, h: Tensor, buffer: Tensor) -> Tensor:
-        y, bank, table = call
+    def forward(ctx: Any, call: tuple[Tensor, Bank, bytes, bytes], x: Tensor, h: Tensor, buffer: Tensor) -> Tensor:
+        y, *ctx.call = call
         ctx.save_for_backward(x)
-        ctx.call = bank, table, bank.versions()
         return y
 
     @staticmethod
@@ -84,6 +85,25 @@ class _Run(torch.autograd.Function):
 
 # What Function.apply does beyond this is for functorch, and costs 1 to 2 us; `usable` has excluded functorch.
 _run: Callable[..., Tensor] = super(torch.autograd.Function, _Run).apply
+
+
+@functools.cache
+def _bank_call() -> Callable[..., Any] | None:
+    """The extension's ``BankCall``, told about torch."""
+    module = native.load()
+    if not hasattr(module, "BankCall"):
+        return None
+    assert module is not None
+    ready = module.bank_call_setup(
+        torch.Tensor,
+        torch._C._are_functorch_transforms_active,
+        torch._C._len_torch_dispatch_stack,
+        torch._C._get_tracing_state,
+        vars(torch.autograd.forward_ad),
+        torch.is_grad_enabled,
+        torch.empty_like,
+    )
+    return module.BankCall if ready else None
 
 
 class Bank(BankKernel):
@@ -116,8 +136,9 @@ class Bank(BankKernel):
                 self._add(module, seed.family.roles["down"], "bias", _Slice((rank,), (1,), self.bias_at + row))
             row += rank
         self._pack()
+        #: The buffer; once :attr:`attached`, as a function of the parameters.
         self.weights = self.buffer
-        self._attached = False
+        self.attached = False
         module_ = native.load()
         assert module_ is not None
         guard = module_.GraftGuard(self._dicts, self._keys, self.parameters)
@@ -149,6 +170,24 @@ class Bank(BankKernel):
         """Whether other tensors stand in the parameters' places, as under ``functional_call``."""
         return not all(map(_is, map(_slot, self._dicts, self._keys), self.parameters))
 
+    def fast_call(self) -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
+        """``call(x, h, alpha)``: what :meth:`usable`, ``whole`` and :meth:`run` do in the plain case, without Python.
+
+        It gives None wherever one of them would say no. None where the extension or torch is too old for it. x is what
+        the host read, whatever the seeds read.
+        """
+        make = _bank_call()
+        if make is None:
+            return None
+        bits = 8 * self.buffer.element_size()
+        call = make(
+            self._native, self._native.address, self, _run, tuple(self._dicts), tuple(self._keys),
+            tuple(self.parameters), self.buffer.data_ptr(), bank_kernel.NATIVE_LIMIT, bits, self.biased,
+            self.reads_input,
+        )  # fmt: skip
+        run: Callable[[Tensor, Tensor, Tensor], Tensor | None] = call.run
+        return run
+
     def run(self, x: Tensor, h: Tensor, alpha: Tensor) -> Tensor | None:
         """y, or None when it is not finite and the fault has to be looked into. x is the tap."""
         done = self.blend(self.buffer, x, h, alpha)
@@ -157,9 +196,9 @@ class Bank(BankKernel):
         y, table = done
         if not torch.is_grad_enabled():
             return y
-        if not self._attached and any(map(_wants_grad, self.parameters)):
+        if not self.attached and any(map(_wants_grad, self.parameters)):
             self._attach()
-        return _run((y, self, table), x, h, self.weights)
+        return _run((y, self, table, self.versions()), x, h, self.weights)
 
     def _attach(self) -> None:
         """Make ``weights`` a function of the parameters.
@@ -174,4 +213,4 @@ class Bank(BankKernel):
             self.weights = _Gather.apply(self.buffer.detach(), self._slices, self.parameters, *self.parameters)
             for parameter, flag in zip(self.parameters, flags, strict=True):
                 parameter.requires_grad_(flag)
-        self._attached = True
+        self.attached = True

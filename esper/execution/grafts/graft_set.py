@@ -74,6 +74,7 @@ class GraftSet(nn.Module):
         self._runs: fused.Runs = ()
         self._bank: Bank | ReservedBank | DeviceBank | None = None
         self._bank_tried = False
+        self._fast: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None = None
         # Empty; follows `.half()` and `.to()` with the rest of the model, so that seeds bound later have its dtype.
         dtype = spec.dtype if spec.dtype is not None else torch.get_default_dtype()
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
@@ -174,7 +175,7 @@ class GraftSet(nn.Module):
             self._settle()  # now rather than at the next forward, which may be traced by a compiler
 
     def _forget_bank(self) -> None:
-        self._bank = None
+        self._bank = self._fast = None
         self._bank_tried = False
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -195,6 +196,10 @@ class GraftSet(nn.Module):
         # Asked in this order, a traced graph does not depend on whether an eager call has packed a bank.
         bank = None if _compiling() else self._bank
         if bank is not None:
+            if self._fast is not None:
+                y = self._fast(x, h, alpha)
+                if y is not None:
+                    return y
             tap = x if bank.reads_input else h
             if bank.usable(tap, h):
                 if bank.whole():
@@ -223,6 +228,7 @@ class GraftSet(nn.Module):
             if not capturing(h.device):
                 with torch.inference_mode(False):  # the buffer outlives this call, which may be in inference mode
                     self._bank = self._pack()
+                    self._fast = self._bank.fast_call() if isinstance(self._bank, Bank) else None
                 if self._bank is not None:
                     return self.forward(x, h, alpha)
         if h.device.type != "cpu" or fused.serves(h.device):
@@ -397,7 +403,7 @@ class GraftSet(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return {**state, "_bank": None, "_bank_tried": False}
+        return {**state, "_bank": None, "_fast": None, "_bank_tried": False}
 
 
 class _Tether(torch.autograd.Function):

@@ -1,0 +1,381 @@
+// The whole call of a bank in C: whether it may run, the forward, and its place in autograd's graph.
+//
+// At a width of 64 the products of four seeds take 3 us, and what Python needs around them took 20: after a layer's own
+// product the interpreter's code and data have left the caches. What a tensor is and where it lies is asked through
+// DLPack's exchange table (DLPack 1.3, __dlpack_c_exchange_api__), a C interface that stays the same across versions of
+// torch. Whatever is not the plain case is answered with None, and Python goes the long way.
+#include <Python.h>
+#include <pybind11/pybind11.h>
+
+#include <new>
+#include <vector>
+
+#include "bindings.h"
+#include "common.h"
+#include "graft_bank.h"
+
+namespace {
+
+using esper::graft::Bank;
+
+// -- DLPack's exchange table, as far as it is used (dlpack.h, version 1.3) --------------------------------------------
+
+struct DlTensor {
+    void* data;
+    std::int32_t device_type, device_id;
+    std::int32_t ndim;
+    std::uint8_t code, bits;
+    std::uint16_t lanes;
+    std::int64_t *shape, *strides;
+    std::uint64_t byte_offset;
+};
+
+struct ExchangeApi {
+    std::uint32_t major, minor;
+    void* previous;
+    void* allocator;
+    void* from_object;
+    void* to_object;
+    int (*borrow)(void* object, DlTensor* out);  // no reference is taken
+    void* stream;
+};
+
+constexpr std::uint32_t kDlpackMajor = 1;
+constexpr std::int32_t kDlpackCpu = 1;
+constexpr std::uint8_t kDlpackFloat = 2;
+
+// What torch has, given once.
+struct Torch {
+    const ExchangeApi* api = nullptr;
+    PyTypeObject* tensor = nullptr;
+    PyObject *functorch, *modes, *jit, *forward_ad, *grad_enabled, *empty_like;
+} torch_;
+
+PyObject *name_level, *name_version, *name_requires_grad, *name_weights, *name_attached;
+
+struct View {
+    void* data;
+    std::int64_t rows, last;
+};
+
+// A plain contiguous tensor of floating numbers of `bits` on the CPU, as rows; false for every other.
+bool view(PyObject* object, int bits, View* out) {
+    if (!Py_IS_TYPE(object, torch_.tensor)) return false;
+    DlTensor t;
+    if (torch_.api->borrow(object, &t) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    if (t.device_type != kDlpackCpu || t.code != kDlpackFloat || t.bits != bits || t.lanes != 1 || t.ndim < 1) return false;
+    std::int64_t expected = 1;
+    for (int i = t.ndim - 1; i >= 0; --i) {
+        if (t.shape[i] != 1 && t.strides != nullptr && t.strides[i] != expected) return false;
+        expected *= t.shape[i];
+    }
+    if (expected == 0) return false;
+    out->data = static_cast<char*>(t.data) + t.byte_offset;
+    out->last = t.shape[t.ndim - 1];
+    out->rows = expected / out->last;
+    return true;
+}
+
+void* address(PyObject* tensor) {
+    DlTensor t;
+    if (torch_.api->borrow(tensor, &t) != 0) {
+        PyErr_Clear();
+        return nullptr;
+    }
+    return static_cast<char*>(t.data) + t.byte_offset;
+}
+
+// 1: nothing transforms or records what happens; 0: something does; -1: an error is set.
+int plain() {
+    struct Question {
+        PyObject* ask;
+        PyObject* no;
+    };
+    for (const Question& q : {Question{torch_.functorch, Py_False}, Question{torch_.jit, Py_None}}) {
+        PyObject* answer = PyObject_CallNoArgs(q.ask);
+        if (answer == nullptr) return -1;
+        const bool no = answer == q.no;
+        Py_DECREF(answer);
+        if (!no) return 0;
+    }
+    PyObject* modes = PyObject_CallNoArgs(torch_.modes);
+    if (modes == nullptr) return -1;
+    const long count = PyLong_AsLong(modes);
+    Py_DECREF(modes);
+    if (count != 0) return PyErr_Occurred() ? -1 : 0;
+    PyObject* level = PyDict_GetItemWithError(torch_.forward_ad, name_level);
+    if (level == nullptr) return PyErr_Occurred() ? -1 : 0;
+    const long depth = PyLong_AsLong(level);
+    if (depth == -1 && PyErr_Occurred()) return -1;
+    return depth < 0;
+}
+
+// -- one bank's call --------------------------------------------------------------------------------------------------
+
+struct Entry {
+    PyObject *dict, *key, *parameter;  // borrowed from the tuples of the call
+    void* address;
+};
+
+struct Call {
+    PyObject_HEAD
+    PyObject* owner;       // what holds the native bank
+    PyObject* bank;        // the Python object that the backward works on
+    PyObject* apply;       // puts a result into autograd's graph
+    PyObject *dicts, *keys, *parameters;
+    std::vector<Entry>* entries;
+    const Bank* native;
+    void* buffer;
+    long long limit;
+    int bits;
+    bool biased, reads_input;
+};
+
+Call* cast(PyObject* self) { return reinterpret_cast<Call*>(self); }
+
+// Whether the parameters are those of the bank, where they were. 1, 0, or -1 with an error set.
+int whole(const Call* call) {
+    for (const Entry& entry : *call->entries) {
+        PyObject* now = PyDict_GetItemWithError(entry.dict, entry.key);
+        if (now == nullptr && PyErr_Occurred()) return -1;
+        if (now != entry.parameter || address(now) != entry.address) return 0;
+    }
+    return 1;
+}
+
+// Whether a result can go into the graph as things are: the parameters are attached to the buffer, or none has a gradient.
+// 1, 0, or -1 with an error set.
+int ready(const Call* call) {
+    PyObject* attached = PyObject_GetAttr(call->bank, name_attached);
+    if (attached == nullptr) return -1;
+    const bool done = attached == Py_True;
+    Py_DECREF(attached);
+    if (done) return 1;
+    for (const Entry& entry : *call->entries) {
+        PyObject* flag = PyObject_GetAttr(entry.parameter, name_requires_grad);
+        if (flag == nullptr) return -1;
+        const bool set = flag == Py_True;
+        Py_DECREF(flag);
+        if (set) return 0;
+    }
+    return 1;
+}
+
+// The parameters' version counters, as GraftGuard has them.
+PyObject* versions(const Call* call) {
+    PyObject* result = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(call->entries->size() * sizeof(long long)));
+    if (result == nullptr) return nullptr;
+    auto* out = reinterpret_cast<long long*>(PyBytes_AS_STRING(result));
+    for (const Entry& entry : *call->entries) {
+        PyObject* value = PyObject_GetAttr(entry.parameter, name_version);
+        if (value == nullptr) {
+            Py_DECREF(result);
+            return nullptr;
+        }
+        *out++ = PyLong_AsLongLong(value);
+        Py_DECREF(value);
+    }
+    return result;
+}
+
+template <typename T>
+bool forward(const Call* call, const View& x, const View& h, void* y, const float* alpha, T* table) {
+    const Bank& bank = *call->native;
+    const T* down = static_cast<const T*>(call->buffer);
+    const T* up = down + bank.rows() * bank.d_in();
+    bank.coefficients(alpha, table);
+    return bank.forward(static_cast<const T*>(x.data), static_cast<const T*>(h.data), static_cast<T*>(y), down, up,
+                        call->biased ? up + bank.rows() * bank.d_out() : nullptr, table, h.rows);
+}
+
+// y's place in the graph: apply((y, bank, table, versions), x, h, bank.weights).
+PyObject* attach(const Call* call, PyObject* y, PyObject* table, PyObject* x, PyObject* h) {
+    PyObject* seen = versions(call);
+    if (seen == nullptr) return nullptr;
+    PyObject* made = PyTuple_Pack(4, y, call->bank, table, seen);
+    Py_DECREF(seen);
+    PyObject* weights = made == nullptr ? nullptr : PyObject_GetAttr(call->bank, name_weights);
+    PyObject* result = nullptr;
+    if (weights != nullptr) {
+        PyObject* arguments[] = {made, x, h, weights};
+        result = PyObject_Vectorcall(call->apply, arguments, 4, nullptr);
+    }
+    Py_XDECREF(weights);
+    Py_XDECREF(made);
+    return result;
+}
+
+// run(x, h, alpha): y, or None where Python must look closer: not the plain case, other parameters, or a fault.
+PyObject* run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    Call* call = cast(self);
+    if (count != 3) {
+        PyErr_SetString(PyExc_TypeError, "run takes x, h and alpha");
+        return nullptr;
+    }
+    if (call->native == nullptr) Py_RETURN_NONE;
+    PyObject *x = call->reads_input ? args[0] : args[1], *h = args[1];
+    const Bank& bank = *call->native;
+    int answer = plain();
+    if (answer < 0) return nullptr;
+    View tap, host, alpha, result;
+    if (answer == 0 || !view(h, call->bits, &host) || host.last != bank.d_out() || !view(x, call->bits, &tap) ||
+        tap.last != bank.d_in() || tap.rows != host.rows || !view(args[2], 32, &alpha) ||
+        host.rows * bank.rows() * (bank.d_in() + bank.d_out()) > call->limit)
+        Py_RETURN_NONE;
+    PyObject* grad = PyObject_CallNoArgs(torch_.grad_enabled);
+    if (grad == nullptr) return nullptr;
+    const bool recording = grad == Py_True;
+    Py_DECREF(grad);
+    answer = whole(call);
+    if (answer == 1 && recording) answer = ready(call);
+    if (answer < 0) return nullptr;
+    if (answer == 0) Py_RETURN_NONE;
+
+    PyObject* y = PyObject_CallOneArg(torch_.empty_like, h);
+    if (y == nullptr) return nullptr;
+    const auto size = static_cast<Py_ssize_t>(bank.table_size()) * call->bits / 8;
+    PyObject* table = PyBytes_FromStringAndSize(nullptr, size);
+    PyObject* found = nullptr;
+    if (table != nullptr) {
+        char* raw = PyBytes_AS_STRING(table);
+        bool finite = false;
+        try {
+            const auto* factors = static_cast<const float*>(alpha.data);
+            if (view(y, call->bits, &result))
+                finite = call->bits == 32 ? forward<float>(call, tap, host, result.data, factors, reinterpret_cast<float*>(raw))
+                                          : forward<double>(call, tap, host, result.data, factors, reinterpret_cast<double*>(raw));
+            found = !finite ? Py_NewRef(Py_None) : recording ? attach(call, y, table, x, h) : Py_NewRef(y);
+        } catch (const std::bad_alloc&) {
+            PyErr_NoMemory();
+        }
+    }
+    Py_XDECREF(table);
+    Py_DECREF(y);
+    return found;
+}
+
+int traverse(PyObject* self, visitproc visit, void* arg) {
+    Call* call = cast(self);
+    Py_VISIT(Py_TYPE(self));
+    for (PyObject* held : {call->owner, call->bank, call->apply, call->dicts, call->keys, call->parameters})
+        Py_VISIT(held);
+    return 0;
+}
+
+int clear(PyObject* self) {
+    Call* call = cast(self);
+    call->native = nullptr;  // what it needs goes now
+    if (call->entries != nullptr) call->entries->clear();
+    Py_CLEAR(call->owner);
+    Py_CLEAR(call->bank);
+    Py_CLEAR(call->apply);
+    Py_CLEAR(call->dicts);
+    Py_CLEAR(call->keys);
+    Py_CLEAR(call->parameters);
+    return 0;
+}
+
+void deallocate(PyObject* self) {
+    PyObject_GC_UnTrack(self);
+    clear(self);
+    delete cast(self)->entries;
+    PyTypeObject* type = Py_TYPE(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+// BankCall(owner, address, bank, apply, dicts, keys, parameters, buffer, limit, bits, biased, reads_input)
+PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
+    PyObject *owner, *bank, *apply, *dicts, *keys, *parameters;
+    unsigned long long native, buffer;
+    long long limit;
+    int bits, biased, reads_input;
+    if (!PyArg_ParseTuple(args, "OKOOO!O!O!KLipp", &owner, &native, &bank, &apply, &PyTuple_Type, &dicts,
+                          &PyTuple_Type, &keys, &PyTuple_Type, &parameters, &buffer, &limit, &bits, &biased, &reads_input))
+        return nullptr;
+    if (torch_.api == nullptr) {
+        PyErr_SetString(PyExc_RuntimeError, "bank_call_setup has not been called, or torch has no exchange table");
+        return nullptr;
+    }
+    PyObject* self = type->tp_alloc(type, 0);
+    if (self == nullptr) return nullptr;
+    Call* call = cast(self);
+    call->owner = Py_NewRef(owner);
+    call->bank = Py_NewRef(bank);
+    call->apply = Py_NewRef(apply);
+    call->dicts = Py_NewRef(dicts);
+    call->keys = Py_NewRef(keys);
+    call->parameters = Py_NewRef(parameters);
+    call->native = esper::as<const Bank>(native);
+    call->buffer = esper::as<void>(buffer);
+    call->limit = limit;
+    call->bits = bits;
+    call->biased = biased != 0;
+    call->reads_input = reads_input != 0;
+    try {
+        call->entries = new std::vector<Entry>;
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(parameters); ++i) {
+            PyObject *dict = PyTuple_GET_ITEM(dicts, i), *parameter = PyTuple_GET_ITEM(parameters, i);
+            call->entries->push_back({dict, PyTuple_GET_ITEM(keys, i), parameter, address(parameter)});
+        }
+    } catch (const std::bad_alloc&) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    return self;
+}
+
+PyMethodDef methods[] = {
+    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run)), METH_FASTCALL,
+     "run(x, h, alpha): y, or None where Python has to look closer."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyType_Slot slots[] = {
+    {Py_tp_doc, const_cast<char*>("The call of a bank without Python in it; see esper.execution.grafts.bank.")},
+    {Py_tp_new, reinterpret_cast<void*>(create)},
+    {Py_tp_traverse, reinterpret_cast<void*>(traverse)},
+    {Py_tp_clear, reinterpret_cast<void*>(clear)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(deallocate)},
+    {Py_tp_methods, methods},
+    {0, nullptr},
+};
+
+PyType_Spec spec = {"esper._native.BankCall", sizeof(Call), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, slots};
+
+// Whether BankCall can be used: torch's tensors have an exchange table of a version that is understood.
+bool setup(const pybind11::type& tensor, const pybind11::object& functorch, const pybind11::object& modes,
+           const pybind11::object& jit, const pybind11::dict& forward_ad, const pybind11::object& grad_enabled,
+           const pybind11::object& empty_like) {
+    const pybind11::object capsule = pybind11::getattr(tensor, "__dlpack_c_exchange_api__", pybind11::none());
+    if (capsule.is_none() || !PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return false;
+    auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (api == nullptr || api->major != kDlpackMajor || api->borrow == nullptr) return false;
+    // Kept for the life of the process, as the module is.
+    torch_.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+    torch_.functorch = functorch.inc_ref().ptr();
+    torch_.modes = modes.inc_ref().ptr();
+    torch_.jit = jit.inc_ref().ptr();
+    torch_.forward_ad = forward_ad.inc_ref().ptr();
+    torch_.grad_enabled = grad_enabled.inc_ref().ptr();
+    torch_.empty_like = empty_like.inc_ref().ptr();
+    torch_.api = api;
+    return true;
+}
+
+}  // namespace
+
+void bind_graft_call(pybind11::module_& m) {
+    name_level = PyUnicode_InternFromString("_current_level");
+    name_version = PyUnicode_InternFromString("_version");
+    name_requires_grad = PyUnicode_InternFromString("requires_grad");
+    name_weights = PyUnicode_InternFromString("weights");
+    name_attached = PyUnicode_InternFromString("attached");
+    PyObject* type = PyType_FromSpec(&spec);
+    if (type == nullptr) throw pybind11::error_already_set();
+    m.attr("BankCall") = pybind11::reinterpret_steal<pybind11::object>(type);
+    m.def("bank_call_setup", &setup, "Tell BankCall about torch; false where it cannot be used.");
+}
