@@ -82,7 +82,7 @@ def test_act_stats(benchmark, activation, backend):
 class _Layer:
     """A probe target without a network around it."""
 
-    layer_name, num_seeds, channel_dim, telemetry_enabled = "layer", SEEDS, -1, True
+    layer_name, num_seeds, channel_dim, features, telemetry_enabled = "layer", SEEDS, -1, None, True
 
     class state_layout:  # noqa: N801
         @staticmethod

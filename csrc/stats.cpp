@@ -66,13 +66,10 @@ ESPER_INLINE double find_shift(const T* p, const int64_t* offsets, int rows) {
 // N rows, one register of features at offset j of the strip.
 template <typename T, int N, bool FULL>
 ESPER_INLINE void step_columns(Strip& s, int j, int lanes, int64_t step, const T* const* p, vd* sums, vl* oks) {
-    vd shift, s1, s2, absmax;
-    vl finite;
-    std::memcpy(&shift, s.shift + j, sizeof shift);
-    std::memcpy(&s1, s.s1 + j, sizeof s1);
-    std::memcpy(&s2, s.s2 + j, sizeof s2);
-    std::memcpy(&absmax, s.absmax + j, sizeof absmax);
-    std::memcpy(&finite, s.finite + j, sizeof finite);
+    const vd shift = load(s.shift + j);
+    vd s1 = load(s.s1 + j), s2 = load(s.s2 + j), absmax = load(s.absmax + j);
+    vl finite = load(s.finite + j);
+#pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
         vd x;
         if constexpr (FULL) x = widen(p[n] + j);
@@ -87,10 +84,10 @@ ESPER_INLINE void step_columns(Strip& s, int j, int lanes, int64_t step, const T
         sums[n] += d;
         oks[n] &= ok;
     }
-    std::memcpy(s.s1 + j, &s1, sizeof s1);
-    std::memcpy(s.s2 + j, &s2, sizeof s2);
-    std::memcpy(s.absmax + j, &absmax, sizeof absmax);
-    std::memcpy(s.finite + j, &finite, sizeof finite);
+    store(s.s1 + j, s1);
+    store(s.s2 + j, s2);
+    store(s.absmax + j, absmax);
+    store(s.finite + j, finite);
 }
 
 template <typename T, int N, bool UNIT>
@@ -98,6 +95,7 @@ ESPER_INLINE void step_rows(Strip& s, Rows& rows, int r, int width, int64_t step
     const T* p[N];
     vd sums[N];
     vl oks[N];
+#pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
         p[n] = base + rows.out[r + n];
         sums[n] = splat(0.0);
@@ -213,11 +211,7 @@ ESPER_INLINE double run_of_positions(const T* p, Rows& rows, int count, double* 
         const vd x = lanes == kLanes ? widen(p + r) : gather(p + r, 1, lanes);
         const vd magnitude = vabs(x);
         vl ok = is_finite(magnitude);
-        vl row_ok;
-        vd sum;
-        std::memcpy(&row_ok, rows.ok + r, sizeof row_ok);
-        std::memcpy(&sum, rows.sum + r, sizeof sum);
-        row_ok &= ok;
+        const vl row_ok = load(rows.ok + r) & ok;
         if (lanes < kLanes)
             for (int i = 0; i < kLanes; ++i) ok[i] = i < lanes ? ok[i] : 0;
         const vd d = (vd)((vl)(x - shift) & ok), kept = (vd)((vl)magnitude & ok);
@@ -225,9 +219,8 @@ ESPER_INLINE double run_of_positions(const T* p, Rows& rows, int count, double* 
         s2 += d * d;
         absmax = kept > absmax ? kept : absmax;
         finite -= ok;
-        sum += d;
-        std::memcpy(rows.ok + r, &row_ok, sizeof row_ok);
-        std::memcpy(rows.sum + r, &sum, sizeof sum);
+        store(rows.ok + r, row_ok);
+        store(rows.sum + r, load(rows.sum + r) + d);
     }
     double peak = 0.0, seen = 0.0;
     for (int i = 0; i < kLanes; ++i) {

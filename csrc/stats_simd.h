@@ -28,6 +28,12 @@ typedef int32_t vi __attribute__((vector_size(16)));
 typedef uint32_t vu __attribute__((vector_size(16)));
 typedef uint16_t vh __attribute__((vector_size(8)));
 
+// The same in memory, where they may begin anywhere. Through memcpy GCC 12 moves halves of a register, by way of the stack.
+typedef vd vd_at __attribute__((aligned(8), may_alias));
+typedef vl vl_at __attribute__((aligned(8), may_alias));
+typedef vf vf_at __attribute__((aligned(4), may_alias));
+typedef vh vh_at __attribute__((aligned(2), may_alias));
+
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 
@@ -38,25 +44,20 @@ ESPER_INLINE vl is_finite(vd magnitude) { return (vl)(magnitude <= std::numeric_
 // Pairwise, so that the order is the same on every machine.
 ESPER_INLINE double sum_lanes(vd x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
-ESPER_INLINE vd widen(const float* p) {
-    vf x;
-    std::memcpy(&x, p, sizeof x);
-    return __builtin_convertvector(x, vd);
-}
-ESPER_INLINE vd widen(const double* p) {
-    vd x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-}
+ESPER_INLINE vd load(const double* p) { return *reinterpret_cast<const vd_at*>(p); }
+ESPER_INLINE vl load(const int64_t* p) { return *reinterpret_cast<const vl_at*>(p); }
+ESPER_INLINE void store(double* p, vd x) { *reinterpret_cast<vd_at*>(p) = x; }
+ESPER_INLINE void store(int64_t* p, vl x) { *reinterpret_cast<vl_at*>(p) = x; }
+
+ESPER_INLINE vd widen(const float* p) { return __builtin_convertvector(*reinterpret_cast<const vf_at*>(p), vd); }
+ESPER_INLINE vd widen(const double* p) { return load(p); }
 ESPER_INLINE vd widen(const bf16* p) {
-    vh x;
-    std::memcpy(&x, p, sizeof x);
+    const vh x = *reinterpret_cast<const vh_at*>(p);
     const vu bits = __builtin_convertvector(x, vu) << 16;
     return __builtin_convertvector((vf)bits, vd);
 }
 ESPER_INLINE vd widen(const f16* p) {
-    vh x;
-    std::memcpy(&x, p, sizeof x);
+    const vh x = *reinterpret_cast<const vh_at*>(p);
     const vu bits = __builtin_convertvector(x, vu);
     // Shifted into float32's fields the exponent is 112 short; the product is exact, subnormals included.
     const vu magnitude = (bits & 0x7fffu) << 13;
@@ -66,17 +67,13 @@ ESPER_INLINE vd widen(const f16* p) {
     return __builtin_convertvector((vf)(value | ((bits & 0x8000u) << 16)), vd);
 }
 
-ESPER_INLINE void narrow(vd x, double* p) { std::memcpy(p, &x, sizeof x); }
-ESPER_INLINE void narrow(vd x, float* p) {
-    const vf y = __builtin_convertvector(x, vf);
-    std::memcpy(p, &y, sizeof y);
-}
+ESPER_INLINE void narrow(vd x, double* p) { store(p, x); }
+ESPER_INLINE void narrow(vd x, float* p) { *reinterpret_cast<vf_at*>(p) = __builtin_convertvector(x, vf); }
 ESPER_INLINE void narrow(vd x, bf16* p) {
     const vu bits = (vu)__builtin_convertvector(x, vf);
     const vu nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
     const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-    const vh y = __builtin_convertvector((nan & ((bits >> 16) | 0x40u)) | (~nan & rounded), vh);
-    std::memcpy(p, &y, sizeof y);
+    *reinterpret_cast<vh_at*>(p) = __builtin_convertvector((nan & ((bits >> 16) | 0x40u)) | (~nan & rounded), vh);
 }
 ESPER_INLINE uint16_t to_half(float x) {
     uint32_t bits;
