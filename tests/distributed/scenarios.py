@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import esper
 from esper.artifacts.file_registry import FileRegistry
 from esper.contracts.registry import ArtifactSummary
+from esper.execution.telemetry.options import TelemetryOptions
 from tests.distributed.ranks import digest
 
 WIDTH = 8
@@ -70,11 +71,17 @@ class Run:
         *,
         telemetry: bool = False,
         compiled: str | None = None,
+        publishing: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         self.rank = rank
         self.model = esper.wrap(
-            network(), reserve_rank=4, registry=registry, telemetry_enabled=telemetry, preserve_original=False
+            network(),
+            reserve_rank=4,
+            registry=registry,
+            telemetry_enabled=telemetry,
+            preserve_original=False,
+            **(publishing or {}),
         )
         self.trained: Any = self.model
         if kind == "ddp":
@@ -285,6 +292,22 @@ def watched(rank: int) -> dict[str, Any]:
     }
     run.close()
     return found
+
+
+def publishes(rank: int, url: str, spool: str) -> dict[str, Any]:
+    """Both ranks publish one run; a seed wakes in it."""
+    options = TelemetryOptions(run_id="together", every_steps=1, spool_dir=f"{spool}/{rank}")
+    run = Run(rank, telemetry=True, publishing={"bus": url, "telemetry": options})
+    artifact = kernel(0)
+    dist.barrier()
+    run.watch()
+    future = run.model.request_kernel("0", 1, artifact, alpha=0.5)
+    for _ in range(20):
+        run.watch()
+        time.sleep(0.02)
+    state = run.model.layer("0").state_layout.state_of(1)
+    run.close()
+    return {"stats": run.model.telemetry_stats(), "state": int(state), "done": future.result(timeout=0)}
 
 
 def merged_health(rank: int) -> dict[str, Any]:

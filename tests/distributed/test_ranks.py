@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from esper.contracts.messages import OonaMessage, TopicNames
+from esper.contracts.telemetry import EventKind, HealthWindow, RunEvent, read_payload
 from tests.distributed import scenarios
 from tests.distributed.ranks import Ranks
+from tests.servers import redis_server
 
 
 def same(results: list[dict[str, Any]], *keys: str) -> None:
@@ -128,6 +132,36 @@ def test_health_over_all_ranks(ranks: Ranks) -> None:
     assert results[0]["nothing"]["probes"] == 0
     assert results[0]["one"]["probes"] == 1
     assert results[0]["one"]["samples"] == [8, 8, 8, 8]
+
+
+def test_ranks_publish_one_run(ranks: Ranks, tmp_path: Path) -> None:
+    with redis_server(tmp_path / "redis", appendfsync="no") as server:
+        results = ranks.run(scenarios.publishes, server.url, str(tmp_path / "spool"))
+        with server.client() as client:
+            found = [
+                OonaMessage.from_json(fields["message"])
+                for topic in (TopicNames.TELEMETRY_SEED_HEALTH, TopicNames.INNOVATION_FIELD_REPORTS)
+                for _, fields in client.xrange(topic.value)
+            ]
+    for result in results:
+        stats = result["stats"]
+        assert result["done"] is True
+        assert stats["produced"] == stats["delivered"] > 0
+    assert len({message.sender_id for message in found}) == 2
+    assert {message.trace_id for message in found} == {"together"}
+    payloads = [read_payload(message) for message in found]
+    windows = [payload for payload in payloads if isinstance(payload, HealthWindow)]
+    for layer in ("0", "2"):
+        ends = []
+        for rank in (0, 1):
+            mine = [window for window in windows if (window.layer_name, window.rank) == (layer, rank)]
+            assert [window.sequence for window in mine] == list(range(len(mine)))
+            assert {window.world_size for window in mine} == {2}
+            ends.append(mine[-1].arrays()["lifecycle_state"].tolist())
+        assert ends[0] == ends[1]
+        assert ends[0][1] == (results[0]["state"] if layer == "0" else 0)
+    woke = [event.rank for event in payloads if isinstance(event, RunEvent) and event.kind is EventKind.SEED_WOKEN]
+    assert sorted(woke) == [0, 1]
 
 
 def test_what_several_ranks_may_not_do(ranks: Ranks) -> None:
