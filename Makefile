@@ -5,6 +5,7 @@
 #   make lint     ruff, mypy, import-linter
 #   make native   rebuild the C++/CUDA extension, only what changed
 #   make bench, make bench-check    measure; compare with the stored ratios
+#   make bench-report               put the stored ratios into docs/performance.md, tables and plots
 #   make clean    remove what was built (the environment too: make distclean)
 
 SHELL  := /bin/bash
@@ -21,7 +22,7 @@ JOBS   ?= 2
 # Developers want to see a CUDA compile error; a plain `pip install .` would go on without.
 export ESPER_CUDA ?= $(shell command -v nvcc >/dev/null && echo 1 || echo auto)
 
-.PHONY: grow test lint format native bench bench-check clean distclean env
+.PHONY: grow test lint format native bench bench-check bench-report clean distclean env
 
 grow: native
 	$(VENV)/bin/esper grow $(ARGS)
@@ -44,6 +45,9 @@ bench: native
 
 bench-check: native
 	$(VENV)/bin/esper bench --check $(ARGS)
+
+bench-report: $(VENV)/.deps
+	$(PY) -m bench.report
 
 native: $(VENV)/.deps
 	$(PY) setup.py -q build_ext --inplace

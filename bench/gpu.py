@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import esper
-from bench.models import mlp, same_weights
+from bench.models import composed, mlp, same_weights
 from bench.paired import Ratio, compare
 from bench.results import machine
 from bench.test_dormant_overhead import stepped
@@ -215,23 +215,6 @@ def stats(setting: Setting) -> Iterator[Row]:
             yield Row("stats", name, share, "x", 0.9 if setting.gpu else None, higher=True)
 
 
-class Composed(nn.Module):
-    """The straightforward way to write it: one after the other, alpha as a number on the device."""
-
-    def __init__(self, host: nn.Module, d_in: int, d_out: int, seeds: int, rank: int) -> None:
-        super().__init__()
-        self.host = host
-        self.down = nn.ModuleList(nn.Linear(d_in, rank, bias=False) for _ in range(seeds))
-        self.up = nn.ModuleList(nn.Linear(rank, d_out, bias=False) for _ in range(seeds))
-        self.register_buffer("alpha", torch.full((seeds,), 0.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.host(x)
-        for i, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
-            y = y + self.alpha[i].to(y.dtype) * up(down(x))
-        return y
-
-
 @dataclass(frozen=True)
 class Layer:
     """A Linear of ``width`` features with seeds, on a batch."""
@@ -256,8 +239,7 @@ class Layer:
         peft = adapted(bare, seeds=self.seeds, rank=self.rank)
         if peft is not None:
             found["peft"] = peft.to(setting.device, self.dtype)  # its adapters are float32 otherwise
-        composed = Composed(same_weights(bare), self.width, self.width, self.seeds, self.rank)
-        found["composed"] = composed.to(setting.device, self.dtype)
+        found["composed"] = composed(bare, self.seeds, self.rank).to(setting.device, self.dtype)
         if not setting.short:
             torch._dynamo.reset()
             found["composed, compiled"] = torch.compile(found["composed"], fullgraph=True)

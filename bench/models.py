@@ -65,3 +65,29 @@ def same_weights(network: nn.Module) -> nn.Module:
     """A second network over the same parameters: two copies differ by some 0.3 % through their addresses alone."""
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     return copy.deepcopy(network, memo=shared)  # type: ignore[arg-type]
+
+
+class Composed(nn.Module):
+    """A Linear and its low-rank additions as one would write them, the alphas plain numbers."""
+
+    def __init__(self, linear: nn.Linear, seeds: int, rank: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down = nn.ModuleList(nn.Linear(linear.in_features, rank, bias=False) for _ in range(seeds))
+        self.up = nn.ModuleList(nn.Linear(rank, linear.out_features, bias=False) for _ in range(seeds))
+        self.alpha = [0.5] * seeds
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        for alpha, down, up in zip(self.alpha, self.down, self.up, strict=True):
+            y = y + alpha * up(down(x))
+        return y
+
+
+def composed(network: nn.Module, seeds: int, rank: int) -> nn.Module:
+    """The network over the same parameters with such additions on each of its Linears."""
+    grown = same_weights(network)
+    for name, module in list(grown.named_children()):
+        if isinstance(module, nn.Linear):
+            setattr(grown, name, Composed(module, seeds, rank))
+    return grown

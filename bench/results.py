@@ -96,6 +96,12 @@ def check(latest: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def kept(latest: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What is stored after ``latest``: all of one machine. Rows of another machine go."""
+    before = stored["ratios"] if stored.get("machine") == latest["machine"] else {}
+    return {"machine": latest["machine"], "ratios": {**before, **latest["ratios"]}}
+
+
 def table(results: Mapping[str, Any]) -> str:
     """The ratios as a table in Markdown: a row for each measurement, a column for each candidate."""
     names = list(dict.fromkeys(name for rows in results["ratios"].values() for name in rows))
@@ -126,10 +132,10 @@ def main(argv: list[str] | None = None) -> int:
     if action == "table":
         print(table(latest))
         return 0
-    if action == "keep":
-        stored_path().write_text(json.dumps(latest, indent=1, sort_keys=True) + "\n")
-        return 0
     stored = json.loads(stored_path().read_text()) if stored_path().exists() else {"ratios": {}}
+    if action == "keep":
+        stored_path().write_text(json.dumps(kept(latest, stored), indent=1, sort_keys=True) + "\n")
+        return 0
     problems = check(latest, stored)
     print("\n".join(problems) if problems else f"{len(latest['ratios'])} measurements, none worse beyond noise")
     return 1 if problems else 0

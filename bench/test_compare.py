@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.models import mlp, same_weights
+from bench.models import composed, mlp
 from bench.paired import Ratio, compare
 from bench.results import record
 from bench.test_grafts import RANK, adapted, grown
@@ -32,32 +32,6 @@ SEEDS = (1, 4, 16)
 #: Multiply-adds of a bare forward with six layers above which one layer is measured.
 SHORT = 1 << 31
 MEMORY_SIZES = ((256, 8192), (1024, 512), (4096, 512))
-
-
-class Composed(nn.Module):
-    """A layer and its low-rank additions as one would write them."""
-
-    def __init__(self, linear: nn.Linear, seeds: int, rank: int) -> None:
-        super().__init__()
-        self.linear = linear
-        self.down = nn.ParameterList([torch.randn(rank, linear.in_features) for _ in range(seeds)])
-        self.up = nn.ParameterList([torch.zeros(linear.out_features, rank) for _ in range(seeds)])
-        self.alpha = [0.5] * seeds
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        for alpha, down, up in zip(self.alpha, self.down, self.up, strict=True):
-            y = y + alpha * (x @ down.t() @ up.t())
-        return y
-
-
-def composed(bare: nn.Module, seeds: int) -> nn.Module:
-    """The network with the additions on every Linear."""
-    network = same_weights(bare)
-    for name, module in list(network.named_children()):
-        if isinstance(module, nn.Linear):
-            setattr(network, name, Composed(module, seeds, RANK))
-    return network
 
 
 def network(width: int, batch: int) -> nn.Module:
@@ -74,8 +48,8 @@ def candidates(width: int, batch: int, seeds: int, registry: Path) -> dict[str, 
     found: dict[str, Any] = {
         "bare": bare,
         "esper": grown(bare, width, registry, seeds=seeds),
-        "composition": composed(bare, seeds),
-        "compiled": torch.compile(composed(bare, seeds), fullgraph=True),
+        "composition": composed(bare, seeds, RANK),
+        "compiled": torch.compile(composed(bare, seeds, RANK), fullgraph=True),
     }
     peft = adapted(bare, seeds=seeds)
     return found if peft is None else {**found, "peft": peft}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.results import check, judge, table
+from bench.results import check, judge, kept, table
 
 
 def row(ratio: float, spread: float = 0.001, **more: float) -> dict[str, float]:
@@ -44,3 +44,11 @@ def test_a_missed_limit_is_a_problem_whatever_was_stored() -> None:
 def test_table() -> None:
     text = table(results(again=row(1.0), wrapped=row(1.25)))
     assert "| key | 1.000 [0.999, 1.001] | 1.250 [1.249, 1.251] |" in text
+
+
+def test_keeping_adds_to_what_one_machine_has_and_drops_another_s() -> None:
+    latest = {"machine": {"processor": "a"}, "ratios": {"new": {}, "both": {"x": row(2.0)}}}
+    stored = {"machine": {"processor": "a"}, "ratios": {"old": {}, "both": {"x": row(1.0)}}}
+    assert kept(latest, stored)["ratios"] == {"old": {}, "new": {}, "both": {"x": row(2.0)}}
+    assert kept(latest, {**stored, "machine": {"processor": "b"}}) == latest
+    assert kept(latest, {"ratios": {}}) == latest
