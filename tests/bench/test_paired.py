@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.paired import Ratio, compare, compare_in_processes, mean_interval, median_interval
+from bench.paired import Ratio, compare, compare_in_processes, mean_interval, median_interval, student
 
 
 class World:
@@ -167,3 +167,8 @@ def test_processes_are_pooled_and_are_processes() -> None:
     assert wrapped.seconds != 2e-3 * os.getpid()
     # Measured in one process alone: that process's own interval.
     assert pooled["first"] == Ratio(2.0, 1.9, 2.1, 5, 7, 1e-3, 1e-3)
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.706), (15, 2.131), (16, 2.120), (23, 2.069), (120, 1.980)])
+def test_quantiles_of_student(freedom: int, quantile: float) -> None:
+    assert student(freedom) == pytest.approx(quantile, abs=6e-4)  # printed tables have three decimals
