@@ -225,9 +225,23 @@ std::vector<std::int32_t> Bank::live_rows(const T* table) const {
     return rows;
 }
 
+// So much of x is worked on at a time: it stays in the second-level cache while all of down passes over it.
+constexpr std::int64_t kBlockBytes = 128 << 10;
+constexpr std::int64_t kLeastRows = 12;  // some of every tile, whatever the width
+
 template <typename T>
 bool Bank::forward(const T* x, const T* h, T* y, const T* down, const T* up, const T* bias, const T* table,
                    std::int64_t n) const {
+    const std::int64_t block = std::max(kLeastRows, kBlockBytes / (static_cast<std::int64_t>(sizeof(T)) * std::max<std::int64_t>(d_in_, 1)));
+    bool finite = true;
+    for (std::int64_t i = 0; i < n; i += block)
+        finite &= forward_rows(x + i * d_in_, h + i * d_out_, y + i * d_out_, down, up, bias, table, std::min(block, n - i));
+    return finite;
+}
+
+template <typename T>
+bool Bank::forward_rows(const T* x, const T* h, T* y, const T* down, const T* up, const T* bias, const T* table,
+                        std::int64_t n) const {
     if (groups_.size() == 1 && linear_ && !bias) {
         // The usual case, kept free of index lists: at small sizes they cost as much as the products.
         bool all = true;

@@ -67,6 +67,10 @@ public:
 
 private:
     template <typename T>
+    bool forward_rows(const T* x, const T* h, T* y, const T* down, const T* up, const T* bias, const T* table,
+                      std::int64_t n) const;
+
+    template <typename T>
     std::vector<std::int32_t> live_rows(const T* table) const;
 
     std::vector<BankSeed> seeds_;

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper.execution.grafts import ReservedGraftSet, bank_kernel, fused
+from esper.execution.grafts import ReservedGraftSet, fused
 from esper.execution.grafts.reserved_bank import ReservedBank
 from esper.ops.graft import graft_bank
-from tests.execution.grafts.helpers import gradients, graft_set, kernel
+from tests.execution.grafts.helpers import gradients, graft_set, kernel, leave_to_the_blas
 from tests.reserved.test_reserved_grafts import (
     CHUNK,
     D_IN,
@@ -38,7 +38,8 @@ def banked(grafts: ReservedGraftSet, x: Tensor, h: Tensor) -> Tensor:
 @pytest.mark.parametrize("large", [False, True], ids=["native", "blas"])
 @pytest.mark.parametrize("name", SETS)
 def test_rows_run_as_a_bank(name: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bank_kernel, "NATIVE_LIMIT", 0 if large else 1 << 23)
+    if large:
+        leave_to_the_blas(monkeypatch)
     alphas, kernels = SETS[name]
     host = linear()
     x, h = rows(host, 5, D_IN)

@@ -29,6 +29,9 @@ _DTYPES = {torch.float32: "GraftBankF32", torch.float64: "GraftBankF64"}
 #: Above this many multiply-adds a product is left to the BLAS, which knows more about caches and uses every thread.
 #: At batch 64, width 1024 and rank 32 (2^23 in all) the native kernel still wins by what a call costs.
 NATIVE_LIMIT = 1 << 23
+#: The same for a forward where PyTorch has one thread: there the native kernel wins at every size, because it crosses h
+#: and y once.
+NATIVE_LIMIT_ALONE = 1 << 62
 
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -123,7 +126,7 @@ class BankKernel:
             y and the coefficients for :meth:`backward`; None where y is not finite and the fault has to be looked into.
         """
         n = h.numel() // self.d_out
-        if n * self._products <= NATIVE_LIMIT:
+        if n * self._products <= (NATIVE_LIMIT_ALONE if torch.get_num_threads() == 1 else NATIVE_LIMIT):
             y = torch.empty_like(h)
             table = self._forward(weights.data_ptr(), x.data_ptr(), h.data_ptr(), y.data_ptr(), n, alpha.data_ptr())
             return None if table is None else (y, table)

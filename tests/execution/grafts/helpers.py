@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from esper.blueprints import Blueprint, families, get, init, interpret
-from esper.execution.grafts import GraftSet
+from esper.execution.grafts import GraftSet, bank_kernel
 from esper.execution.hosts import describe_host
 
 
@@ -63,6 +64,12 @@ def graft_set(host: nn.Module, alphas: Sequence[float], kernels: Mapping[int, Ke
     for seed_idx, k in kernels.items():
         grafts.bind(seed_idx, k, dtype=next(iter(k.tensors.values())).dtype)
     return grafts
+
+
+def leave_to_the_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let banks take the way of large products, whatever the size."""
+    for limit in ("NATIVE_LIMIT", "NATIVE_LIMIT_ALONE"):
+        monkeypatch.setattr(bank_kernel, limit, 0)
 
 
 def parameters(grafts: GraftSet) -> list[nn.Parameter]:

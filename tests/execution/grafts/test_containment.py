@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from .helpers import graft_set, kernel, parameters
+from .helpers import graft_set, kernel, leave_to_the_blas, parameters
 
 FAMILIES = ("lowrank", "bottleneck", "gated", "dense", "elementwise")
 
@@ -138,9 +138,7 @@ def test_the_layer_recovers():
 
 
 def test_large_results_are_scanned_too(monkeypatch):
-    from esper.execution.grafts import bank_kernel
-
-    monkeypatch.setattr(bank_kernel, "NATIVE_LIMIT", 0)
+    leave_to_the_blas(monkeypatch)
     grafts, x, h = _broken("lowrank")
     assert torch.equal(grafts(x, h), h)
     assert grafts.state_layout.fault_flags.tolist() == [0, 1, 0]

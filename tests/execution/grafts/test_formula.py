@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from .helpers import formula, gradients, graft_set, kernel, parameters
+from .helpers import formula, gradients, graft_set, kernel, leave_to_the_blas, parameters
 
 ROWS = ("lowrank", "bottleneck", "normed_bottleneck", "gated", "normed_gated", "dense", "dense_gelu")
 SQUARE = ("elementwise", "activated_elementwise", "residual_block")  # as many features out as in: no chunk scope
@@ -72,9 +72,8 @@ def test_every_activation_of_the_bank(activation, bias):
 @pytest.mark.parametrize("alphas", [(0.0, 0.0, 0.0), (0.3, 0.7, 0.2), (1.0, 1.0, 1.0), (0.0, 0.5, 0.0)])
 @pytest.mark.parametrize("large", [False, True])
 def test_mixed_modes_and_scopes_in_one_bank(alphas, large, monkeypatch):
-    from esper.execution.grafts import bank_kernel
-
-    monkeypatch.setattr(bank_kernel, "NATIVE_LIMIT", 0 if large else 1 << 23)
+    if large:
+        leave_to_the_blas(monkeypatch)
     torch.manual_seed(0)
     kernels = {
         0: kernel("lowrank", 40, 33, rank=3, mode="replace"),

@@ -16,7 +16,8 @@ if module is None or not hasattr(module, "graft_instruction_sets"):
 
 COMPILED = ("baseline", "avx2", "avx512")
 SEEDS = 3
-#: rows, d_in, d_out, ranks: nothing fits a tile, everything fits, less than one register, one row, no row.
+#: rows, d_in, d_out, ranks: nothing fits a tile, everything fits, less than one register, one row, no row, several blocks
+#: of rows.
 SIZES = [
     (7, 37, 53, (5, 3, 6)),
     (24, 64, 96, (8, 8, 8)),
@@ -24,6 +25,7 @@ SIZES = [
     (1, 129, 31, (4, 9, 2)),
     (5, 16, 3, (16, 1, 16)),
     (0, 8, 8, (2, 2, 2)),
+    (1001, 70, 9, (3, 1, 4)),
 ]
 
 
