@@ -16,8 +16,8 @@ if module is None or not hasattr(module, "graft_instruction_sets"):
 
 COMPILED = ("baseline", "avx2", "avx512")
 SEEDS = 3
-#: rows, d_in, d_out, ranks: nothing fits a tile, everything fits, less than one register, one row, no row, more than one
-#: block of rows.
+#: rows, d_in, d_out, ranks: nothing fits a tile, everything fits, less than one register, one row, no row, several
+#: blocks of rows.
 SIZES = [
     (7, 37, 53, (5, 3, 6)),
     (24, 64, 96, (8, 8, 8)),
