@@ -19,7 +19,6 @@ from bench.results import judge, stored_path
 __all__ = ["fill", "main", "tables"]
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
-PLOTS = DOCUMENT.parent / "plots"
 
 Row = Mapping[str, float]
 Ratios = Mapping[str, Mapping[str, Row]]
@@ -34,7 +33,8 @@ SIMPLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "lattice": ("lattice_step/", ("step",)),
     "floors": ("floors/", ("over the bytes", "over the operations")),
     "launch": ("launch/", ()),
-    "training": ("training", ()),
+    "training with loads": ("training with a load ", ()),
+    "outage": ("training while redis is dead/", ()),
 }
 #: What stands beside Esper in the comparison over sizes.
 BESIDE = ("esper", "peft", "composition", "compiled")

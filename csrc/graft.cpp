@@ -31,6 +31,9 @@ using SeedTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int6
 // Where one seed's reserved parameters lie: down [R, d_in], up [d_out, R] and bias [R], 0 for a kernel without one.
 using Reserved = std::tuple<Address, Address, Address>;
 
+// Multiply-adds, some half a millisecond of them.
+constexpr std::int64_t kReleaseAbove = 1 << 23;
+
 // A bank whose weights lie in one buffer, down [rows, d_in] | up [rows, d_out] | bias [rows], given at every call.
 template <typename T>
 class BoundBank {
@@ -41,8 +44,11 @@ public:
     // The coefficients as bytes, or None when some result is not finite.
     py::object forward(Address weights, Address x, Address h, Address y, std::int64_t n, Address alpha) const {
         py::bytes table = coefficients(alpha);
-        if (!bank_.forward(as<const T>(x), as<const T>(h), as<T>(y), down(weights), up(weights), bias(weights), view(table), n))
-            return py::none();
+        bool finite = false;
+        without_python(n, [&, line = view(table)] {
+            finite = bank_.forward(as<const T>(x), as<const T>(h), as<T>(y), down(weights), up(weights), bias(weights), line, n);
+        });
+        if (!finite) return py::none();
         return std::move(table);
     }
 
@@ -57,9 +63,11 @@ public:
     void backward(Address weights, const py::bytes& table, Address x, Address gy, std::int64_t n, Address gx, Address gh,
                   Address gweights) const {
         T* none = nullptr;
-        bank_.backward(as<const T>(x), as<const T>(gy), down(weights), up(weights), bias(weights), view(table), n, as<T>(gx),
-                       as<T>(gh), gweights ? down(gweights) : none, gweights ? up(gweights) : none,
-                       gweights ? bias(gweights) : none);
+        without_python(n, [&, line = view(table)] {
+            bank_.backward(as<const T>(x), as<const T>(gy), down(weights), up(weights), bias(weights), line, n, as<T>(gx),
+                           as<T>(gh), gweights ? down(gweights) : none, gweights ? up(gweights) : none,
+                           gweights ? bias(gweights) : none);
+        });
     }
 
     void activate(Address weights, const py::bytes& table, Address pre, Address scaled, std::int64_t n) const {
@@ -176,6 +184,17 @@ private:
     T* down(Address weights) const { return as<T>(weights); }
     T* up(Address weights) const { return down(weights) + bank_.rows() * bank_.d_in(); }
     T* bias(Address weights) const { return biased_ ? up(weights) + bank_.rows() * bank_.d_out() : nullptr; }
+
+    // Work that outlasts a thread switch lets other threads have the interpreter: those that load and publish.
+    template <typename F>
+    void without_python(std::int64_t n, const F& work) const {
+        if (n * bank_.rows() * (bank_.d_in() + bank_.d_out()) > kReleaseAbove) {
+            const py::gil_scoped_release release;
+            work();
+        } else {
+            work();
+        }
+    }
 
     void check_reserved(const std::vector<Reserved>& seats) const {
         if (seats.size() != bank_.seeds().size())

@@ -8,7 +8,6 @@ its rows of ``up``.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +22,8 @@ from esper.ops import native
 
 __all__ = ["Bank"]
 
-# C-level accessors: a Python loop over the parameters would cost as much as the product of a small layer.
+# A C-level accessor: a Python loop over the parameters would cost as much as the product of a small layer.
 _wants_grad: Callable[[Any], bool] = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-_slot = dict.__getitem__
-_is = operator.is_
 
 
 @dataclass(frozen=True)
@@ -122,38 +119,24 @@ class Bank(BankKernel):
     ) -> None:
         downs = [w.get_parameter(s.family.tensor("down")) for w, s in zip(weights, seeds, strict=True)]
         super().__init__(seeds, [down.shape[0] for down in downs], d_in, d_out, dtype)
-        self._dicts: list[dict[str, Tensor | None]] = []
-        self._keys: list[str] = []
-        self.parameters: list[Tensor] = []
         self._slices: list[_Slice] = []
         row = 0
         for seed, module, rank in zip(seeds, weights, self.ranks, strict=True):
             place = seed.place
-            self._add(module, seed.family.roles["down"], "weight", _Slice((rank, d_in), (d_in, 1), row * d_in))
+            self._place(module, seed.family.roles["down"], "weight", _Slice((rank, d_in), (d_in, 1), row * d_in))
             up = _Slice((place.end - place.begin, rank), (1, d_out), self.up_at + row * d_out + place.begin)
-            self._add(module, seed.family.roles["up"], "weight", up)
+            self._place(module, seed.family.roles["up"], "weight", up)
             if "down" in seed.family.biases:
-                self._add(module, seed.family.roles["down"], "bias", _Slice((rank,), (1,), self.bias_at + row))
+                self._place(module, seed.family.roles["down"], "bias", _Slice((rank,), (1,), self.bias_at + row))
             row += rank
         self._pack()
         #: The buffer; once :attr:`attached`, as a function of the parameters.
         self.weights = self.buffer
         self.attached = False
-        module_ = native.load()
-        assert module_ is not None
-        guard = module_.GraftGuard(self._dicts, self._keys, self.parameters)
-        #: Whether every parameter is still the one that was packed, and still lies in the buffer.
-        self.whole: Callable[[], bool] = guard.whole
-        #: Changes when a parameter is written to.
-        self.versions: Callable[[], bytes] = guard.versions
+        self._watch()
 
-    def _add(self, module: SeedWeights, node: str, kind: str, place: _Slice) -> None:
-        slots = module._modules[node]._parameters  # type: ignore[union-attr]
-        parameter = slots[kind]
-        assert parameter is not None
-        self._dicts.append(slots)  # type: ignore[arg-type]
-        self._keys.append(kind)
-        self.parameters.append(parameter)
+    def _place(self, module: SeedWeights, node: str, kind: str, place: _Slice) -> None:
+        self._add(module, node, kind)
         self._slices.append(place)
 
     def _pack(self) -> None:
@@ -165,10 +148,6 @@ class Bank(BankKernel):
                 view = place.of(self.buffer)
                 view.copy_(parameter)
                 parameter.data = view
-
-    def swapped(self) -> bool:
-        """Whether other tensors stand in the parameters' places, as under ``functional_call``."""
-        return not all(map(_is, map(_slot, self._dicts, self._keys), self.parameters))
 
     def fast_call(self) -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
         """``call(x, h, alpha)``: what :meth:`usable`, ``whole`` and :meth:`run` do in the plain case, without Python.

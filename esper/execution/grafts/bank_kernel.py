@@ -19,6 +19,7 @@ from torch import Tensor
 
 from esper.blueprints import interpret
 from esper.execution.grafts.seed import BoundSeed
+from esper.execution.grafts.watched import Watched
 from esper.ops import native
 
 __all__ = ["BankKernel", "bank_eligible"]
@@ -48,14 +49,14 @@ def bank_eligible(seeds: Sequence[BoundSeed], dtype: torch.dtype, device: torch.
         bool(seeds)
         and device.type == "cpu"
         and dtype in _DTYPES
-        and hasattr(native.load(), "GraftGuard")  # neither missing nor older than this package
+        and Watched.available()
         and all(s.family.name in ("lowrank", "bottleneck") and s.family.norm is None for s in seeds)
         and len({s.reads_input for s in seeds}) == 1
         and all(s.strided == (1, 1) for s in seeds)
     )
 
 
-class BankKernel:
+class BankKernel(Watched):
     """Forward and backward of one layer's seeds.
 
     Args:
@@ -69,6 +70,7 @@ class BankKernel:
     def __init__(
         self, seeds: Sequence[BoundSeed], ranks: Sequence[int], d_in: int, d_out: int, dtype: torch.dtype
     ) -> None:
+        super().__init__()
         self.seeds, self.ranks = tuple(seeds), tuple(ranks)
         self.d_in, self.d_out, self.dtype = d_in, d_out, dtype
         self.reads_input = seeds[0].reads_input
@@ -80,7 +82,15 @@ class BankKernel:
         self.size = self.bias_at + (self.rows if self.biased else 0)
         ends = itertools.accumulate(ranks)
         table = [
-            (s.place.index, end - rank, end, s.place.begin, s.place.end, s.place.replace, self._kind(s))
+            (
+                s.place.index,
+                end - rank,
+                end,
+                s.place.begin,
+                s.place.end,
+                s.place.replace,
+                _ACTIVATIONS[s.family.activation],
+            )
             for s, rank, end in zip(seeds, ranks, ends, strict=True)
         ]
         self._plain = not self.biased and all(entry[6] == 0 for entry in table)
@@ -91,10 +101,6 @@ class BankKernel:
         self._products = self.rows * (d_in + d_out)
         self._one_group: bool = self._native.groups == 1
         self._forward = self._native.forward
-
-    @staticmethod
-    def _kind(seed: BoundSeed) -> int:
-        return _ACTIVATIONS[seed.family.activation]
 
     def usable(self, x: Tensor, h: Tensor) -> bool:
         """Whether the fast way may be taken for these tensors now."""

@@ -14,7 +14,6 @@ they were packed (a C++ loop).
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from esper.execution.grafts import fused
 from esper.execution.grafts.fused import BankPlan, Runs
 from esper.execution.grafts.seed import SeedWeights
-from esper.ops import native
+from esper.execution.grafts.watched import Watched
 from esper.ops.graft.autograd import blend_bank
 
 __all__ = ["DeviceBank", "capturing"]
@@ -33,8 +32,6 @@ __all__ = ["DeviceBank", "capturing"]
 #: Elements: regions begin where every load of a kernel is aligned, whatever the dtype.
 _ALIGNMENT = 64
 
-_slot = dict.__getitem__
-_is = operator.is_
 _wants_grad: Callable[[Any], bool] = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -91,7 +88,7 @@ def _alias(t: Tensor) -> Tensor:
     )
 
 
-class DeviceBank:
+class DeviceBank(Watched):
     """Packed seeds of one layer.
 
     Args:
@@ -105,12 +102,10 @@ class DeviceBank:
     def __init__(
         self, plan: BankPlan, weights: Sequence[SeedWeights], flags: Callable[[], Tensor], runs: Runs, dim: int
     ) -> None:
+        super().__init__()
         self.plan, self._flags, self._runs, self._dim = plan, flags, runs, dim
         self.reads_input = plan.seeds[0].reads_input
         self._activation = plan.seeds[0].family.activation
-        self._dicts: list[dict[str, Tensor | None]] = []
-        self._keys: list[str] = []
-        self.parameters: list[Tensor] = []
         self._slices: list[_Slice] = []
         rows, inner, up_at = sum(plan.ranks), len(plan.roles), len(plan.roles)
         shapes: list[tuple[int, ...]] = [*[(rows, plan.d_in)] * inner, (rows, plan.d_out)]
@@ -119,36 +114,20 @@ class DeviceBank:
         for seed, module, rank in zip(plan.seeds, weights, plan.ranks, strict=True):
             here = row, row + rank
             for i, role in enumerate(plan.roles):
-                self._add(module, seed.family.roles[role], "weight", _Slice(i, here, None))
+                self._place(module, seed.family.roles[role], "weight", _Slice(i, here, None))
                 if role in seed.family.biases:
-                    self._add(module, seed.family.roles[role], "bias", _Slice(up_at + 1 + i, here, None))
+                    self._place(module, seed.family.roles[role], "bias", _Slice(up_at + 1 + i, here, None))
             own = seed.place.begin, seed.place.end
-            self._add(module, seed.family.roles["up"], "weight", _Slice(up_at, here, own, transposed=True))
+            self._place(module, seed.family.roles["up"], "weight", _Slice(up_at, here, own, transposed=True))
             row += rank
         self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device
         self._pack(shapes)
         self._weights: tuple[Tensor, ...] = self.regions
         self._attached = False
-        module_ = native.load()
-        assert module_ is not None
-        guard = module_.GraftGuard(self._dicts, self._keys, self.parameters)
-        #: Whether every parameter is still the one that was packed, and still lies in the buffer.
-        self.whole: Callable[[], bool] = guard.whole
-        #: Changes when a parameter is written to.
-        self.versions: Callable[[], bytes] = guard.versions
+        self._watch()
 
-    @staticmethod
-    def available() -> bool:
-        """Whether there is what watches the parameters; without, the weights are joined at every call."""
-        return hasattr(native.load(), "GraftGuard")
-
-    def _add(self, module: SeedWeights, node: str, kind: str, place: _Slice) -> None:
-        slots = module._modules[node]._parameters  # type: ignore[union-attr]
-        parameter = slots[kind]
-        assert parameter is not None
-        self._dicts.append(slots)  # type: ignore[arg-type]
-        self._keys.append(kind)
-        self.parameters.append(parameter)
+    def _place(self, module: SeedWeights, node: str, kind: str, place: _Slice) -> None:
+        self._add(module, node, kind)
         self._slices.append(place)
 
     def _pack(self, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -168,10 +147,6 @@ class DeviceBank:
                 view = place.of(self.regions[place.region])
                 view.copy_(parameter)
                 parameter.data = view
-
-    def swapped(self) -> bool:
-        """Whether other tensors stand in the parameters' places, as under ``functional_call``."""
-        return not all(map(_is, map(_slot, self._dicts, self._keys), self.parameters))
 
     def usable(self, x: Tensor, h: Tensor) -> bool:
         """Whether the fast way may be taken for these tensors now."""

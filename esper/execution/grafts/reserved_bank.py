@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from esper.execution.grafts.bank_kernel import BankKernel
 from esper.execution.grafts.reservation import ReservedWeights
 from esper.execution.grafts.seed import BoundSeed
-from esper.ops import native
 
 __all__ = ["ReservedBank"]
 
@@ -83,9 +82,6 @@ class ReservedBank(BankKernel):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(seeds, ranks, d_in, d_out, dtype)
-        self._dicts: list[dict[str, Tensor | None]] = []
-        self._keys: list[str] = []
-        self.parameters: list[Tensor] = []
         #: Per seed, whether its kernel has a bias: if not, the bias in its memory has no part in anything.
         self._biases = ["down" in seed.family.biases for seed in seeds]
         sources: list[tuple[int, int, int]] = []
@@ -94,19 +90,9 @@ class ReservedBank(BankKernel):
             sources.append((down.data_ptr(), up.data_ptr(), bias.data_ptr() if has_bias else 0))
             self._reserved = down.shape[0]
             for node, kind in (("down", "weight"), ("up", "weight"), *([("down", "bias")] if has_bias else [])):
-                slots: Any = module._modules[node]._parameters  # type: ignore[union-attr]
-                self._dicts.append(slots)
-                self._keys.append(kind)
-                self.parameters.append(slots[kind])
+                self._add(module, node, kind)
         self._native.reserve(self._reserved, sources)
-        module_ = native.load()
-        assert module_ is not None
-        #: Whether every parameter is still the one that was there, where it was.
-        self.whole: Callable[[], bool] = module_.GraftGuard(self._dicts, self._keys, self.parameters).whole
-
-    def swapped(self) -> bool:
-        """Whether other tensors stand in the parameters' places, as under ``functional_call``."""
-        return any(slots[key] is not p for slots, key, p in zip(self._dicts, self._keys, self.parameters, strict=True))
+        self._watch()
 
     def run(self, x: Tensor, h: Tensor, alpha: Tensor) -> Tensor | None:
         """y, or None when it is not finite and the fault has to be looked into. x is the tap."""
