@@ -1,11 +1,13 @@
 """What travels between the parts: one envelope for every topic, typed, versioned, checked on the way in and out.
 
-A message is JSON. Whoever reads one reads it from a bus that others write to, so everything is bounded before it is
-parsed and anything unexpected is refused with the field's name.
+A message is JSON. Arrays may go with it as they are, in an attachment: as text inside the JSON they would take ten
+times as long to write and to read. Whoever reads a message reads it from a bus that others write to, so everything is
+bounded before it is parsed and anything unexpected is refused with the field's name.
 """
 
 from __future__ import annotations
 
+import binascii
 import math
 import time
 import uuid
@@ -20,9 +22,12 @@ from esper.contracts.errors import ArtifactError, EsperError
 __all__ = ["MAX_MESSAGE_BYTES", "MESSAGE_VERSION", "MessageError", "OonaMessage", "TopicNames"]
 
 MESSAGE_VERSION: Final = 1
-#: Longest message, as UTF-8; the longest blueprint takes a quarter of it.
+#: Longest message, in either form; the longest blueprint takes a quarter of it.
 MAX_MESSAGE_BYTES: Final = 1 << 20
 _MAX_NAME: Final = 256
+_ATTACHMENT: Final = "attachment"
+#: Between envelope and attachment on the wire: no JSON text holds this byte.
+_END: Final = b"\0"
 
 
 class TopicNames(StrEnum):
@@ -54,6 +59,7 @@ class OonaMessage:
         timestamp: Seconds since 1970 by the sender's clock. For people: clocks differ and jump, so nothing is decided
             by it.
         version: Of the envelope.
+        attachment: Bytes that belong to the payload, which says what they are: arrays.
 
     Raises:
         MessageError: a value that is not as described; the message names the field.
@@ -66,6 +72,7 @@ class OonaMessage:
     event_id: str = field(default_factory=lambda: str(uuid.uuid4()), kw_only=True)
     timestamp: float = field(default_factory=time.time, kw_only=True)
     version: int = field(default=MESSAGE_VERSION, kw_only=True)
+    attachment: bytes = field(default=b"", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         if type(self.version) is not int or self.version != MESSAGE_VERSION:
@@ -87,22 +94,19 @@ class OonaMessage:
         if not isinstance(self.payload, Mapping):
             raise MessageError(f"payload is a {type(self.payload).__name__}; need a mapping")
         object.__setattr__(self, "payload", _copied(self.payload, "payload", 1))
+        if type(self.attachment) is not bytes:
+            raise MessageError(f"attachment is a {type(self.attachment).__name__}; need bytes")
 
     def reply(self, sender_id: str, topic: TopicNames, payload: Mapping[str, Any]) -> OonaMessage:
         """A message that follows from this one: same trace."""
         return OonaMessage(sender_id, self.trace_id, topic, payload)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
-        return {
-            "version": self.version,
-            "event_id": self.event_id,
-            "sender_id": self.sender_id,
-            "timestamp": self.timestamp,
-            "trace_id": self.trace_id,
-            "topic": self.topic.value,
-            "payload": dict(self.payload),
-        }
+        """Plain values that JSON can hold; an attachment is there in base64, if there is one."""
+        found = self._envelope()
+        if self.attachment:
+            found[_ATTACHMENT] = binascii.b2a_base64(self.attachment, newline=False).decode("ascii")
+        return found
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -119,22 +123,22 @@ class OonaMessage:
             raise MessageError(
                 f"message version {version!r:.40} is unknown; this Esper reads version {MESSAGE_VERSION}"
             )
-        names = {each.name for each in fields(cls)}
-        if missing := sorted(names - data.keys()):
+        if missing := sorted(_FIELDS - data.keys()):
             raise MessageError(f"the message lacks {', '.join(missing)}")
-        if unknown := sorted(f"{key!s:.40}" for key in data.keys() - names):
+        if unknown := sorted(f"{key!s:.40}" for key in data.keys() - _FIELDS - {_ATTACHMENT}):
             raise MessageError(f"the message has unknown fields: {', '.join(unknown[:8])}")
+        if _ATTACHMENT in data:
+            data = {**data, _ATTACHMENT: _from_base64(data[_ATTACHMENT])}
         return cls(**data)
 
     def to_json(self) -> str:
-        """The message as text: ASCII, sorted keys.
+        """The message as text, for files: ASCII, sorted keys.
 
         Raises:
             MessageError: it is longer than :data:`MAX_MESSAGE_BYTES`.
         """
-        text = strict_json.canonical_with_long_text(self.to_dict())
-        if len(text) > MAX_MESSAGE_BYTES:
-            raise MessageError(f"the message has {len(text)} bytes, more than the limit of {MAX_MESSAGE_BYTES}")
+        text = strict_json.canonical(self.to_dict())
+        _check_length(len(text))
         return text
 
     @classmethod
@@ -155,6 +159,61 @@ class OonaMessage:
         message = cls.from_dict({**data, "payload": {}})
         object.__setattr__(message, "payload", payload)
         return message
+
+    def to_bytes(self) -> bytes:
+        """The message on the wire: the text without the attachment and, where there is one, a zero byte and its bytes.
+
+        Raises:
+            MessageError: it is longer than :data:`MAX_MESSAGE_BYTES`.
+        """
+        text = strict_json.canonical(self._envelope()).encode("ascii")
+        whole = b"".join((text, _END, self.attachment)) if self.attachment else text
+        _check_length(len(whole))
+        return whole
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """The inverse of :meth:`to_bytes`, whatever ``data`` holds.
+
+        Raises:
+            MessageError: it is no message.
+        """
+        _check_length(len(data))
+        text, _, attachment = data.partition(_END)
+        message = cls.from_json(text)
+        if attachment:
+            if message.attachment:
+                raise MessageError("the message has two attachments, in its text and behind it")
+            object.__setattr__(message, _ATTACHMENT, attachment)
+        return message
+
+    def _envelope(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "event_id": self.event_id,
+            "sender_id": self.sender_id,
+            "timestamp": self.timestamp,
+            "trace_id": self.trace_id,
+            "topic": self.topic.value,
+            "payload": dict(self.payload),
+        }
+
+
+_FIELDS: Final = frozenset(each.name for each in fields(OonaMessage)) - {_ATTACHMENT}
+
+
+def _check_length(length: int) -> None:
+    if length > MAX_MESSAGE_BYTES:
+        raise MessageError(f"the message has {length} bytes, more than the limit of {MAX_MESSAGE_BYTES}")
+
+
+def _from_base64(encoded: object) -> bytes:
+    if not isinstance(encoded, str):
+        raise MessageError(f"attachment is {encoded!r:.60}; need base64")
+    try:
+        return binascii.a2b_base64(encoded, strict_mode=True)
+    except (binascii.Error, ValueError) as error:
+        raise MessageError(f"attachment is not base64: {error}") from None
 
 
 def _check_name(name: str, value: object) -> None:

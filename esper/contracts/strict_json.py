@@ -13,74 +13,16 @@ from typing import Any
 
 from esper.contracts.errors import ArtifactError
 
-__all__ = ["canonical", "canonical_with_long_text", "loads"]
+__all__ = ["canonical", "loads"]
 
 MAX_DEPTH = 24
 #: Commas, colons and opening brackets: at about 100 bytes a value, no more than 2 MB once parsed.
 MAX_TOKENS = 20_000
 
-#: Strings of this length are worth the trouble, and so many values are looked at for them.
-_LONG = 2_048
-_MAX_LOOK = 256
-#: Characters that stand for themselves in a JSON string.
-_PLAIN = bytes(code for code in range(0x20, 0x7F) if chr(code) not in '"\\')
-_MARK = "\0long\0"
-_HOLE = json.dumps(_MARK)
-
 
 def canonical(value: Any) -> str:
     """``value`` as JSON in one form only: sorted keys, no spaces, ASCII, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def canonical_with_long_text(value: Any) -> str:
-    """What :func:`canonical` gives, in a fifth of the time where ``value`` holds long strings such as base64.
-
-    The standard library looks at every character for what needs an escape, with the interpreter locked: 2 ms for half a
-    megabyte, which another thread notices.
-    """
-    held: list[str] = []
-    if not _has_long_text(value):
-        return canonical(value)
-    shell = _without_long_text(value, held, [_MAX_LOOK])
-    pieces = canonical(shell).split(_HOLE)
-    if len(pieces) != len(held) + 1:
-        # Some string says what a hole says.
-        return canonical(value)
-    filled = [piece for pair in zip(pieces, (f'"{text}"' for text in held), strict=False) for piece in pair]
-    return "".join([*filled, pieces[-1]])
-
-
-def _has_long_text(value: Any) -> bool:
-    level = [value]
-    looked = 0
-    while level and looked < _MAX_LOOK:
-        item = level.pop()
-        if type(item) is str:
-            if len(item) >= _LONG:
-                return True
-        elif type(item) is dict:
-            level.extend(item.values())
-        elif type(item) is list:
-            level.extend(item)
-        looked += 1
-    return False
-
-
-def _without_long_text(value: Any, held: list[str], look: list[int]) -> Any:
-    """``value`` with a mark in place of each long string that needs no escape; these, in the order of the text."""
-    look[0] -= 1
-    if look[0] < 0:
-        return value
-    if isinstance(value, str):
-        if len(value) >= _LONG and value.isascii() and not value.encode().translate(None, _PLAIN):
-            held.append(value)
-            return _MARK
-    elif isinstance(value, dict):
-        return {key: _without_long_text(value[key], held, look) for key in sorted(value)}
-    elif isinstance(value, list):
-        return [_without_long_text(item, held, look) for item in value]
-    return value
 
 
 def loads(data: bytes | str, *, what: str, max_bytes: int) -> Any:

@@ -7,10 +7,7 @@ epoch or a run is its subject, else on ``innovation.field_reports``, where the o
 
 from __future__ import annotations
 
-import binascii
 import math
-import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,9 +16,9 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.contracts import payload, strict_json
+from esper.contracts import payload
 from esper.contracts.commands import CommandOutcome, KasminaCommand
-from esper.contracts.messages import MESSAGE_VERSION, MessageError, OonaMessage, TopicNames
+from esper.contracts.messages import MessageError, OonaMessage, TopicNames
 from esper.contracts.operational import SETTLED_STATES, HealthSignal
 
 __all__ = [
@@ -31,31 +28,36 @@ __all__ = [
     "HealthWindow",
     "RunEvent",
     "TelemetryPayload",
-    "encode_window",
+    "packed_columns",
     "printable",
     "read_payload",
+    "window_payload",
 ]
 
 Array = NDArray[Any]
 
 _WINDOW_TYPE: Final = "health_window"
-_WINDOW_VERSION: Final = 1
+_WINDOW_VERSION: Final = 2
 _EVENT_TYPE: Final = "run_event"
 _EVENT_VERSION: Final = 1
 
-#: Column of a window -> its type, little-endian.
+#: Column of a window -> its type, little-endian, in the order in which they are packed: the widest first, so that each
+#: begins where its type may begin, whatever their length.
 COLUMNS: Final[Mapping[str, np.dtype[Any]]] = {
-    "lifecycle_state": np.dtype("u1"),
     "alpha": np.dtype("<f4"),
     "activation_mean": np.dtype("<f4"),
     "activation_variance": np.dtype("<f4"),
     "dead_neuron_ratio": np.dtype("<f4"),
     "avg_correlation": np.dtype("<f4"),
-    "nonfinite_count": np.dtype("<i4"),
     "health_score": np.dtype("<f4"),
+    "nonfinite_count": np.dtype("<i4"),
     "error_count": np.dtype("<i4"),
     "exec_latency_us": np.dtype("<i4"),
+    "lifecycle_state": np.dtype("u1"),
 }
+_SEED_BYTES: Final = sum(dtype.itemsize for dtype in COLUMNS.values())
+#: How a message says what its attachment is.
+_LAYOUT: Final = " ".join(f"{name}:{dtype.str.lstrip('|')}" for name, dtype in COLUMNS.items())
 #: Closed ranges of the columns; NaN is in none, but a health score may be NaN.
 _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "lifecycle_state": (0, 7),
@@ -69,7 +71,7 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "error_count": (0, 2**31 - 1),
     "exec_latency_us": (0, 2**31 - 1),
 }
-#: A seed takes 37 bytes, 50 as base64: this many fit a message of 1 MiB with room for the rest.
+#: A seed takes 37 bytes, 50 in a file of events: this many fit a message of 1 MiB with room for the rest.
 MAX_SEEDS_PER_MESSAGE: Final = 16_384
 _MAX_SEEDS: Final = 2**31 - 1
 MAX_LAYER_NAME: Final = 512
@@ -176,102 +178,43 @@ class HealthWindow:
             )
         return signals
 
-    def to_payload(self) -> dict[str, Any]:
-        """JSON values; a column is its type and its bytes in base64."""
-        found = {name: getattr(self, name) for name in _WINDOW_FIELDS}
-        return {"type": _WINDOW_TYPE, "version": _WINDOW_VERSION, **found, "columns": _packed(self.columns)}
+    def to_message(self, sender_id: str, trace_id: str) -> OonaMessage:
+        """The window as it travels: its fields in the payload, its columns in the attachment."""
+        fields = {name: getattr(self, name) for name in _WINDOW_FIELDS}
+        topic, packed = TopicNames.TELEMETRY_SEED_HEALTH, packed_columns(self.columns)
+        return OonaMessage(sender_id, trace_id, topic, window_payload(fields), attachment=packed)
 
     @classmethod
-    def from_payload(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_payload`, whatever ``data`` holds.
+    def from_payload(cls, data: Mapping[str, Any], attachment: bytes) -> Self:
+        """The window of a message, whatever its payload and its attachment hold.
 
         Raises:
             MessageError: it is no window; the message names the field.
         """
-        found = payload.fields_of(data, _WINDOW_TYPE, _WINDOW_VERSION, _WINDOW_FIELDS)
-        columns = found["columns"]
-        if not isinstance(columns, Mapping) or columns.keys() != COLUMNS.keys():
-            raise MessageError(f"columns is {columns!r:.80}; need an object with {', '.join(COLUMNS)}")
-        found["columns"] = {name: _unpacked(name, columns[name], dtype) for name, dtype in COLUMNS.items()}
-        return cls(**found)
+        found = payload.fields_of(data, _WINDOW_TYPE, _WINDOW_VERSION, (*_WINDOW_FIELDS, "layout"))
+        if (layout := found.pop("layout")) != _LAYOUT:
+            raise MessageError(f"layout is {layout!r:.60}; need {_LAYOUT!r}")
+        rows, rest = divmod(len(attachment), _SEED_BYTES)
+        if rest or not rows:
+            raise MessageError(f"columns has {len(attachment)} bytes; need a multiple of the {_SEED_BYTES} of a seed")
+        columns, begin = {}, 0
+        for name, dtype in COLUMNS.items():
+            columns[name] = np.frombuffer(attachment, dtype, rows, begin)
+            begin += rows * dtype.itemsize
+        return cls(columns=columns, **found)
 
 
-_WINDOW_FIELDS: Final = tuple(HealthWindow.__dataclass_fields__)
+_WINDOW_FIELDS: Final = tuple(name for name in HealthWindow.__dataclass_fields__ if name != "columns")
 
 
-class _EncodedMessage(OonaMessage):
-    """A message whose text was made with it."""
-
-    __slots__ = ("_text",)
-    _text: str
-
-    def to_json(self) -> str:
-        """The message as text: ASCII, sorted keys."""
-        return self._text
+def window_payload(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The payload of a window's message, from every field of :class:`HealthWindow` but the columns, unchecked."""
+    return {"type": _WINDOW_TYPE, "version": _WINDOW_VERSION, "layout": _LAYOUT, **fields}
 
 
-def encode_window(
-    sender_id: str, trace_id: str, fields: Mapping[str, Any], columns: Mapping[str, Array]
-) -> OonaMessage:
-    """The message of a window, from values that are known to be good: nothing is checked, and each is copied once.
-
-    For a sender of many windows, which checks whole arrays at once. The message is the one that ``to_payload`` and
-    ``to_json`` give, at a fraction of the cost.
-
-    Args:
-        sender_id: As in the message.
-        trace_id: As in the message.
-        fields: Every field of :class:`HealthWindow` but the columns.
-        columns: As there.
-    """
-    packed = _packed(columns)
-    payload_ = {"type": _WINDOW_TYPE, "version": _WINDOW_VERSION, **fields, "columns": packed}
-    message = object.__new__(_EncodedMessage)
-    values = {
-        "sender_id": sender_id,
-        "trace_id": trace_id,
-        "topic": TopicNames.TELEMETRY_SEED_HEALTH,
-        "payload": payload_,
-        "event_id": str(uuid.uuid4()),
-        "timestamp": time.time(),
-        "version": MESSAGE_VERSION,
-    }
-    for name, value in values.items():
-        object.__setattr__(message, name, value)
-    # Neither base64 nor the names of columns have anything to escape, so they are put into the text as they are. The
-    # place for them cannot be inside another string: quotes are escaped there.
-    skeleton = strict_json.canonical({**message.to_dict(), "payload": {**payload_, "columns": {}}})
-    before, _, after = skeleton.partition('"columns":{}')
-    body = ",".join(f'"{name}":["{dtype}","{packed[name][1]}"]' for name, dtype in _SORTED_COLUMNS)
-    object.__setattr__(message, "_text", f'{before}"columns":{{{body}}}{after}')
-    return message
-
-
-_SORTED_COLUMNS: Final = tuple((name, COLUMNS[name].str) for name in sorted(COLUMNS))
-
-
-def _packed(columns: Mapping[str, Array]) -> dict[str, list[str]]:
-    """Each column as its type and its bytes in base64."""
-    return {
-        name: [dtype.str, binascii.b2a_base64(columns[name].tobytes(), newline=False).decode("ascii")]
-        for name, dtype in COLUMNS.items()
-    }
-
-
-def _unpacked(name: str, packed: object, dtype: np.dtype[Any]) -> Array:
-    if not isinstance(packed, list | tuple) or len(packed) != 2 or packed[0] != dtype.str:
-        raise MessageError(f"columns.{name} is {packed!r:.60}; need [{dtype.str!r}, base64]")
-    encoded = packed[1]
-    longest = -(-MAX_SEEDS_PER_MESSAGE * dtype.itemsize // 3) * 4
-    if not isinstance(encoded, str) or len(encoded) > longest:
-        raise MessageError(f"columns.{name} is {encoded!r:.60}; need base64 of at most {longest} characters")
-    try:
-        raw = binascii.a2b_base64(encoded, strict_mode=True)
-    except (binascii.Error, ValueError) as error:
-        raise MessageError(f"columns.{name} is not base64: {error}") from None
-    if len(raw) % dtype.itemsize:
-        raise MessageError(f"columns.{name} has {len(raw)} bytes, no multiple of {dtype.itemsize}")
-    return np.frombuffer(raw, dtype)
+def packed_columns(columns: Mapping[str, Array]) -> bytes:
+    """The attachment of a window's message: its columns one behind another, unchecked."""
+    return b"".join([columns[name].tobytes() for name in COLUMNS])
 
 
 def _check_column(name: str, column: object, dtype: np.dtype[Any], rows: int) -> None:
@@ -413,8 +356,8 @@ def printable(reason: str, longest: int = _MAX_REASON) -> str | None:
 
 
 TelemetryPayload = HealthWindow | RunEvent | KasminaCommand | CommandOutcome
-_READERS: Final[Mapping[tuple[TopicNames, str], type[TelemetryPayload]]] = {
-    (TopicNames.TELEMETRY_SEED_HEALTH, _WINDOW_TYPE): HealthWindow,
+#: Of what travels without an attachment.
+_READERS: Final[Mapping[tuple[TopicNames, str], type[RunEvent | KasminaCommand | CommandOutcome]]] = {
     (TopicNames.SYSTEM_EVENTS_EPOCH, _EVENT_TYPE): RunEvent,
     (TopicNames.INNOVATION_FIELD_REPORTS, _EVENT_TYPE): RunEvent,
     (TopicNames.INNOVATION_FIELD_REPORTS, CommandOutcome.TYPE): CommandOutcome,
@@ -431,7 +374,11 @@ def read_payload(message: OonaMessage) -> TelemetryPayload:
         MessageError: it carries something else, or something that is not what it says.
     """
     kind = message.payload.get("type")
+    if message.topic == TopicNames.TELEMETRY_SEED_HEALTH and kind == _WINDOW_TYPE:
+        return HealthWindow.from_payload(message.payload, message.attachment)
     reader = _READERS.get((message.topic, kind)) if isinstance(kind, str) else None
     if reader is None:
         raise MessageError(f"a message on {message.topic} has a payload of type {kind!r:.60}, which nothing here reads")
+    if message.attachment:
+        raise MessageError(f"a {kind} has no attachment, and this one has one of {len(message.attachment)} bytes")
     return reader.from_payload(message.payload)

@@ -129,10 +129,10 @@ class Engine:
 
     def publish(self, messages: Sequence[OonaMessage]) -> Steps[list[str]]:
         """Append all; their entry ids."""
-        texts = [(message.topic.value, message.to_json()) for message in messages]
+        wires = [(message.topic.value, message.to_bytes()) for message in messages]
         ids: list[str] = []
-        for part in _parts(texts):
-            adds = [Add(stream, fields_of(text), self._trimmer.max_length(stream, len(text))) for stream, text in part]
+        for part in _parts(wires):
+            adds = [Add(stream, fields_of(wire), self._trimmer.max_length(stream, len(wire))) for stream, wire in part]
             trims = self._trimmer.due([add.stream for add in adds])
             try:
                 if len(adds) == 1 and not trims:
@@ -140,7 +140,7 @@ class Engine:
                 else:
                     answers = yield from self._ask(Batch([*adds, *trims], whole=True))
             except BusError:
-                self.counters.add("publish_failures", len(texts) - len(ids))
+                self.counters.add("publish_failures", len(wires) - len(ids))
                 raise
             for add, entry_id in zip(adds, answers, strict=False):
                 self._trimmer.published(add.stream, entry_id)
@@ -438,11 +438,11 @@ class Engine:
         return facts
 
 
-def _parts(texts: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+def _parts(wires: list[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
     """Runs of messages, each for one round trip."""
-    part: list[tuple[str, str]] = []
+    part: list[tuple[str, bytes]] = []
     size = 0
-    for each in texts:
+    for each in wires:
         if part and (len(part) >= _MAX_BATCH or size + len(each[1]) > _MAX_BATCH_BYTES):
             yield part
             part, size = [], 0

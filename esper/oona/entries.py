@@ -24,7 +24,7 @@ __all__ = [
     "read_dead_letter",
 ]
 
-#: The entry's one field that counts: an OonaMessage as JSON.
+#: The entry's one field that counts: what ``OonaMessage.to_bytes`` gives.
 FIELD: Final = "message"
 #: What the name of a stream's dead letters ends in.
 DEAD: Final = ".dead"
@@ -33,9 +33,9 @@ _LAST_NUMBER: Final = (1 << 64) - 1
 _REASON: Final = 500
 
 
-def fields_of(text: str) -> Mapping[str, str | bytes]:
-    """The fields of an entry that carries the message ``text``."""
-    return {FIELD: text}
+def fields_of(message: bytes) -> Mapping[str, str | bytes]:
+    """The fields of an entry that carries ``message``."""
+    return {FIELD: message}
 
 
 def message_of(stream: str, entry: Entry) -> OonaMessage:
@@ -48,7 +48,7 @@ def message_of(stream: str, entry: Entry) -> OonaMessage:
     if raw is None:
         names = ", ".join(f"{name!a:.40}" for name in list(entry.fields)[:8])
         raise MessageError(f"the entry has no field {FIELD!r}; it has: {names or 'none'}")
-    message = OonaMessage.from_json(raw)
+    message = OonaMessage.from_bytes(raw)
     if message.topic != stream:
         raise MessageError(f"the message is about {message.topic} and stands in the stream {stream}")
     return message

@@ -125,12 +125,11 @@ class BusSource:
 
     def _tell(self, watcher: Watcher, found: list[Delivery], ends: Mapping[str, str]) -> None:
         # They come stream by stream: in the order of the bus's clock a run's start comes before its windows.
-        found = sorted(found, key=lambda each: order_of(each.entry_id))
+        read = sorted(((each, decode(each.message)) for each in found), key=_order)
         batch: list[Fact | Unreadable] = []
-        for each in found:
+        for each, fact in read:
             if self._recorder is not None:
                 self._recorder.write(each.message)
-            fact = decode(each.message)
             if order_of(each.entry_id) <= order_of(ends[each.stream]):
                 # What was there before we were is told at the time at which it came to the bus.
                 watcher.hear([fact], each.published_at)
@@ -143,6 +142,13 @@ class BusSource:
             watcher.hear(batch, time.time())
         if self._recorder is not None and found:
             self._recorder.flush()
+
+
+def _order(read: tuple[Delivery, Fact | Unreadable]) -> tuple[int, float, int]:
+    """Milliseconds of the bus's clock; within one, where numbers of different streams mean nothing, the sender's."""
+    delivery, fact = read
+    milliseconds, number = order_of(delivery.entry_id)
+    return milliseconds, fact.at if isinstance(fact, Fact) else 0.0, number
 
 
 def _behind(places: Mapping[str, str], ends: Mapping[str, str]) -> bool:

@@ -70,14 +70,27 @@ JSON = st.recursive(
 )
 
 
+def test_an_attachment_on_the_wire_and_in_a_file():
+    sent = message(attachment=b"\0\1\xff")
+    text, _, rest = sent.to_bytes().partition(b"\0")
+    assert json.loads(text) == message(event_id=sent.event_id, timestamp=sent.timestamp).to_dict()
+    assert rest == b"\0\1\xff"
+    assert json.loads(sent.to_json())["attachment"] == "AAH/"
+    plain = message()
+    assert plain.to_bytes() == plain.to_json().encode()
+
+
 @given(
-    payload=st.dictionaries(st.text(st.characters(codec="utf-8")), JSON, max_size=4), topic=st.sampled_from(TopicNames)
+    payload=st.dictionaries(st.text(st.characters(codec="utf-8")), JSON, max_size=4),
+    topic=st.sampled_from(TopicNames),
+    attachment=st.binary(max_size=40),
 )
-def test_round_trip(payload, topic):
-    sent = OonaMessage("sender", "trace", topic, payload)
+def test_round_trip(payload, topic, attachment):
+    sent = OonaMessage("sender", "trace", topic, payload, attachment=attachment)
     text = sent.to_json()
     for form in (text, text.encode()):
         assert OonaMessage.from_json(form) == sent
+    assert OonaMessage.from_bytes(sent.to_bytes()) == sent
     assert OonaMessage.from_dict(sent.to_dict()) == sent
 
 
@@ -119,6 +132,7 @@ def test_a_reply_keeps_the_trace():
         ({"payload": {"a": {"b": [float("inf")]}}}, r"payload.a.b\[0\] is inf"),
         ({"payload": {"a": {1: 2}}}, "payload.a has the key 1; keys are strings"),
         ({"payload": {"a": b"x"}}, "payload.a is a bytes"),
+        ({"attachment": 7}, "attachment is "),
     ],
 )
 def test_refused_when_made_and_when_read(changes, said):
@@ -163,6 +177,21 @@ def test_size():
         message(payload={"a": "x" * MAX_MESSAGE_BYTES}).to_json()
     with pytest.raises(MessageError, match="more than the limit"):
         OonaMessage.from_json(b" " * (MAX_MESSAGE_BYTES + 1))
+    long = message(attachment=bytes(MAX_MESSAGE_BYTES))
+    for form in (long.to_json, long.to_bytes):
+        with pytest.raises(MessageError, match="more than the limit"):
+            form()
+    with pytest.raises(MessageError, match="more than the limit"):
+        OonaMessage.from_bytes(message().to_bytes() + bytes(MAX_MESSAGE_BYTES))
+
+
+def test_attachments_that_are_none():
+    whole = message().to_dict()
+    for bad, said in ((7, "attachment is 7; need base64"), ("A", "not base64"), ("A\nA=", "not base64")):
+        with pytest.raises(MessageError, match=said):
+            OonaMessage.from_dict({**whole, "attachment": bad})
+    with pytest.raises(MessageError, match="two attachments"):
+        OonaMessage.from_bytes(message(attachment=b"x").to_json().encode() + b"\0y")
 
 
 @pytest.mark.parametrize(
@@ -176,5 +205,6 @@ def test_rubbish(text):
 
 @given(st.binary(max_size=200))
 def test_any_bytes(data):
-    with pytest.raises(MessageError):
-        OonaMessage.from_json(data)
+    for read in (OonaMessage.from_json, OonaMessage.from_bytes):
+        with pytest.raises(MessageError):
+            read(data)

@@ -77,28 +77,3 @@ def test_canonical_text_reads_back_and_is_stable(value):
 def test_any_bytes_parse_or_end_in_artifact_error(data):
     with contextlib.suppress(ArtifactError):
         loads(data)
-
-
-LONG = st.builds(
-    lambda text, times, end: text * times + end,
-    st.sampled_from(["QUJD", "plain text, ", 'a"b', "\\", "ü", "\n", "\0long\0", "\x7f", " "]),
-    st.sampled_from([1, 700, 3000]),
-    st.sampled_from(["", "=", "\x1f", '"']),
-)
-MARKS = st.sampled_from(["\0long\0", '"\0long\0"', "x"])
-
-
-@given(
-    st.recursive(
-        st.one_of(LONG, LONG, MARKS, st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.none()),
-        lambda below: st.one_of(st.lists(below), st.dictionaries(st.one_of(MARKS, st.text(max_size=4)), below)),
-        max_leaves=12,
-    )
-)
-def test_long_text_is_written_as_ever(value):
-    assert strict_json.canonical_with_long_text(value) == strict_json.canonical(value)
-
-
-def test_long_text_behind_many_values_is_written_as_ever():
-    value = {f"{number:03}": ["A" * 3000, number] for number in range(300)}
-    assert strict_json.canonical_with_long_text(value) == strict_json.canonical(value)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import json
 import math
 from typing import Any
 
@@ -21,7 +19,6 @@ from esper.contracts.telemetry import (
     EventKind,
     HealthWindow,
     RunEvent,
-    encode_window,
     printable,
     read_payload,
 )
@@ -65,14 +62,23 @@ def window(rows: int = 4, **changes: Any) -> HealthWindow:
     return HealthWindow(**{**values, **changes})
 
 
-def through_json(payload: dict[str, Any], topic: TopicNames = TopicNames.TELEMETRY_SEED_HEALTH) -> OonaMessage:
-    return OonaMessage.from_json(OonaMessage("trainer", "run-1", topic, payload).to_json())
+def carried(payload: dict[str, Any], topic: TopicNames) -> OonaMessage:
+    return on_the_wire(OonaMessage("trainer", "run-1", topic, payload))
 
 
+def on_the_wire(message: OonaMessage) -> OonaMessage:
+    return OonaMessage.from_bytes(message.to_bytes())
+
+
+def in_a_file(message: OonaMessage) -> OonaMessage:
+    return OonaMessage.from_json(message.to_json())
+
+
+@pytest.mark.parametrize("through", [on_the_wire, in_a_file])
 @given(rows=st.integers(1, 300), seed=st.integers(0, 2**32 - 1))
-def test_columns_come_back_bit_for_bit(rows: int, seed: int) -> None:
+def test_columns_come_back_bit_for_bit(through: Any, rows: int, seed: int) -> None:
     sent = window(rows, columns=columns(rows, seed))
-    got = read_payload(through_json(sent.to_payload()))
+    got = read_payload(through(sent.to_message("trainer", "run-1")))
     assert isinstance(got, HealthWindow)
     for name, dtype in COLUMNS.items():
         assert got.columns[name].dtype == dtype
@@ -83,27 +89,27 @@ def test_columns_come_back_bit_for_bit(rows: int, seed: int) -> None:
 
 def test_the_largest_window_fits_a_message() -> None:
     sent = window(MAX_SEEDS_PER_MESSAGE, layer_name="\N{GREEK SMALL LETTER ALPHA}" * 512)
-    text = OonaMessage("s" * 256, "t" * 256, TopicNames.TELEMETRY_SEED_HEALTH, sent.to_payload()).to_json()
-    assert len(text) <= MAX_MESSAGE_BYTES
-    assert len(read_payload(OonaMessage.from_json(text))) == MAX_SEEDS_PER_MESSAGE
+    message = sent.to_message("s" * 256, "t" * 256)
+    assert len(message.to_bytes()) < len(message.to_json()) <= MAX_MESSAGE_BYTES
+    for got in (on_the_wire(message), in_a_file(message)):
+        assert got == message
+        assert len(read_payload(got)) == MAX_SEEDS_PER_MESSAGE
 
 
-@given(rows=st.integers(1, 60), layer=st.text(min_size=1, max_size=20).filter(str.isprintable))
-def test_the_quick_way_to_a_message_gives_the_same_message(rows: int, layer: str) -> None:
-    sent = window(rows, layer_name=layer)
-    fields = {each.name: getattr(sent, each.name) for each in dataclasses.fields(sent) if each.name != "columns"}
-    quick = encode_window("sender", "trace", fields, sent.columns)
-    plain = OonaMessage(
-        "sender",
-        "trace",
-        TopicNames.TELEMETRY_SEED_HEALTH,
-        sent.to_payload(),
-        event_id=quick.event_id,
-        timestamp=quick.timestamp,
+def test_how_a_window_travels() -> None:
+    """What a reader in another language has to know."""
+    sent = window(3)
+    message = sent.to_message("trainer", "run-1")
+    assert message.payload["layout"] == (
+        "alpha:<f4 activation_mean:<f4 activation_variance:<f4 dead_neuron_ratio:<f4 avg_correlation:<f4 "
+        "health_score:<f4 nonfinite_count:<i4 error_count:<i4 exec_latency_us:<i4 lifecycle_state:u1"
     )
-    assert quick.to_json() == plain.to_json()
-    assert quick.to_dict() == plain.to_dict()
-    assert OonaMessage.from_json(quick.to_json()) == plain
+    assert len(message.attachment) == 3 * 37
+    np.testing.assert_array_equal(
+        np.frombuffer(message.attachment, "<f4", 3, offset=12), sent.columns["activation_mean"]
+    )
+    np.testing.assert_array_equal(np.frombuffer(message.attachment, "<i4", 3, offset=84), sent.columns["error_count"])
+    assert list(message.attachment[-3:]) == sent.columns["lifecycle_state"].tolist()
 
 
 def test_signals_are_the_columns_row_by_row() -> None:
@@ -185,44 +191,36 @@ def test_a_bad_field_is_named(field: str, value: Any) -> None:
         window(4, **{field: value})
 
 
-def _spoilt(**changes: Any) -> dict[str, Any]:
-    payload = json.loads(json.dumps(window(4).to_payload()))
-    payload["columns"] |= changes
-    return payload
-
-
 @pytest.mark.parametrize(
-    "column",
+    ("attachment", "complaint"),
     [
-        None,
-        "abc",
-        ["<f4"],
-        ["<f8", base64.b64encode(bytes(32)).decode()],
-        ["<f4", 3],
-        ["<f4", "not base64!"],
-        ["<f4", base64.b64encode(bytes(15)).decode()],
-        ["<f4", base64.b64encode(bytes(12)).decode()],
-        ["<f4", base64.b64encode(bytes(4 * (MAX_SEEDS_PER_MESSAGE + 1))).decode()],
+        (b"", "columns has 0 bytes"),
+        (bytes(4 * 37 - 1), "columns has 147 bytes; need a multiple of the 37"),
+        (bytes(5 * 37), "columns has 5 seeds; need 1 to 4"),
+        (bytes(37 * (MAX_SEEDS_PER_MESSAGE + 1)), "columns has 16385 seeds"),
+        (b"\xff" * 37, r"columns\.alpha has values from nan"),
     ],
 )
-def test_a_bad_column_is_named(column: Any) -> None:
-    with pytest.raises(MessageError, match=r"columns\.activation_mean"):
-        HealthWindow.from_payload(_spoilt(activation_mean=column))
+def test_a_bad_attachment_is_named(attachment: bytes, complaint: str) -> None:
+    with pytest.raises(MessageError, match=complaint):
+        HealthWindow.from_payload(window(4).to_message("s", "t").payload, attachment)
 
 
-def test_another_type_version_or_field() -> None:
-    payload = window(4).to_payload()
+def test_another_type_version_layout_or_field() -> None:
+    message = window(4).to_message("s", "t")
+    payload = dict(message.payload)
     for change, complaint in (
         ({"type": "x"}, "type 'x'"),
-        ({"version": 2}, "version 2 is unknown"),
+        ({"version": 1}, "version 1 is unknown"),
         ({"version": True}, "version True"),
+        ({"layout": "alpha:<f8"}, "layout is 'alpha:<f8'; need 'alpha:<f4 "),
         ({"surprise": 1}, "unknown fields: surprise"),
     ):
         with pytest.raises(MessageError, match=complaint):
-            HealthWindow.from_payload(payload | change)
+            HealthWindow.from_payload(payload | change, message.attachment)
     del payload["rank"]
     with pytest.raises(MessageError, match="lacks rank"):
-        HealthWindow.from_payload(payload)
+        HealthWindow.from_payload(payload, message.attachment)
 
 
 JSON = st.recursive(
@@ -234,11 +232,14 @@ JSON = st.recursive(
 
 @given(st.data())
 def test_whatever_comes_is_a_window_or_refused(data: st.DataObject) -> None:
-    payload = _spoilt()
-    place = data.draw(st.sampled_from([payload, payload["columns"]]))
-    place[data.draw(st.sampled_from(sorted(place)))] = data.draw(JSON)
+    message = window(2).to_message("s", "t")
+    payload, attachment = dict(message.payload), message.attachment
+    if data.draw(st.booleans()):
+        attachment = data.draw(st.binary(max_size=100) | st.binary(min_size=74, max_size=74))
+    else:
+        payload[data.draw(st.sampled_from(sorted(payload)))] = data.draw(JSON)
     try:
-        HealthWindow.from_payload(payload).signals()
+        HealthWindow.from_payload(payload, attachment).signals()
     except MessageError as error:
         assert len(str(error)) < 400
 
@@ -274,7 +275,14 @@ EPOCH: dict[str, Any] = {
 @pytest.mark.parametrize("changes", [{}, {"reason": "because"}, EPOCH])
 def test_events_come_back(changes: dict[str, Any]) -> None:
     sent = event(**changes)
-    assert read_payload(through_json(sent.to_payload(), sent.topic)) == sent
+    message = OonaMessage("trainer", "run-1", sent.topic, sent.to_payload())
+    assert read_payload(on_the_wire(message)) == read_payload(in_a_file(message)) == sent
+
+
+def test_an_event_with_an_attachment_is_none() -> None:
+    message = OonaMessage("trainer", "run-1", event().topic, event().to_payload(), attachment=b"abc")
+    with pytest.raises(MessageError, match="run_event has no attachment, and this one has one of 3 bytes"):
+        read_payload(message)
 
 
 def test_events_of_a_run_and_of_seeds_travel_apart() -> None:
@@ -323,7 +331,7 @@ def test_payloads_are_told_apart() -> None:
         (command, TopicNames.CONTROL_KASMINA_COMMANDS),
         (event(), TopicNames.INNOVATION_FIELD_REPORTS),
     ):
-        assert read_payload(through_json(payload.to_payload(), topic)) == payload
+        assert read_payload(carried(payload.to_payload(), topic)) == payload
     for topic, payload in (
         (TopicNames.COMPILATION_KERNEL_READY, event().to_payload()),
         (TopicNames.TELEMETRY_SEED_HEALTH, event().to_payload()),
@@ -331,9 +339,11 @@ def test_payloads_are_told_apart() -> None:
         (TopicNames.INNOVATION_FIELD_REPORTS, {}),
     ):
         with pytest.raises(MessageError, match="nothing here reads"):
-            read_payload(through_json(payload, topic))
+            read_payload(carried(payload, topic))
 
 
 def test_fields_are_all_in_the_payload() -> None:
-    for sample in (window(2), event()):
-        assert sample.to_payload().keys() == {each.name for each in dataclasses.fields(sample)} | {"type", "version"}
+    names = {each.name for each in dataclasses.fields(HealthWindow)} - {"columns"}
+    assert window(2).to_message("s", "t").payload.keys() == names | {"type", "version", "layout"}
+    names = {each.name for each in dataclasses.fields(RunEvent)}
+    assert event().to_payload().keys() == names | {"type", "version"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from esper.contracts.messages import OonaMessage, TopicNames
+from esper.contracts.messages import OonaMessage
 from esper.contracts.telemetry import COLUMNS, EventKind, HealthWindow, RunEvent
 from esper.watch.facts import LayerWindow
 
@@ -39,8 +39,8 @@ def window_message(layer: str = "fc", sequence: int = 0, at: float = T0, **more:
         "window_samples": 16,
         **more,
     }
-    payload = HealthWindow(layer_name=layer, sequence=sequence, captured_at=at, columns=columns, **values).to_payload()
-    return OonaMessage("trainer", "job", TopicNames.TELEMETRY_SEED_HEALTH, payload)
+    window = HealthWindow(layer_name=layer, sequence=sequence, captured_at=at, columns=columns, **values)
+    return window.to_message("trainer", "job")
 
 
 def event_message(kind: EventKind, sequence: int = 0, at: float = T0, **more: Any) -> OonaMessage:

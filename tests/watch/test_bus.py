@@ -178,3 +178,22 @@ def test_a_recording_shows_the_same_picture(bus: OonaClient, tmp_path: Path):
     assert again.refresh().by_state() == live.refresh().by_state()
     assert list(again.happenings) == list(live.happenings)
     assert (again.metrics, again.status) == (live.metrics, RunStatus.FINISHED)
+
+
+def test_within_a_millisecond_of_the_bus_the_senders_clock_decides(bus: OonaClient, redis: RedisServer):
+    """Else a window of the third epoch would hide the first two, whose numbers stand in another stream."""
+    now = time.time()
+    place = f"{int(now * 1000)}-"
+    window = window_message("fc", 0, now + 2.5, epoch=3, step=35)
+    redis.client().xadd(HEALTH, {"message": window.to_bytes()}, id=f"{place}0")
+    for epoch in (1, 2, 3):
+        event = event_message(
+            EventKind.EPOCH_ENDED, epoch, now + epoch - 1, epoch=epoch, step=10 * epoch, loss=1.0 / epoch
+        )
+        redis.client().xadd(TopicNames.SYSTEM_EVENTS_EPOCH.value, {"message": event.to_bytes()}, id=f"{place}{epoch}")
+    told: list[tuple[int | None, float | None]] = []
+    watcher = Watcher(BusSource(bus, follow=False))
+    watcher.listen(lambda state, _: told.extend((run.epoch, run.metrics.get("loss")) for run in state.runs.values()))
+    watcher.start()
+    assert watcher.done.wait(20)
+    assert told == [(1, 1.0), (2, 0.5), (3, 1 / 3), (3, 1 / 3)]

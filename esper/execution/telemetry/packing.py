@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esper.contracts.messages import OonaMessage, TopicNames
-from esper.contracts.telemetry import COLUMNS, MAX_SEEDS_PER_MESSAGE, encode_window
+from esper.contracts.telemetry import COLUMNS, MAX_SEEDS_PER_MESSAGE, packed_columns, window_payload
 from esper.execution.telemetry.capture import Capture
 from esper.execution.telemetry.identity import Identity
 from esper.ops.stats import HealthField
@@ -26,6 +26,9 @@ PART_TAG: Final = -2
 
 #: Longest that the interpreter is held while somebody waits for it, about.
 _SLICE_S: Final = 0.001
+
+#: A message without its attachment, about.
+_TEXT_BYTES: Final = 1024
 
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 _INT32_MAX: Final = 2**31 - 1
@@ -55,13 +58,13 @@ class Outgoing:
         tag: The layer's number for the first message of its window, else :data:`EVENT_TAG` or :data:`PART_TAG`.
         message: What to send.
         captured_ns: When it was captured, by the monotonic clock.
-        size: Bytes of its text, about.
+        size: Its bytes, about.
     """
 
     tag: int
     message: OonaMessage
     captured_ns: int
-    size: int = 1024
+    size: int = _TEXT_BYTES
 
 
 def parts_of(seeds: int) -> int:
@@ -117,22 +120,25 @@ class Packer:
             for offset in range(0, self._seeds, MAX_SEEDS_PER_MESSAGE):
                 begin = index * self._seeds + offset
                 rows = slice(begin, begin + min(MAX_SEEDS_PER_MESSAGE, self._seeds - offset))
-                message = encode_window(
-                    self._identity.sender_id,
-                    self._identity.run_id,
-                    {**common, **own, "seed_offset": offset},
-                    {name: array[rows] for name, array in columns.items()},
+                # Arrays were held in their ranges whole; checking each message again would take as long as making it.
+                message = self.message(
+                    TopicNames.TELEMETRY_SEED_HEALTH,
+                    window_payload({**common, **own, "seed_offset": offset}),
+                    attachment=packed_columns({name: array[rows] for name, array in columns.items()}),
                 )
                 if (now := time.perf_counter()) - worked_since > _SLICE_S:
                     # Whoever trains may have the interpreter now, and not only when the switch interval of 5 ms ends.
                     time.sleep(0)
                     worked_since = now
                 tag = index if offset == 0 else PART_TAG
-                yield Outgoing(tag, message, capture.captured_ns, len(message.to_json()))
+                yield Outgoing(tag, message, capture.captured_ns, _TEXT_BYTES + len(message.attachment))
 
-    def message(self, topic: TopicNames, payload: dict[str, Any], trace_id: str | None = None) -> OonaMessage:
+    def message(
+        self, topic: TopicNames, payload: dict[str, Any], trace_id: str | None = None, attachment: bytes = b""
+    ) -> OonaMessage:
         """``payload`` in an envelope of this process."""
-        return OonaMessage(self._identity.sender_id, trace_id or self._identity.run_id, topic, payload)
+        who = self._identity
+        return OonaMessage(who.sender_id, trace_id or who.run_id, topic, payload, attachment=attachment)
 
     def _take_health(self, capture: Capture) -> None:
         for index, window in capture.closed.items():

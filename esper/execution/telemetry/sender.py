@@ -233,21 +233,26 @@ class Sender:
 
     def _outgoing(self) -> Iterator[Outgoing]:
         """Messages of what waits, made as they are asked for: events, and then some windows."""
-        while self.reports:
-            report = self.reports.popleft()
-            content = report.content
-            topic = content.topic if isinstance(content, RunEvent) else TopicNames.INNOVATION_FIELD_REPORTS
-            message = self._packer.message(topic, content.to_payload(), report.trace_id)
-            yield Outgoing(EVENT_TAG, message, report.at_ns)
+        yield from self._reported()
         for _ in range(_WINDOWS):
             try:
                 capture = self.captures.popleft()
             except IndexError:
                 return  # or the training thread dropped it
             self.packed_bytes += capture.nbytes
+            # What happened before the window was taken is here by now, and is told before it.
+            yield from self._reported()
             yield from self._packer.pack(capture, self.counts.dropped_windows)
         if self.captures:
             self.wake.set()
+
+    def _reported(self) -> Iterator[Outgoing]:
+        while self.reports:
+            report = self.reports.popleft()
+            content = report.content
+            topic = content.topic if isinstance(content, RunEvent) else TopicNames.INNOVATION_FIELD_REPORTS
+            message = self._packer.message(topic, content.to_payload(), report.trace_id)
+            yield Outgoing(EVENT_TAG, message, report.at_ns)
 
     # -- publishing --------------------------------------------------------------------------------
 
@@ -322,7 +327,7 @@ class Sender:
         for outgoing in batch:
             if spool is not None:
                 try:
-                    spool.append(outgoing.tag, outgoing.message.to_json().encode("ascii"))
+                    spool.append(outgoing.tag, outgoing.message.to_bytes())
                     continue
                 except (SpoolError, MessageError) as error:
                     self.last_error = str(error)
@@ -362,7 +367,7 @@ class Sender:
         lost: list[Record] = []
         for record in records:
             try:
-                readable.append((record, OonaMessage.from_json(record.text)))
+                readable.append((record, OonaMessage.from_bytes(record.content)))
             except MessageError as error:
                 # Its checksum is right, so it was written by a version that has other messages.
                 self.last_error = f"a spooled message cannot be read: {error}"

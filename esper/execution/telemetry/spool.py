@@ -5,9 +5,9 @@ whose lock is free was left by a process that is gone, and the next process take
 records are appended to segment files; a segment is deleted when all of it was sent, and the oldest goes when the spool
 is full.
 
-A record is 16 bytes (length of the text, CRC-32 of tag and text, tag as int64; little-endian) and the text. A process
-that is killed leaves at most one record torn, at the end: reading stops there. Nothing is flushed to the device, so
-what a power failure leaves is up to the file system; a torn record is recognised all the same.
+A record is 16 bytes (length of the content, CRC-32 of tag and content, tag as int64; little-endian) and the content. A
+process that is killed leaves at most one record torn, at the end: reading stops there. Nothing is flushed to the
+device, so what a power failure leaves is up to the file system; a torn record is recognised all the same.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Record:
     """One spooled message.
 
     Attributes:
-        tag: A number that the writer can tell its kind by, without parsing the text.
-        text: The message.
+        tag: A number that the writer can tell its kind by, without parsing the content.
+        content: The message.
         own: Whether this process wrote it.
     """
 
     tag: int
-    text: bytes
+    content: bytes
     own: bool
 
 
@@ -117,13 +117,13 @@ class Spool:
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def append(self, tag: int, text: bytes) -> None:
+    def append(self, tag: int, content: bytes) -> None:
         """Add a record behind the others; the oldest segments go if there is no room.
 
         Raises:
             SpoolError: it was not written, and is in none of the counts.
         """
-        framed = _HEAD.pack(len(text), _crc(tag, text), tag) + text
+        framed = _HEAD.pack(len(content), _crc(tag, content), tag) + content
         segment = self._segment_for(len(framed))
         assert self._file is not None
         try:
@@ -178,7 +178,7 @@ class Spool:
         """The oldest records, from one segment, without taking them: at least one if there is any.
 
         Args:
-            max_bytes: Stop before the texts are longer together.
+            max_bytes: Stop before the contents are longer together.
             max_records: Most records.
         """
         while self._segments:
@@ -196,7 +196,7 @@ class Spool:
         """The records that :meth:`head` gave were sent."""
         segment = self._segments[0]
         for record in records:
-            segment.read += _HEAD.size + len(record.text)
+            segment.read += _HEAD.size + len(record.content)
             segment.tags[record.tag] -= 1
         segment.count -= len(records)
         if not segment.count:
@@ -293,21 +293,21 @@ class Spool:
             self._file = None
 
 
-def _crc(tag: int, text: bytes) -> int:
-    return zlib.crc32(text, zlib.crc32(tag.to_bytes(8, "little", signed=True)))
+def _crc(tag: int, content: bytes) -> int:
+    return zlib.crc32(content, zlib.crc32(tag.to_bytes(8, "little", signed=True)))
 
 
 def _next_record(head: bytes, read: Callable[[int], bytes]) -> tuple[int, bytes] | None:
-    """The record that begins with ``head``, its text from ``read(size)``; None at the end and where it is torn."""
+    """The record that begins with ``head``, its content from ``read(size)``; None at the end and where it is torn."""
     if len(head) != _HEAD.size:
         return None
     size, crc, tag = _HEAD.unpack(head)
     if size > _LONGEST:
         return None
-    text = read(size)
-    if len(text) != size or _crc(tag, text) != crc:
+    content = read(size)
+    if len(content) != size or _crc(tag, content) != crc:
         return None
-    return tag, text
+    return tag, content
 
 
 def _make_folder(root: Path) -> tuple[Path, int]:

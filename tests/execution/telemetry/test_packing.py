@@ -58,7 +58,7 @@ def lattice(layers: int, seeds: int) -> Lattice:
 
 
 def windows(found: Any) -> list[HealthWindow]:
-    read = [read_payload(OonaMessage.from_json(outgoing.message.to_json())) for outgoing in found]
+    read = [read_payload(OonaMessage.from_bytes(outgoing.message.to_bytes())) for outgoing in found]
     assert all(isinstance(window, HealthWindow) for window in read)
     return read  # type: ignore[return-value]
 

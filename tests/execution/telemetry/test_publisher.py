@@ -24,13 +24,14 @@ from torch import nn
 import esper
 from esper.contracts.bus import BusError
 from esper.contracts.messages import MessageError
-from esper.contracts.telemetry import EventKind
+from esper.contracts.telemetry import EventKind, RunEvent, read_payload
 from esper.execution.telemetry import publisher as publisher_module
 from esper.execution.telemetry.counts import Counts
 from esper.execution.telemetry.options import TelemetryOptions
 from esper.execution.telemetry.spool import Spool
 from tests.artifacts.forks import in_forked_child
 from tests.execution.telemetry.fakes import FakeBus, add_up, host, is_a_bus, published, settled
+from tests.servers import wait_until
 
 LAYERS = 2
 
@@ -446,6 +447,28 @@ def test_epochs(bus: FakeBus, tmp_path: Path) -> None:
         (2, None, "the loss is nan"),
     ]
     assert {window.epoch for window in bus.windows()} == {1, 2}
+
+
+def test_an_event_goes_before_a_window_that_was_taken_after_it(bus: FakeBus, tmp_path: Path) -> None:
+    """Also where both come while the sender is in the middle of an earlier window."""
+    model = esper.wrap(host(), seeds_per_layer=5000, monitor_budget=0.0)  # a layer's part fills a call
+    model.publish_to(bus, TelemetryOptions(every_steps=1, spool_dir=tmp_path))
+    bus.hold = threading.Event()
+    model.step()
+    wait_until(lambda: bool(bus.calls), "the sender is publishing the first layer")
+    model.report_epoch(loss=0.5)
+    model.step()
+    bus.hold.set()
+    model.close()
+    sent = [read_payload(message) for message in bus.messages]
+    kinds = [each.kind.value if isinstance(each, RunEvent) else f"window of epoch {each.epoch}" for each in sent]
+    assert kinds == [
+        "run_started",
+        *["window of epoch 0"] * LAYERS,
+        "epoch_ended",
+        *["window of epoch 1"] * LAYERS,
+        "run_ended",
+    ]
 
 
 def test_what_happens_to_seeds_is_told(bus: FakeBus, tmp_path: Path) -> None:

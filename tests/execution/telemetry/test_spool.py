@@ -22,7 +22,7 @@ BIG = 64 << 20
 def drain(spool: Spool, batch: int = 7) -> list[tuple[int, bytes, bool]]:
     found = []
     while records := spool.head(1 << 20, batch):
-        found += [(record.tag, record.text, record.own) for record in records]
+        found += [(record.tag, record.content, record.own) for record in records]
         spool.take(records)
     return found
 
@@ -51,7 +51,7 @@ def test_head_takes_nothing(tmp_path: Path) -> None:
         spool.append(0, b"%d" % i)
     first = spool.head(1 << 20, 4)
     assert spool.head(1 << 20, 4) == first
-    assert [record.text for record in first] == [b"0", b"1", b"2", b"3"]
+    assert [record.content for record in first] == [b"0", b"1", b"2", b"3"]
     spool.take(first)
     spool.append(0, b"10")
     assert [text for _, text, _ in drain(spool)] == [b"%d" % i for i in range(4, 11)]
@@ -61,7 +61,7 @@ def test_head_gives_one_record_however_large(tmp_path: Path) -> None:
     spool = Spool(tmp_path, BIG)
     spool.append(0, b"x" * 5000)
     spool.append(0, b"y" * 5000)
-    assert [record.text[:1] for record in spool.head(100, 10)] == [b"x"]
+    assert [record.content[:1] for record in spool.head(100, 10)] == [b"x"]
 
 
 def test_the_oldest_goes_first_when_it_is_full(tmp_path: Path) -> None:
