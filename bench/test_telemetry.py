@@ -37,6 +37,8 @@ SEEDS = 10_000
 LIMIT_US = 20.0
 LIMIT_MS = 10.0
 OUTAGE_S = 30.0
+#: Longer than promised, because half a minute cannot tell 1 % from none.
+OUTAGE_MEASURED_S = 120.0
 OUTAGE_LIMIT = 1.01
 #: That a run began and that it ended.
 RUN_EVENTS = 2
@@ -213,8 +215,8 @@ def test_training_while_redis_is_dead(benchmark: Any, server: RedisServer, tmp_p
     """Blocks of 200 steps, in turn, for longer than 30 s: with a bus that is dead, and without one.
 
     Both train the same layers, asleep: two networks differ by 0.3 % through their addresses alone. "again" is a second
-    loop without a bus. By the wall's clock, and by the processor time of all threads: what the sender takes is the training's loss where
-    both want the interpreter, and that number means something on a busy machine too.
+    loop without a bus. By the wall's clock, and by the processor time of all threads: what the sender takes is the
+    training's loss where both want the interpreter, and that number means something on a busy machine too.
     """
     nanoseconds = {"wall": time.perf_counter_ns, "processor": time.process_time_ns}[clock]
     torch.manual_seed(0)
@@ -228,7 +230,7 @@ def test_training_while_redis_is_dead(benchmark: Any, server: RedisServer, tmp_p
     server.kill()
     began = time.monotonic()
     ratios: dict[str, Ratio] = benchmark.pedantic(
-        lambda: compare(loops, "no bus", rounds=201, inner=200, seconds=OUTAGE_S + 5, clock=nanoseconds), rounds=1
+        lambda: compare(loops, "no bus", rounds=401, inner=200, seconds=OUTAGE_MEASURED_S, clock=nanoseconds), rounds=1
     )
     outage = time.monotonic() - began
     stats = model.telemetry_stats()

@@ -106,13 +106,13 @@ class RedisServer:
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP if paused else signal.SIGCONT)
 
-    def client(self) -> Any:
-        """A blocking client, for tests to look with."""
+    def client(self, *, text: bool = True) -> Any:
+        """A blocking client, for tests to look with; it answers in text, or in bytes as they are."""
         import redis
 
         password = self.options.get("requirepass")
         return redis.Redis.from_url(
-            self.url, decode_responses=True, encoding_errors="replace", protocol=2, password=password
+            self.url, decode_responses=text, encoding_errors="replace", protocol=2, password=password
         )
 
 

@@ -137,9 +137,9 @@ def test_health_over_all_ranks(ranks: Ranks) -> None:
 def test_ranks_publish_one_run(ranks: Ranks, tmp_path: Path) -> None:
     with redis_server(tmp_path / "redis", appendfsync="no") as server:
         results = ranks.run(scenarios.publishes, server.url, str(tmp_path / "spool"))
-        with server.client() as client:
+        with server.client(text=False) as client:
             found = [
-                OonaMessage.from_json(fields["message"])
+                OonaMessage.from_bytes(fields[b"message"])
                 for topic in (TopicNames.TELEMETRY_SEED_HEALTH, TopicNames.INNOVATION_FIELD_REPORTS)
                 for _, fields in client.xrange(topic.value)
             ]

@@ -43,10 +43,10 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 def messages(server: RedisServer, topic: TopicNames) -> list[OonaMessage]:
-    with server.client() as client:
-        if client.type(topic.value) != "stream":
+    with server.client(text=False) as client:
+        if client.type(topic.value) != b"stream":
             return []
-        return [OonaMessage.from_json(fields["message"]) for _, fields in client.xrange(topic.value)]
+        return [OonaMessage.from_bytes(fields[b"message"]) for _, fields in client.xrange(topic.value)]
 
 
 def windows(server: RedisServer, run_id: str | None = None) -> list[HealthWindow]:

@@ -232,22 +232,23 @@ class Sender:
     # -- packing -----------------------------------------------------------------------------------
 
     def _outgoing(self) -> Iterator[Outgoing]:
-        """Messages of what waits, made as they are asked for: events, and then some windows."""
-        yield from self._reported()
+        """Messages of what waits, made as they are asked for: some windows, each behind what happened before it."""
         for _ in range(_WINDOWS):
             try:
                 capture = self.captures.popleft()
             except IndexError:
-                return  # or the training thread dropped it
+                break  # or the training thread dropped it
             self.packed_bytes += capture.nbytes
-            # What happened before the window was taken is here by now, and is told before it.
-            yield from self._reported()
+            yield from self._reported(capture.captured_ns)
             yield from self._packer.pack(capture, self.counts.dropped_windows)
         if self.captures:
             self.wake.set()
+        else:
+            yield from self._reported(None)
 
-    def _reported(self) -> Iterator[Outgoing]:
-        while self.reports:
+    def _reported(self, until_ns: int | None) -> Iterator[Outgoing]:
+        """Messages of what happened by then, or of all that waits."""
+        while self.reports and (until_ns is None or self.reports[0].at_ns <= until_ns):
             report = self.reports.popleft()
             content = report.content
             topic = content.topic if isinstance(content, RunEvent) else TopicNames.INNOVATION_FIELD_REPORTS
