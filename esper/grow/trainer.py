@@ -89,19 +89,24 @@ class Trainer:
         """
         split, model, optimizer = self.split, self.model, self.optimizer
         model.train()
-        order = torch.randperm(len(split.train_y), generator=self._order).to(split.train_y.device)
-        # Summed on the device and read once at the end: reading each step's loss would wait for the device every step.
-        total = torch.zeros((), device=split.train_x.device)
-        for batch in torch.split(order, self.batch_size):
+        count = len(split.train_y)
+        order = torch.randperm(count, generator=self._order).to(split.train_y.device)
+        # Gathered once, not batch by batch: networks as small as these wait for every operation.
+        xs, ys = (values[order].split(self.batch_size) for values in (split.train_x, split.train_y))
+        # Added up on the device and read once: reading each step's loss would wait for the device every step.
+        losses: list[torch.Tensor] = []
+        for x, y in zip(xs, ys, strict=True):
             if stop():
                 raise Interrupted
-            loss = functional.cross_entropy(model(split.train_x[batch]), split.train_y[batch])
+            loss = functional.cross_entropy(model(x), y)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimizer.step()
-            total += loss.detach() * len(batch)
+            losses.append(loss.detach())
             if after_step is not None:
                 after_step()
+        weights = losses[0].new_tensor([len(y) / count for y in ys])
+        train_loss = float(torch.stack(losses) @ weights)
         self.epochs_done += 1
         validation_loss, validation_accuracy = evaluate(model, split.validation_x, split.validation_y)
-        return EpochRecord(self.epochs_done, float(total) / len(split.train_y), validation_loss, validation_accuracy)
+        return EpochRecord(self.epochs_done, train_loss, validation_loss, validation_accuracy)
