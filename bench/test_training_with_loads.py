@@ -145,6 +145,7 @@ def summary(training: Training) -> str:
     return "".join(lines)
 
 
+@pytest.mark.timeout(1800)  # three thousand steps, each way
 def test_loads_beside_training(benchmark: Any, urza: HttpRegistry) -> None:
     torch.set_num_threads(1)
     found: list[tuple[dict[str, Ratio], Training]] = []
