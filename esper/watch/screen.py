@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import termios
 import time
 import tty
@@ -27,8 +26,9 @@ _LEAVE: Final = "\x1b[?7h\x1b[?25h\x1b[?1049l"
 class Screen:
     """Draws pictures on a terminal and reads its keys; a context manager.
 
-    Only lines that changed are written, so a slow connection carries little. Ctrl-C, SIGTERM and SIGHUP end the
-    ``with`` block by ``KeyboardInterrupt`` or ``SystemExit``; Ctrl-Z puts the terminal back before the process stops.
+    Only lines that changed are written, so a slow connection carries little. After Ctrl-C, SIGTERM and SIGHUP the next
+    :meth:`keys` ends the ``with`` block by ``KeyboardInterrupt`` or ``SystemExit``: wherever they arrive, a lock may
+    just have been taken. A second one is not waited for. Ctrl-Z puts the terminal back before the process stops.
 
     Args:
         out: Where to draw; a terminal.
@@ -44,11 +44,13 @@ class Screen:
         self._shown: list[str] = []
         self._size = (0, 0)
         self._stopping = False
+        self._ending: int | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Screen:
         """Take the terminal."""
         for number, handler in (
+            (signal.SIGINT, self._on_end),
             (signal.SIGTERM, self._on_end),
             (signal.SIGHUP, self._on_end),
             (signal.SIGTSTP, self._on_stop),
@@ -64,6 +66,9 @@ class Screen:
         self._give_back()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._ending is not None and (error is None or isinstance(error, OSError)):
+            # A terminal that hung up has no more keys and refuses what is written to it: that is not why this ends.
+            raise _end(self._ending) from None
 
     @property
     def ended(self) -> bool:
@@ -80,13 +85,22 @@ class Screen:
         return found.columns or 80, found.lines or 24
 
     def keys(self, timeout_s: float) -> list[str]:
-        """Keys pressed within ``timeout_s`` seconds; returns with the first."""
+        """Keys pressed within ``timeout_s`` seconds; returns with the first.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: a signal has asked for the end.
+        """
         if self._stopping:
             self._stop()
-        if self._reader is None:
-            time.sleep(timeout_s)
-            return []
-        return self._reader.read(timeout_s)
+        found: list[str] = []
+        if self._ending is None:
+            if self._reader is None:
+                time.sleep(timeout_s)
+            else:
+                found = self._reader.read(timeout_s)
+        if self._ending is not None:
+            raise _end(self._ending)
+        return found
 
     def show(self, lines: Sequence[Text]) -> None:
         """Make the terminal show ``lines``, the first at the top."""
@@ -134,7 +148,10 @@ class Screen:
             pass
 
     def _on_end(self, number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
+        if self._ending is not None:
+            # The first was not heeded: the terminal takes nothing, for one.
+            raise _end(number)
+        self._ending = number
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         # Not here: the program may be in the middle of a write.
@@ -146,3 +163,8 @@ class Screen:
         os.kill(os.getpid(), signal.SIGSTOP)
         # Here it goes on after `fg`.
         self._take()
+
+
+def _end(number: int) -> BaseException:
+    """What a signal ends a program by."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ import pytest
 
 from esper.contracts.telemetry import EventKind
 from esper.oona import OonaClient
+from esper.watch.screen import Screen
 from tests.servers import RedisServer, free_port, redis_server, wait_until
 from tests.watch.scenes import event_message, window_message
 from tests.watch.terminal import Terminal
@@ -161,6 +163,28 @@ def test_the_terminal_is_given_back_however_it_ends(bus: OonaClient, redis: Redi
         assert terminal.now_modes() == terminal.modes
         assert b"\x1b[?1049l" in terminal.output
         assert "Traceback" not in terminal.text
+
+
+@pytest.mark.parametrize(
+    ("number", "ended_by", "status"),
+    [(signal.SIGINT, KeyboardInterrupt, ()), (signal.SIGTERM, SystemExit, (143,)), (signal.SIGHUP, SystemExit, (129,))],
+)
+def test_a_signal_ends_where_no_lock_is_held(number: signal.Signals, ended_by: type[BaseException], status: object):
+    before = signal.getsignal(number)
+    heeded = False
+    with pytest.raises(ended_by) as caught, Screen(io.StringIO(), None) as screen:
+        signal.raise_signal(number)  # in the middle of anything
+        heeded = True
+        screen.keys(60.0)
+    assert heeded and caught.value.args == status
+    with pytest.raises(ended_by), Screen(io.StringIO(), None):
+        signal.raise_signal(number)
+        signal.raise_signal(number)  # the first was not heeded
+        raise AssertionError("the second one ends it at once")
+    with pytest.raises(ended_by), Screen(io.StringIO(), None):
+        signal.raise_signal(number)
+        raise OSError("the terminal is gone")
+    assert signal.getsignal(number) is before
 
 
 def test_ctrl_z_and_back(bus: OonaClient, redis: RedisServer):
