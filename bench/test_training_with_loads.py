@@ -51,8 +51,6 @@ LIMIT = 1.01
 LAYER = "2"
 #: Artificial delay of every answer where it is shown that no step waits for one.
 DELAY_S = 0.5
-
-
 #: Ways that fetch: memory forgets the kernel first.
 FETCHING = ("fetched", "urza")
 #: Ways that load nothing.

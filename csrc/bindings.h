@@ -9,3 +9,15 @@ void bind_lattice(pybind11::module_& m);
 void bind_stats(pybind11::module_& m);
 void bind_graft(pybind11::module_& m);
 void bind_graft_call(pybind11::module_& m);
+
+// Work that outlasts a thread switch lets other threads have the interpreter: those that load and publish. For less,
+// letting go of it would cost more.
+template <typename F>
+void without_python(bool outlasts, const F& work) {
+    if (outlasts) {
+        const pybind11::gil_scoped_release release;
+        work();
+    } else {
+        work();
+    }
+}

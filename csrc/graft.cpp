@@ -45,7 +45,7 @@ public:
     py::object forward(Address weights, Address x, Address h, Address y, std::int64_t n, Address alpha) const {
         py::bytes table = coefficients(alpha);
         bool finite = false;
-        without_python(n, [&, line = view(table)] {
+        without_python(outlasts(n), [&, line = view(table)] {
             finite = bank_.forward(as<const T>(x), as<const T>(h), as<T>(y), down(weights), up(weights), bias(weights), line, n);
         });
         if (!finite) return py::none();
@@ -63,7 +63,7 @@ public:
     void backward(Address weights, const py::bytes& table, Address x, Address gy, std::int64_t n, Address gx, Address gh,
                   Address gweights) const {
         T* none = nullptr;
-        without_python(n, [&, line = view(table)] {
+        without_python(outlasts(n), [&, line = view(table)] {
             bank_.backward(as<const T>(x), as<const T>(gy), down(weights), up(weights), bias(weights), line, n, as<T>(gx),
                            as<T>(gh), gweights ? down(gweights) : none, gweights ? up(gweights) : none,
                            gweights ? bias(gweights) : none);
@@ -185,16 +185,7 @@ private:
     T* up(Address weights) const { return down(weights) + bank_.rows() * bank_.d_in(); }
     T* bias(Address weights) const { return biased_ ? up(weights) + bank_.rows() * bank_.d_out() : nullptr; }
 
-    // Work that outlasts a thread switch lets other threads have the interpreter: those that load and publish.
-    template <typename F>
-    void without_python(std::int64_t n, const F& work) const {
-        if (n * bank_.rows() * (bank_.d_in() + bank_.d_out()) > kReleaseAbove) {
-            const py::gil_scoped_release release;
-            work();
-        } else {
-            work();
-        }
-    }
+    bool outlasts(std::int64_t n) const { return n * bank_.rows() * (bank_.d_in() + bank_.d_out()) > kReleaseAbove; }
 
     void check_reserved(const std::vector<Reserved>& seats) const {
         if (seats.size() != bank_.seeds().size())

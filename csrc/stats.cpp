@@ -286,17 +286,12 @@ static void run(const Job& job, int dtype) {
 namespace py = pybind11;
 using namespace esper::stats;
 
-// Above this many elements the work outlasts a thread switch, and other threads may have the interpreter.
+// Elements whose statistics outlast a thread switch.
 constexpr int64_t kReleaseAbove = 1 << 15;
 
 static void run_job(const Job& job, int dtype) {
     const int64_t elements = job.y.outer * job.y.channels * job.y.inner;
-    if (elements > kReleaseAbove) {
-        py::gil_scoped_release release;
-        run(job, dtype);
-    } else if (elements > 0) {
-        run(job, dtype);
-    }
+    if (elements > 0) without_python(elements > kReleaseAbove, [&] { run(job, dtype); });
 }
 
 static void stats_observe(std::uintptr_t x, int dtype, int64_t outer, int64_t channels, int64_t inner, int64_t outer_stride,

@@ -124,10 +124,8 @@ class BusSource:
         return Follower(self._bus, {**reader.places, _HEALTH: end})
 
     def _tell(self, watcher: Watcher, found: list[Delivery], ends: Mapping[str, str]) -> None:
-        # They come stream by stream: in the order of the bus's clock a run's start comes before its windows.
-        read = sorted(((each, decode(each.message)) for each in found), key=_order)
         batch: list[Fact | Unreadable] = []
-        for each, fact in read:
+        for each, fact in _in_order(found):
             if self._recorder is not None:
                 self._recorder.write(each.message)
             if order_of(each.entry_id) <= order_of(ends[each.stream]):
@@ -144,11 +142,20 @@ class BusSource:
             self._recorder.flush()
 
 
-def _order(read: tuple[Delivery, Fact | Unreadable]) -> tuple[int, float, int]:
-    """Milliseconds of the bus's clock; within one, where numbers of different streams mean nothing, the sender's."""
-    delivery, fact = read
-    milliseconds, number = order_of(delivery.entry_id)
-    return milliseconds, fact.at if isinstance(fact, Fact) else 0.0, number
+def _in_order(found: list[Delivery]) -> list[tuple[Delivery, Fact | Unreadable]]:
+    """What came stream by stream, as it happened: a run's start comes before its windows.
+
+    By milliseconds of the bus's clock. Within one, where the numbers of different streams mean nothing, by the sender's
+    clock, which changes nothing about the order in one stream though it be set back.
+    """
+    latest: dict[str, float] = {}
+    keyed: list[tuple[tuple[int, float], tuple[Delivery, Fact | Unreadable]]] = []
+    for each in found:
+        fact = decode(each.message)
+        at = max(latest.get(each.stream, 0.0), fact.at if isinstance(fact, Fact) else 0.0)
+        latest[each.stream] = at
+        keyed.append(((order_of(each.entry_id)[0], at), (each, fact)))
+    return [read for _, read in sorted(keyed, key=lambda each: each[0])]
 
 
 def _behind(places: Mapping[str, str], ends: Mapping[str, str]) -> bool:

@@ -197,3 +197,14 @@ def test_within_a_millisecond_of_the_bus_the_senders_clock_decides(bus: OonaClie
     watcher.start()
     assert watcher.done.wait(20)
     assert told == [(1, 1.0), (2, 0.5), (3, 1 / 3), (3, 1 / 3)]
+
+
+def test_a_clock_that_is_set_back_does_not_turn_a_stream_round(bus: OonaClient, redis: RedisServer):
+    now = time.time()
+    for number in range(3):
+        window = window_message("fc", number, now - number)
+        redis.client().xadd(HEALTH, {"message": window.to_bytes()}, id=f"{int(now * 1000)}-{number}")
+    watcher = started(bus, follow=False)
+    assert watcher.done.wait(20)
+    run = watcher.state.runs["job", 0]
+    assert (windows_of(watcher), run.late, run.missing, run.layers["fc"].sequence) == (3, 0, 0, 2)
