@@ -2,8 +2,7 @@
 //
 // At a width of 64 the products of four seeds take 3 us, and what Python needs around them took 20: after a layer's own
 // product the interpreter's code and data have left the caches. What a tensor is and where it lies is asked through
-// DLPack's exchange table (DLPack 1.3, __dlpack_c_exchange_api__), a C interface that stays the same across versions of
-// torch. Whatever is not the plain case is answered with None, and Python goes the long way.
+// DLPack's exchange table (torch_view.h). Whatever is not the plain case is answered with None, and Python goes the long way.
 #include <Python.h>
 #include <pybind11/pybind11.h>
 
@@ -11,82 +10,19 @@
 #include <vector>
 
 #include "bindings.h"
-#include "common.h"
 #include "graft_bank.h"
+#include "graft_call.h"
+#include "torch_view.h"
 
 namespace {
 
 using esper::graft::Bank;
-
-// -- DLPack's exchange table, as far as it is used (dlpack.h, version 1.3) --------------------------------------------
-
-struct DlTensor {
-    void* data;
-    std::int32_t device_type, device_id;
-    std::int32_t ndim;
-    std::uint8_t code, bits;
-    std::uint16_t lanes;
-    std::int64_t *shape, *strides;
-    std::uint64_t byte_offset;
-};
-
-struct ExchangeApi {
-    std::uint32_t major, minor;
-    void* previous;
-    void* allocator;
-    void* from_object;
-    void* to_object;
-    int (*borrow)(void* object, DlTensor* out);  // no reference is taken
-    void* stream;
-};
-
-constexpr std::uint32_t kDlpackMajor = 1;
-constexpr std::int32_t kDlpackCpu = 1;
-constexpr std::uint8_t kDlpackFloat = 2;
-
-// What torch has, given once.
-struct Torch {
-    const ExchangeApi* api = nullptr;
-    PyTypeObject* tensor = nullptr;
-    PyObject *functorch, *modes, *jit, *forward_ad, *grad_enabled, *empty_like;
-} torch_;
+using esper::graft::Call;
+using esper::graft::Entry;
+using esper::graft::Parts;
+using namespace esper::torch_view;
 
 PyObject *name_level, *name_version, *name_requires_grad, *name_weights, *name_attached;
-
-struct View {
-    void* data;
-    std::int64_t rows, last;
-};
-
-// A plain contiguous tensor of floating numbers of `bits` on the CPU, as rows; false for every other.
-bool view(PyObject* object, int bits, View* out) {
-    if (!Py_IS_TYPE(object, torch_.tensor)) return false;
-    DlTensor t;
-    if (torch_.api->borrow(object, &t) != 0) {
-        PyErr_Clear();
-        return false;
-    }
-    if (t.device_type != kDlpackCpu || t.code != kDlpackFloat || t.bits != bits || t.lanes != 1 || t.ndim < 1) return false;
-    std::int64_t expected = 1;
-    for (int i = t.ndim - 1; i >= 0; --i) {
-        if (t.shape[i] != 1 && t.strides != nullptr && t.strides[i] != expected) return false;
-        expected *= t.shape[i];
-    }
-    if (expected == 0) return false;
-    out->data = static_cast<char*>(t.data) + t.byte_offset;
-    out->last = t.shape[t.ndim - 1];
-    out->rows = expected / out->last;
-    return true;
-}
-
-void* address(PyObject* tensor) {
-    DlTensor t;
-    if (torch_.api->borrow(tensor, &t) != 0) {
-        PyErr_Clear();
-        return nullptr;
-    }
-    return static_cast<char*>(t.data) + t.byte_offset;
-}
 
 // 1: nothing transforms or records what happens; 0: something does; -1: an error is set.
 int plain() {
@@ -114,25 +50,6 @@ int plain() {
 }
 
 // -- one bank's call --------------------------------------------------------------------------------------------------
-
-struct Entry {
-    PyObject *dict, *key, *parameter;  // borrowed from the tuples of the call
-    void* address;
-};
-
-struct Call {
-    PyObject_HEAD
-    PyObject* owner;       // what holds the native bank
-    PyObject* bank;        // the Python object that the backward works on
-    PyObject* apply;       // puts a result into autograd's graph
-    PyObject *dicts, *keys, *parameters;
-    std::vector<Entry>* entries;
-    const Bank* native;
-    void* buffer;
-    long long limit;
-    int bits;
-    bool biased, reads_input;
-};
 
 Call* cast(PyObject* self) { return reinterpret_cast<Call*>(self); }
 
@@ -164,38 +81,20 @@ int ready(const Call* call) {
     return 1;
 }
 
-// The parameters' version counters, as GraftGuard has them.
-PyObject* versions(const Call* call) {
-    PyObject* result = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(call->entries->size() * sizeof(long long)));
-    if (result == nullptr) return nullptr;
-    auto* out = reinterpret_cast<long long*>(PyBytes_AS_STRING(result));
-    for (const Entry& entry : *call->entries) {
-        PyObject* value = PyObject_GetAttr(entry.parameter, name_version);
-        if (value == nullptr) {
-            Py_DECREF(result);
-            return nullptr;
-        }
-        *out++ = PyLong_AsLongLong(value);
-        Py_DECREF(value);
-    }
-    return result;
-}
-
 template <typename T>
 bool forward(const Call* call, const View& x, const View& h, void* y, const float* alpha, T* table) {
     const Bank& bank = *call->native;
-    const T* down = static_cast<const T*>(call->buffer);
-    const T* up = down + bank.rows() * bank.d_in();
+    const Parts<const T> weights(call, call->weights);
     bank.coefficients(alpha, table);
-    return bank.forward(static_cast<const T*>(x.data), static_cast<const T*>(h.data), static_cast<T*>(y), down, up,
-                        call->biased ? up + bank.rows() * bank.d_out() : nullptr, table, h.rows);
+    return bank.forward(static_cast<const T*>(x.data), static_cast<const T*>(h.data), static_cast<T*>(y), weights.down,
+                        weights.up, weights.bias, table, h.rows);
 }
 
-// y's place in the graph: apply((y, bank, table, versions), x, h, bank.weights).
-PyObject* attach(const Call* call, PyObject* y, PyObject* table, PyObject* x, PyObject* h) {
-    PyObject* seen = versions(call);
+// y's place in the graph: apply((y, bank, table, versions, self), x, h, bank.weights).
+PyObject* attach(Call* call, PyObject* y, PyObject* table, PyObject* x, PyObject* h) {
+    PyObject* seen = esper::graft::versions(call);
     if (seen == nullptr) return nullptr;
-    PyObject* made = PyTuple_Pack(4, y, call->bank, table, seen);
+    PyObject* made = PyTuple_Pack(5, y, call->bank, table, seen, reinterpret_cast<PyObject*>(call));
     Py_DECREF(seen);
     PyObject* weights = made == nullptr ? nullptr : PyObject_GetAttr(call->bank, name_weights);
     PyObject* result = nullptr;
@@ -222,15 +121,12 @@ PyObject* run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (answer < 0) return nullptr;
     View tap, host, alpha, result;
     if (answer == 0 || !view(h, call->bits, &host) || host.last != bank.d_out() || !view(x, call->bits, &tap) ||
-        tap.last != bank.d_in() || tap.rows != host.rows || !view(args[2], 32, &alpha) ||
-        host.rows * bank.rows() * (bank.d_in() + bank.d_out()) > call->limit)
+        tap.last != bank.d_in() || tap.rows != host.rows || !view(args[2], 32, &alpha) || !call->small(host.rows))
         Py_RETURN_NONE;
-    PyObject* grad = PyObject_CallNoArgs(torch_.grad_enabled);
-    if (grad == nullptr) return nullptr;
-    const bool recording = grad == Py_True;
-    Py_DECREF(grad);
+    const int graph = recording();
+    if (graph < 0) return nullptr;
     answer = whole(call);
-    if (answer == 1 && recording) answer = ready(call);
+    if (answer == 1 && graph) answer = ready(call);
     if (answer < 0) return nullptr;
     if (answer == 0) Py_RETURN_NONE;
 
@@ -247,7 +143,7 @@ PyObject* run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
             if (view(y, call->bits, &result))
                 finite = call->bits == 32 ? forward<float>(call, tap, host, result.data, factors, reinterpret_cast<float*>(raw))
                                           : forward<double>(call, tap, host, result.data, factors, reinterpret_cast<double*>(raw));
-            found = !finite ? Py_NewRef(Py_None) : recording ? attach(call, y, table, x, h) : Py_NewRef(y);
+            found = !finite ? Py_NewRef(Py_None) : graph ? attach(call, y, table, x, h) : Py_NewRef(y);
         } catch (const std::bad_alloc&) {
             PyErr_NoMemory();
         }
@@ -260,7 +156,7 @@ PyObject* run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
 int traverse(PyObject* self, visitproc visit, void* arg) {
     Call* call = cast(self);
     Py_VISIT(Py_TYPE(self));
-    for (PyObject* held : {call->owner, call->bank, call->apply, call->dicts, call->keys, call->parameters})
+    for (PyObject* held : {call->owner, call->bank, call->apply, call->buffer, call->dicts, call->keys, call->parameters})
         Py_VISIT(held);
     return 0;
 }
@@ -272,6 +168,7 @@ int clear(PyObject* self) {
     Py_CLEAR(call->owner);
     Py_CLEAR(call->bank);
     Py_CLEAR(call->apply);
+    Py_CLEAR(call->buffer);
     Py_CLEAR(call->dicts);
     Py_CLEAR(call->keys);
     Py_CLEAR(call->parameters);
@@ -289,11 +186,11 @@ void deallocate(PyObject* self) {
 
 // BankCall(owner, address, bank, apply, dicts, keys, parameters, buffer, limit, bits, biased, reads_input)
 PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
-    PyObject *owner, *bank, *apply, *dicts, *keys, *parameters;
-    unsigned long long native, buffer;
+    PyObject *owner, *bank, *apply, *dicts, *keys, *parameters, *buffer;
+    unsigned long long native;
     long long limit;
     int bits, biased, reads_input;
-    if (!PyArg_ParseTuple(args, "OKOOO!O!O!KLipp", &owner, &native, &bank, &apply, &PyTuple_Type, &dicts,
+    if (!PyArg_ParseTuple(args, "OKOOO!O!O!OLipp", &owner, &native, &bank, &apply, &PyTuple_Type, &dicts,
                           &PyTuple_Type, &keys, &PyTuple_Type, &parameters, &buffer, &limit, &bits, &biased, &reads_input))
         return nullptr;
     if (torch_.api == nullptr) {
@@ -309,8 +206,9 @@ PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
     call->dicts = Py_NewRef(dicts);
     call->keys = Py_NewRef(keys);
     call->parameters = Py_NewRef(parameters);
-    call->native = esper::as<const Bank>(native);
-    call->buffer = esper::as<void>(buffer);
+    call->native = reinterpret_cast<const Bank*>(native);
+    call->buffer = Py_NewRef(buffer);
+    call->weights = address(buffer);
     call->limit = limit;
     call->bits = bits;
     call->biased = biased != 0;
@@ -349,7 +247,8 @@ PyType_Spec spec = {"esper._native.BankCall", sizeof(Call), 0, Py_TPFLAGS_DEFAUL
 // Whether BankCall can be used: torch's tensors have an exchange table of a version that is understood.
 bool setup(const pybind11::type& tensor, const pybind11::object& functorch, const pybind11::object& modes,
            const pybind11::object& jit, const pybind11::dict& forward_ad, const pybind11::object& grad_enabled,
-           const pybind11::object& empty_like) {
+           const pybind11::object& empty_like, const pybind11::object& as_strided,
+           const pybind11::object& split) {
     const pybind11::object capsule = pybind11::getattr(tensor, "__dlpack_c_exchange_api__", pybind11::none());
     if (capsule.is_none() || !PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return false;
     auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -362,11 +261,29 @@ bool setup(const pybind11::type& tensor, const pybind11::object& functorch, cons
     torch_.forward_ad = forward_ad.inc_ref().ptr();
     torch_.grad_enabled = grad_enabled.inc_ref().ptr();
     torch_.empty_like = empty_like.inc_ref().ptr();
+    torch_.split = split.inc_ref().ptr();
+    torch_.as_strided = as_strided.inc_ref().ptr();
     torch_.api = api;
     return true;
 }
 
 }  // namespace
+
+PyObject* esper::graft::versions(const Call* call) {
+    PyObject* result = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(call->entries->size() * sizeof(long long)));
+    if (result == nullptr) return nullptr;
+    auto* out = reinterpret_cast<long long*>(PyBytes_AS_STRING(result));
+    for (const Entry& entry : *call->entries) {
+        PyObject* value = PyObject_GetAttr(entry.parameter, name_version);
+        if (value == nullptr) {
+            Py_DECREF(result);
+            return nullptr;
+        }
+        *out++ = PyLong_AsLongLong(value);
+        Py_DECREF(value);
+    }
+    return result;
+}
 
 void bind_graft_call(pybind11::module_& m) {
     name_level = PyUnicode_InternFromString("_current_level");
@@ -376,6 +293,7 @@ void bind_graft_call(pybind11::module_& m) {
     name_attached = PyUnicode_InternFromString("attached");
     PyObject* type = PyType_FromSpec(&spec);
     if (type == nullptr) throw pybind11::error_already_set();
+    esper::graft::call_type = reinterpret_cast<PyTypeObject*>(type);  // the module keeps it
     m.attr("BankCall") = pybind11::reinterpret_steal<pybind11::object>(type);
     m.def("bank_call_setup", &setup, "Tell BankCall about torch; false where it cannot be used.");
 }

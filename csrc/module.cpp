@@ -21,4 +21,5 @@ PYBIND11_MODULE(_native, m) {
     bind_stats(m);
     bind_graft(m);
     bind_graft_call(m);
+    bind_graft_grad(m);
 }

@@ -8,12 +8,13 @@ its rows of ``up``.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from esper.execution.grafts import bank_kernel
 from esper.execution.grafts.bank_kernel import BankKernel
@@ -26,16 +27,14 @@ __all__ = ["Bank"]
 _wants_grad: Callable[[Any], bool] = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """Where one parameter lies in the buffer: ``buffer[offset:]`` seen with ``shape`` and ``stride``."""
+# A stretch of the buffer as parameters see it: its shape, stride and offset; how many lines each parameter has, and
+# along which dimension; the position of the first parameter.
+_Block = tuple[tuple[int, ...], tuple[int, ...], int, tuple[int, ...], int, int]
 
-    shape: tuple[int, int] | tuple[int]
-    stride: tuple[int, int] | tuple[int]
-    offset: int
 
-    def of(self, flat: Tensor) -> Tensor:
-        return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset)
+def _cut(flat: Tensor, block: _Block) -> Sequence[Tensor]:
+    shape, stride, offset, sizes, dim, _ = block
+    return flat.as_strided(shape, stride, flat.storage_offset() + offset).split_with_sizes(sizes, dim)
 
 
 class _Gather(torch.autograd.Function):
@@ -43,25 +42,30 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, buffer: Tensor, slices: Sequence[_Slice], parameters: Sequence[Tensor], *edges: Tensor
+        ctx: Any, buffer: Tensor, blocks: tuple[_Block, ...], parameters: tuple[Tensor, ...], *edges: Tensor
     ) -> Tensor:
-        ctx.slices, ctx.parameters = slices, parameters
+        ctx.blocks, ctx.parameters = blocks, parameters
         return buffer
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = zip(ctx.slices, ctx.parameters, strict=True)
-        return (None, None, None, *(s.of(grad) if p.requires_grad else None for s, p in pairs))
+        views = itertools.chain.from_iterable(_cut(grad, block) for block in ctx.blocks)
+        return (None, None, None, *(v if p.requires_grad else None for v, p in zip(views, ctx.parameters, strict=True)))
 
 
 class _Run(torch.autograd.Function):
-    """Attaches the gradient to a y that is computed already."""
+    """Attaches the gradient to a y that is computed already.
+
+    The last part of ``call`` is the native call that made y, if one did: its backward is native too.
+    """
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[Tensor, Bank, bytes, bytes], x: Tensor, h: Tensor, buffer: Tensor) -> Tensor:
-        y, *ctx.call = call
+    def forward(
+        ctx: Any, call: tuple[Tensor, Bank, bytes, bytes, object], x: Tensor, h: Tensor, buffer: Tensor
+    ) -> Tensor:
+        ctx.call = call[1:]
         ctx.save_for_backward(x)
-        return y
+        return call[0]
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,8 +103,15 @@ def _bank_call() -> Callable[..., Any] | None:
         vars(torch.autograd.forward_ad),
         torch.is_grad_enabled,
         torch.empty_like,
+        torch.Tensor.as_strided,
+        torch.Tensor.split_with_sizes,
     )
-    return module.BankCall if ready else None
+    if not ready:
+        return None
+    # The engine asks a node for `apply`. These take the plain case, and hand the rest to the method that is there.
+    module.bank_grad_setup(_Run._backward_cls, _Gather._backward_cls, BackwardCFunction.apply)
+    call: Callable[..., Any] = module.BankCall
+    return call
 
 
 class Bank(BankKernel):
@@ -119,33 +130,49 @@ class Bank(BankKernel):
     ) -> None:
         downs = [w.get_parameter(s.family.tensor("down")) for w, s in zip(weights, seeds, strict=True)]
         super().__init__(seeds, [down.shape[0] for down in downs], d_in, d_out, dtype)
-        self._slices: list[_Slice] = []
-        row = 0
-        for seed, module, rank in zip(seeds, weights, self.ranks, strict=True):
-            place = seed.place
-            self._place(module, seed.family.roles["down"], "weight", _Slice((rank, d_in), (d_in, 1), row * d_in))
-            up = _Slice((place.end - place.begin, rank), (1, d_out), self.up_at + row * d_out + place.begin)
-            self._place(module, seed.family.roles["up"], "weight", up)
-            if "down" in seed.family.biases:
-                self._place(module, seed.family.roles["down"], "bias", _Slice((rank,), (1,), self.bias_at + row))
-            row += rank
+        names = [(w, s.family) for w, s in zip(weights, seeds, strict=True)]
+        for module, family in names:
+            self._add(module, family.roles["down"], "weight")
+        for module, family in names:
+            self._add(module, family.roles["up"], "weight")
+        biases = [i for i, seed in enumerate(seeds) if "down" in seed.family.biases]
+        for i in biases:
+            self._add(names[i][0], names[i][1].roles["down"], "bias")
+        self._blocks = self._divided(biases)
         self._pack()
         #: The buffer; once :attr:`attached`, as a function of the parameters.
         self.weights = self.buffer
         self.attached = False
         self._watch()
 
-    def _place(self, module: SeedWeights, node: str, kind: str, place: _Slice) -> None:
-        self._add(module, node, kind)
-        self._slices.append(place)
+    def _divided(self, biases: Sequence[int]) -> tuple[_Block, ...]:
+        """Where the parameters lie: those of all seeds together where that leaves no gaps, for few views in a backward.
+
+        Args:
+            biases: The seeds that have one.
+        """
+        ranks, d_in, d_out = self.ranks, self.d_in, self.d_out
+        rows = list(itertools.accumulate(ranks, initial=0))
+        blocks: list[_Block] = [((self.rows, d_in), (d_in, 1), 0, ranks, 0, 0)]
+        places = [seed.place for seed in self.seeds]
+        if all(place.end - place.begin == d_out for place in places):
+            blocks.append(((d_out, self.rows), (1, d_out), self.up_at, ranks, 1, len(ranks)))
+        else:
+            for i, (place, rank) in enumerate(zip(places, ranks, strict=True)):
+                at = self.up_at + rows[i] * d_out + place.begin
+                shape = place.end - place.begin, rank
+                blocks.append((shape, (1, d_out), at, (rank,), 1, len(ranks) + i))
+        for position, i in enumerate(biases, start=2 * len(ranks)):
+            blocks.append(((ranks[i],), (1,), self.bias_at + rows[i], (ranks[i],), 0, position))
+        return tuple(blocks)
 
     def _pack(self) -> None:
         # Not inside inference mode, whose tensors no optimizer may write to later.
         with torch.inference_mode(False), torch.no_grad():
             # Zeros, because a chunk-scoped seed leaves the rest of its rows of up empty.
             self.buffer = torch.zeros(self.size, dtype=self.dtype)
-            for parameter, place in zip(self.parameters, self._slices, strict=True):
-                view = place.of(self.buffer)
+            views = itertools.chain.from_iterable(_cut(self.buffer, block) for block in self._blocks)
+            for parameter, view in zip(self.parameters, views, strict=True):
                 view.copy_(parameter)
                 parameter.data = view
 
@@ -161,7 +188,7 @@ class Bank(BankKernel):
         bits = 8 * self.buffer.element_size()
         call = make(
             self._native, self._native.address, self, _run, tuple(self._dicts), tuple(self._keys),
-            tuple(self.parameters), self.buffer.data_ptr(), bank_kernel.NATIVE_LIMIT, bits, self.biased,
+            tuple(self.parameters), self.buffer, bank_kernel.NATIVE_LIMIT, bits, self.biased,
             self.reads_input,
         )  # fmt: skip
         run: Callable[[Tensor, Tensor, Tensor], Tensor | None] = call.run
@@ -177,7 +204,7 @@ class Bank(BankKernel):
             return y
         if not self.attached and any(map(_wants_grad, self.parameters)):
             self._attach()
-        return _run((y, self, table, self.versions()), x, h, self.weights)
+        return _run((y, self, table, self.versions(), None), x, h, self.weights)
 
     def _attach(self) -> None:
         """Make ``weights`` a function of the parameters.
@@ -189,7 +216,7 @@ class Bank(BankKernel):
         with torch.inference_mode(False), torch.enable_grad():
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
-            self.weights = _Gather.apply(self.buffer.detach(), self._slices, self.parameters, *self.parameters)
+            self.weights = _Gather.apply(self.buffer.detach(), self._blocks, tuple(self.parameters), *self.parameters)
             for parameter, flag in zip(self.parameters, flags, strict=True):
                 parameter.requires_grad_(flag)
         self.attached = True

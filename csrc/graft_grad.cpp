@@ -1,0 +1,199 @@
+// The backward of a bank's call in C (graft_call.cpp): what autograd's engine calls, without Python in it.
+//
+// At a width of 64 the products of a backward take 4 us, and Python around them took 40 for four seeds: a node's method,
+// its saved tensors, allocations, and a view for each parameter. These functions stand in for `apply` of two nodes of
+// esper.execution.grafts.bank; whatever is not the plain case they hand to the method that was there.
+#include <Python.h>
+#include <pybind11/pybind11.h>
+
+#include <new>
+
+#include "bindings.h"
+#include "graft_bank.h"
+#include "graft_call.h"
+#include "torch_view.h"
+
+namespace {
+
+using esper::graft::Bank;
+using esper::graft::Call;
+using esper::graft::Parts;
+using namespace esper::torch_view;
+
+PyObject *name_call, *name_saved, *name_needs, *name_blocks, *name_parameters, *name_requires, *name_offset;
+PyObject* slowly;                   // BackwardCFunction.apply
+constexpr Py_ssize_t kOthers = 3;  // arguments in front of a buffer's parameters
+
+// A reference that lets go of itself.
+class Ref {
+public:
+    explicit Ref(PyObject* object) : object_(object) {}
+    Ref(const Ref&) = delete;
+    Ref& operator=(const Ref&) = delete;
+    ~Ref() { Py_XDECREF(object_); }
+    PyObject* get() const { return object_; }
+    explicit operator bool() const { return object_ != nullptr; }
+
+private:
+    PyObject* object_;
+};
+
+enum class Outcome { done, slow, failed };
+
+Outcome failed() { return Outcome::failed; }
+
+bool truth(PyObject* tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple, i) == Py_True; }
+
+template <typename T>
+void backward(const Call* call, const View& x, const View& gy, const char* table, void* gx, void* gh, void* flat) {
+    const Parts<const T> weights(call, call->weights);
+    T *down = nullptr, *up = nullptr, *bias = nullptr;
+    if (flat != nullptr) {
+        const Parts<T> grads(call, flat);
+        down = grads.down, up = grads.up, bias = grads.bias;
+    }
+    call->native->backward(static_cast<const T*>(x.data), static_cast<const T*>(gy.data), weights.down, weights.up,
+                           weights.bias, reinterpret_cast<const T*>(table), gy.rows, static_cast<T*>(gx),
+                           static_cast<T*>(gh), down, up, bias);
+}
+
+// Whether any seed counts, and the factor of h where all features share one.
+template <typename T>
+bool counts(const Bank& bank, const char* table, double* host) {
+    const T* line = reinterpret_cast<const T*>(table);
+    *host = static_cast<double>(line[bank.seeds().size()]);
+    for (std::size_t s = 0; s < bank.seeds().size(); ++s)
+        if (bank.counts(line, s)) return true;
+    return false;
+}
+
+// An empty tensor like another, and where it lies; null with an error set. Not wanted: None, at null.
+PyObject* room(bool wanted, PyObject* like, void** at) {
+    *at = nullptr;
+    if (!wanted) return Py_NewRef(Py_None);
+    PyObject* made = PyObject_CallOneArg(torch_.empty_like, like);
+    if (made != nullptr) *at = address(made);
+    return made;
+}
+
+// The gradients of one call, as Bank.backward has them: (None, for x, for h, for the buffer).
+Outcome gradients(PyObject* ctx, PyObject* gy, PyObject** found) {
+    const Ref made(PyObject_GetAttr(ctx, name_call));
+    if (!made) return failed();
+    PyObject *table = PyTuple_GET_ITEM(made.get(), 1), *seen = PyTuple_GET_ITEM(made.get(), 2);
+    if (!Py_IS_TYPE(PyTuple_GET_ITEM(made.get(), 3), esper::graft::call_type)) return Outcome::slow;
+    auto* call = reinterpret_cast<Call*>(PyTuple_GET_ITEM(made.get(), 3));
+    const int graph = recording();
+    if (graph < 0) return failed();
+    View incoming, tap;
+    if (graph || call->native == nullptr || !view(gy, call->bits, &incoming)) return Outcome::slow;
+    const Bank& bank = *call->native;
+    const Ref saved(PyObject_GetAttr(ctx, name_saved));
+    if (!saved) return failed();
+    PyObject* x = PyTuple_GET_ITEM(saved.get(), 0);
+    if (!view(x, call->bits, &tap) || tap.rows != incoming.rows || !call->small(tap.rows)) return Outcome::slow;
+    const Ref now(esper::graft::versions(call));
+    if (!now) return failed();
+    const int same = PyObject_RichCompareBool(now.get(), seen, Py_EQ);
+    if (same < 0) return failed();
+    double host = 0;
+    const char* raw = PyBytes_AS_STRING(table);
+    const bool awake = call->bits == 32 ? counts<float>(bank, raw, &host) : counts<double>(bank, raw, &host);
+    if (same == 0 || !awake) return Outcome::slow;
+
+    const Ref needs(PyObject_GetAttr(ctx, name_needs));
+    if (!needs) return failed();
+    const bool want_h = truth(needs.get(), 2), alike = bank.groups().size() == 1 && host == 1.0;  // h's gradient is y's
+    void *at_x, *at_h, *at_flat;
+    const Ref gx(room(truth(needs.get(), 1), x, &at_x));
+    const Ref other_h(room(want_h && !alike, gy, &at_h));
+    PyObject* gh = want_h && alike ? gy : other_h.get();
+    const Ref flat(room(truth(needs.get(), 3), call->buffer, &at_flat));
+    if (!gx || !other_h || !flat) return failed();
+    try {
+        const auto run = call->bits == 32 ? backward<float> : backward<double>;
+        run(call, tap, incoming, raw, at_x, at_h, at_flat);
+    } catch (const std::bad_alloc&) {
+        PyErr_NoMemory();
+        return failed();
+    }
+    *found = PyTuple_Pack(4, Py_None, gx.get(), gh, flat.get());
+    return *found == nullptr ? Outcome::failed : Outcome::done;
+}
+
+// One block of the buffer's gradient, cut into the parameters that lie in it. Gives false with an error set.
+bool cut(PyObject* grad, PyObject* block, PyObject* parameters, PyObject* result) {
+    // shape, stride, offset; how many of its lines each part has, along which dimension; which parameter is the first
+    PyObject* arguments[] = {grad, PyTuple_GET_ITEM(block, 0), PyTuple_GET_ITEM(block, 1), PyTuple_GET_ITEM(block, 2)};
+    const Ref whole(PyObject_Vectorcall(torch_.as_strided, arguments, 4, nullptr));
+    if (!whole) return false;
+    PyObject* division[] = {whole.get(), PyTuple_GET_ITEM(block, 3), PyTuple_GET_ITEM(block, 4)};
+    const Ref parts(PyObject_Vectorcall(torch_.split, division, 3, nullptr));
+    if (!parts) return false;
+    const Py_ssize_t first = PyLong_AsSsize_t(PyTuple_GET_ITEM(block, 5));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(parts.get()); ++i) {
+        const Ref flag(PyObject_GetAttr(PyTuple_GET_ITEM(parameters, first + i), name_requires));
+        if (!flag) return false;
+        PyObject* part = flag.get() == Py_True ? PyTuple_GET_ITEM(parts.get(), i) : Py_None;
+        PyTuple_SET_ITEM(result, kOthers + first + i, Py_NewRef(part));
+    }
+    return true;
+}
+
+// The buffer's gradient as views, one a parameter, behind None for the other arguments; None for a frozen parameter.
+Outcome parted(PyObject* ctx, PyObject* grad, PyObject** found) {
+    if (!Py_IS_TYPE(grad, torch_.tensor)) return Outcome::slow;
+    const Ref offset(PyObject_CallMethodNoArgs(grad, name_offset));
+    if (!offset) return failed();
+    if (PyLong_AsLong(offset.get()) != 0) return PyErr_Occurred() ? Outcome::failed : Outcome::slow;
+    const Ref blocks(PyObject_GetAttr(ctx, name_blocks)), parameters(PyObject_GetAttr(ctx, name_parameters));
+    if (!blocks || !parameters) return failed();
+    PyObject* result = PyTuple_New(kOthers + PyTuple_GET_SIZE(parameters.get()));
+    if (result == nullptr) return failed();
+    for (Py_ssize_t i = 0; i < kOthers; ++i) PyTuple_SET_ITEM(result, i, Py_NewRef(Py_None));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(blocks.get()); ++i)
+        if (!cut(grad, PyTuple_GET_ITEM(blocks.get(), i), parameters.get(), result)) {
+            Py_DECREF(result);
+            return failed();
+        }
+    *found = result;
+    return Outcome::done;
+}
+
+template <Outcome (*quickly)(PyObject*, PyObject*, PyObject**)>
+PyObject* applied(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    PyObject* found = nullptr;
+    const Outcome outcome = count == 2 && args[1] != Py_None ? quickly(args[0], args[1], &found) : Outcome::slow;
+    if (outcome == Outcome::slow) return PyObject_Vectorcall(slowly, args, static_cast<std::size_t>(count), nullptr);
+    return found;
+}
+
+PyMethodDef run_method = {"apply", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(applied<gradients>)), METH_FASTCALL,
+                          "apply(ctx, gy): the gradients of a bank's call."};
+PyMethodDef gather_method = {"apply", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(applied<parted>)), METH_FASTCALL,
+                             "apply(ctx, grad): a buffer's gradient as its parameters'."};
+
+// Let the engine call these functions for the nodes of the two classes.
+void install(const pybind11::object& run_class, const pybind11::object& gather_class, const pybind11::object& otherwise) {
+    for (const auto& [node, method] : {std::pair{run_class, &run_method}, std::pair{gather_class, &gather_method}}) {
+        const auto function = pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(method, nullptr));
+        if (!function) throw pybind11::error_already_set();
+        const auto bound = pybind11::reinterpret_steal<pybind11::object>(PyInstanceMethod_New(function.ptr()));
+        if (!bound) throw pybind11::error_already_set();
+        pybind11::setattr(node, "apply", bound);
+    }
+    slowly = otherwise.inc_ref().ptr();
+}
+
+}  // namespace
+
+void bind_graft_grad(pybind11::module_& m) {
+    name_call = PyUnicode_InternFromString("call");
+    name_saved = PyUnicode_InternFromString("saved_tensors");
+    name_needs = PyUnicode_InternFromString("needs_input_grad");
+    name_blocks = PyUnicode_InternFromString("blocks");
+    name_parameters = PyUnicode_InternFromString("parameters");
+    name_requires = PyUnicode_InternFromString("requires_grad");
+    name_offset = PyUnicode_InternFromString("storage_offset");
+    m.def("bank_grad_setup", &install, "Give two classes of nodes their `apply`, and the one to fall back to.");
+}

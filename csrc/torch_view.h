@@ -1,0 +1,90 @@
+// Tensors seen from C without torch's headers: through DLPack's exchange table (DLPack 1.3, __dlpack_c_exchange_api__), a C
+// interface that stays the same across versions of torch.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+
+namespace esper::torch_view {
+
+// -- DLPack's exchange table, as far as it is used (dlpack.h, version 1.3) --------------------------------------------
+
+struct DlTensor {
+    void* data;
+    std::int32_t device_type, device_id;
+    std::int32_t ndim;
+    std::uint8_t code, bits;
+    std::uint16_t lanes;
+    std::int64_t *shape, *strides;
+    std::uint64_t byte_offset;
+};
+
+struct ExchangeApi {
+    std::uint32_t major, minor;
+    void* previous;
+    void* allocator;
+    void* from_object;
+    void* to_object;
+    int (*borrow)(void* object, DlTensor* out);  // no reference is taken
+    void* stream;
+};
+
+constexpr std::uint32_t kDlpackMajor = 1;
+constexpr std::int32_t kDlpackCpu = 1;
+constexpr std::uint8_t kDlpackFloat = 2;
+
+// What torch has, given once.
+struct Torch {
+    const ExchangeApi* api = nullptr;
+    PyTypeObject* tensor = nullptr;
+    PyObject *functorch, *modes, *jit, *forward_ad, *grad_enabled, *empty_like, *as_strided, *split;
+};
+
+inline Torch torch_;
+
+struct View {
+    void* data;
+    std::int64_t rows, last;
+};
+
+// A plain contiguous tensor of floating numbers of `bits` on the CPU, as rows; false for every other.
+inline bool view(PyObject* object, int bits, View* out) {
+    if (!Py_IS_TYPE(object, torch_.tensor)) return false;
+    DlTensor t;
+    if (torch_.api->borrow(object, &t) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    if (t.device_type != kDlpackCpu || t.code != kDlpackFloat || t.bits != bits || t.lanes != 1 || t.ndim < 1) return false;
+    std::int64_t expected = 1;
+    for (int i = t.ndim - 1; i >= 0; --i) {
+        if (t.shape[i] != 1 && t.strides != nullptr && t.strides[i] != expected) return false;
+        expected *= t.shape[i];
+    }
+    if (expected == 0) return false;
+    out->data = static_cast<char*>(t.data) + t.byte_offset;
+    out->last = t.shape[t.ndim - 1];
+    out->rows = expected / out->last;
+    return true;
+}
+
+inline void* address(PyObject* tensor) {
+    DlTensor t;
+    if (torch_.api->borrow(tensor, &t) != 0) {
+        PyErr_Clear();
+        return nullptr;
+    }
+    return static_cast<char*>(t.data) + t.byte_offset;
+}
+
+// Whether the graph is being recorded: 1, 0, or -1 with an error set.
+inline int recording() {
+    PyObject* answer = PyObject_CallNoArgs(torch_.grad_enabled);
+    if (answer == nullptr) return -1;
+    const int yes = answer == Py_True;
+    Py_DECREF(answer);
+    return yes;
+}
+
+}  // namespace esper::torch_view
