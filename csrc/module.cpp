@@ -22,4 +22,5 @@ PYBIND11_MODULE(_native, m) {
     bind_graft(m);
     bind_graft_call(m);
     bind_graft_grad(m);
+    bind_torch_shim(m);
 }

@@ -15,7 +15,7 @@ import contextlib
 import enum
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "get",
     "implements",
     "names",
+    "route",
     "triton_interprets",
     "unavailable",
     "use_backend",
@@ -179,7 +180,7 @@ _WARNED: set[str] = set()
 _LIBRARY = torch.library.Library("esper", "FRAGMENT")
 
 
-def define(name: str, schema: str, *, doc: str, fake: Kernel | None = None) -> Op:
+def define(name: str, schema: str, *, doc: str, fake: Kernel | None = None, cpu_route: bool = True) -> Op:
     """Declare an operation.
 
     Args:
@@ -188,6 +189,8 @@ def define(name: str, schema: str, *, doc: str, fake: Kernel | None = None) -> O
         doc: One line for ``esper env``.
         fake: Shape function for ``torch.compile``; give it to every op that is called inside a model's forward. With
             it the op joins PyTorch's dispatcher as ``torch.ops.esper.<name>``, and ``schema`` must say what it mutates.
+        cpu_route: Whether the dispatcher's entry for the CPU asks :meth:`Op.resolve`. Without, the extension registers
+            its own, or the module that declares the op calls :func:`route` where it cannot.
 
     Raises:
         ValueError: if the name is taken or no identifier.
@@ -199,7 +202,7 @@ def define(name: str, schema: str, *, doc: str, fake: Kernel | None = None) -> O
         raise ValueError(f"operation {name!r} is declared twice")
     op = Op(name, schema, doc, fake)
     if fake is not None:
-        op.overload = _add_to_dispatcher(op, fake)
+        op.overload = _add_to_dispatcher(op, fake, ("CPU", "CUDA") if cpu_route else ("CUDA",))
     _OPS[name] = op
     return op
 
@@ -295,15 +298,17 @@ def _announce_fallback(op: Op, device_type: str, selection: Selection) -> None:
         warnings.warn(f"{op.name}: {message}. `esper env` shows all.", RuntimeWarning, stacklevel=4)
 
 
-def _add_to_dispatcher(op: Op, fake: Kernel) -> Kernel:
-    """Declare ``op`` to PyTorch; the dispatcher's entries ask :meth:`Op.resolve` at run time."""
+def route(op: Op, key: str) -> None:
+    """Let the dispatcher's entry for "CPU" or "CUDA" ask :meth:`Op.resolve` at run time."""
+    device_type = key.lower()
+    _LIBRARY.impl(op.name, lambda *args, **kwargs: op.resolve(device_type)(*args, **kwargs), key)
+
+
+def _add_to_dispatcher(op: Op, fake: Kernel, keys: Sequence[str]) -> Kernel:
+    """Declare ``op`` to PyTorch."""
     _LIBRARY.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-    def route(device_type: str) -> Kernel:
-        return lambda *args, **kwargs: op.resolve(device_type)(*args, **kwargs)
-
-    _LIBRARY.impl(op.name, route("cpu"), "CPU")
-    _LIBRARY.impl(op.name, route("cuda"), "CUDA")
+    for key in keys:
+        route(op, key)
     torch.library.register_fake(f"esper::{op.name}", fake, lib=_LIBRARY)
     overload: Kernel = getattr(torch.ops.esper, op.name).default
     return overload

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.contracts.errors import ShapeMismatchError
-from esper.execution.grafts import blend, fused
+from esper.execution.grafts import blend, compiled, fused
 from esper.execution.grafts.bank import Bank
 from esper.execution.grafts.bank_kernel import bank_eligible
 from esper.execution.grafts.device_bank import DeviceBank, capturing, packable
@@ -71,6 +71,7 @@ class GraftSet(nn.Module):
         self._seeds: dict[int, BoundSeed] = {}
         self._layout: BlendLayout | None = None
         self._plan: fused.Plan | None = None
+        self._sheet: compiled.Sheet | None = None
         self._runs: fused.Runs = ()
         self._bank: Bank | ReservedBank | DeviceBank | None = None
         self._bank_tried = False
@@ -248,6 +249,7 @@ class GraftSet(nn.Module):
         self._layout = BlendLayout([seed.place for seed in fitting.values()], self.spec.d_out)
         tensors = [self._weights(i).tensors() for i in fitting]
         self._plan = fused.plan_of(list(fitting.values()), tensors, self.spec.d_in, self.spec.d_out)
+        self._sheet = compiled.sheet_of(list(fitting.values()), tensors, self._like.dtype)
         self._runs = fused.runs_of(list(fitting))
 
     def _pack(self) -> Bank | ReservedBank | DeviceBank | None:
@@ -348,6 +350,11 @@ class GraftSet(nn.Module):
         if self._plan is not None and fused.serves(h.device) and not hasattr(h, "device_mesh"):
             tap = x if next(iter(self._seeds.values())).reads_input else h
             done = fused.run(self._plan, named, tap, h, alpha, dim)
+            if done is not None:
+                fused.raise_flags(flags, self._runs, done[1])
+                return done[0]
+        if self._sheet is not None and compiled.serves(h):
+            done = compiled.run(self._sheet, named, x, h, alpha, dim)
             if done is not None:
                 fused.raise_flags(flags, self._runs, done[1])
                 return done[0]

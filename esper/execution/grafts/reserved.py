@@ -6,18 +6,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from esper.execution.grafts import fused
+from esper.execution.grafts import compiled, fused
 from esper.execution.grafts.bank_kernel import bank_eligible
 from esper.execution.grafts.device_bank import capturing
 from esper.execution.grafts.families import sample_strided
 from esper.execution.grafts.graft_set import GraftSet, SeedState
 from esper.execution.grafts.reservation import Reservation, ReservedWeights
 from esper.execution.grafts.reserved_bank import ReservedBank, readable
-from esper.execution.grafts.reserved_blend import ACTIVATIONS, Plan, reserved_blend
+from esper.execution.grafts.reserved_blend import reserved_blend
 from esper.execution.grafts.seed import bind_seed
 from esper.execution.hosts import HostSpec
+from esper.ops.graft.seeds import ACTIVATIONS, Plan, blend_seeds, compiled_here
 
 if TYPE_CHECKING:
     from esper.execution.kernel_executor import LoadedKernel
@@ -52,6 +53,7 @@ class ReservedGraftSet(GraftSet):
         device = torch.device(device)
         for seed_idx in range(state_layout.num_seeds):
             setattr(self, f"seed{seed_idx}", ReservedWeights(reservation, self._like.dtype, device))
+        self._operation = compiled_here()  # for compiled graphs on a CPU
         with torch.inference_mode(False):
             self.plan = torch.zeros(state_layout.num_seeds, len(Plan), dtype=torch.int32, device=device)
 
@@ -130,15 +132,14 @@ class ReservedGraftSet(GraftSet):
         memory = [self._memory(i).whole() for i in range(self.state_layout.num_seeds)]
         downs, biases, ups = zip(*memory, strict=True)
         flags = self.state_layout.fault_flags
-        y, blamed = reserved_blend(
-            tap,
-            h,
-            (torch.cat(downs), torch.cat(biases), torch.cat(ups, 1)),
-            self.plan,
-            self.state_layout.alpha_blend if alpha is None else alpha,
-            self._dim(h),
-            kinds,
-        )
+        alpha = self.state_layout.alpha_blend if alpha is None else alpha
+        dim = self._dim(h)
+        plain = compiled.fits(tap, h, dim) and all(type(t) is nn.Parameter and t.dtype is h.dtype for t in downs)
+        if self._operation and plain and compiled.serves(h):
+            y, blamed = blend_seeds(tap, h, alpha, self.plan, downs, ups, biases, replaces=True)
+        else:
+            weights = torch.cat(downs), torch.cat(biases), torch.cat(ups, 1)
+            y, blamed = reserved_blend(tap, h, weights, self.plan, alpha, dim, kinds)
         with torch.no_grad():
             flags.copy_(torch.maximum(flags, blamed.to(flags.dtype)))
         return y

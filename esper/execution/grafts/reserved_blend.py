@@ -15,7 +15,6 @@ to find the seeds at fault in another way; :func:`_faults` says how.
 from __future__ import annotations
 
 from collections.abc import Collection
-from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -24,29 +23,9 @@ from esper.blueprints import interpret
 from esper.execution.grafts import blend
 from esper.execution.grafts.families import linear_along
 from esper.ops.graft.reference import accumulation_dtype
+from esper.ops.graft.seeds import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "Plan", "reserved_blend"]
-
-
-class Plan(IntEnum):
-    """Columns of the plan, int32 ``[S, 6]``; a line of zeros is a seed that sleeps."""
-
-    #: 0 while the seed sleeps, else 1 + the activation's place in :data:`ACTIVATIONS`.
-    CODE = 0
-    #: Rows that the kernel occupies.
-    RANK = 1
-    #: First feature that it changes.
-    BEGIN = 2
-    #: One past the last.
-    END = 3
-    #: 1 for mode ``replace``.
-    REPLACE = 4
-    #: 1 where the kernel has a bias.
-    BIASED = 5
-
-
-#: What a row's code stands for, from 1.
-ACTIVATIONS: tuple[str | None, ...] = (None, "relu", "gelu", "gelu_tanh", "tanh", "sigmoid", "silu")
+__all__ = ["reserved_blend"]
 
 
 def reserved_blend(

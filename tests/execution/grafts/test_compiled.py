@@ -1,0 +1,172 @@
+"""Compiled for a CPU, a layer's low-rank seeds are one operation, with the numbers of eager code."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from esper.execution.grafts import GraftSet, compiled
+from esper.ops import registry
+
+from .helpers import gradients, graft_set, kernel, parameters
+
+D_IN, D_OUT = 10, 12
+
+
+def layer(dtype: torch.dtype = torch.float64, tap: str = "input", **extra: Any) -> GraftSet:
+    """Two of three seeds awake, of unlike rank, one with a bias and an activation."""
+    torch.manual_seed(0)
+    d_tap = D_IN if tap == "input" else D_OUT
+    width = D_OUT // 3 if extra.get("scope") == "chunk" else D_OUT
+    kernels = {
+        0: kernel("lowrank", d_tap, D_OUT, dtype=dtype, tap=tap, rank=3),
+        2: kernel("bottleneck", d_tap, width, seed=1, dtype=dtype, tap=tap, activation="gelu", bias=True, **extra),
+    }
+    return graft_set(nn.Linear(D_IN, D_OUT).to(dtype), (0.3, 0.0, 0.6), kernels)
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    x = torch.randn(*shape, D_IN, dtype=dtype, requires_grad=True)
+    return x, torch.randn(*shape, D_OUT, dtype=dtype, requires_grad=True)
+
+
+class Graphs:
+    """A compiler that keeps the graphs it is given and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.operations: list[list[str]] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        self.operations.append(
+            [
+                str(node.target)
+                for module in graph.modules()
+                if isinstance(module, torch.fx.GraphModule)
+                for node in module.graph.nodes
+                if node.op == "call_function"
+            ]
+        )
+        return graph.forward
+
+    @property
+    def uses_the_operation(self) -> bool:
+        assert self.operations, "nothing was compiled"
+        return any("graft_seeds" in name for names in self.operations for name in names)
+
+
+@pytest.fixture(autouse=True)
+def _anew() -> None:
+    torch._dynamo.reset()
+    assert compiled.compiled_here(), registry.get("graft_seeds").reason("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("extra", [{}, {"scope": "chunk"}, {"mode": "replace"}], ids=str)
+@pytest.mark.parametrize("tap", ["input", "output"])
+@pytest.mark.parametrize("packed", [False, True], ids=["fresh", "packed"])
+def test_same_numbers_and_gradients(packed: bool, tap: str, extra: dict[str, Any], dtype: torch.dtype) -> None:
+    grafts, (x, h) = layer(dtype, tap, **extra), rows(5, dtype=dtype)
+    if packed:
+        grafts(x, h)  # an eager call moves the parameters side by side
+    run = torch.compile(grafts, fullgraph=True)
+    y = run(x, h)
+    tensors = [x, h, *parameters(grafts)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch warns of gradients that are laid out unlike their parameters
+        found = gradients(y, tensors)
+        y.sum().backward()
+    expected = grafts(x, h)
+    # Sums of some 30 terms of size 1, each within an eps of its partial sum, in either order.
+    allowed = {"rtol": 0, "atol": 128 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(y, expected, **allowed)
+    for got, want in zip(found, gradients(expected, tensors), strict=True):
+        torch.testing.assert_close(
+            got, want, rtol=0, atol=128 * torch.finfo(dtype).eps * max(1, want.abs().max().item())
+        )
+    with torch.no_grad():
+        torch.testing.assert_close(run(x, h), expected, **allowed)
+
+
+def test_it_is_one_operation_that_serves_any_alpha() -> None:
+    grafts, graphs = layer(), Graphs()
+    grafts(*rows(5))  # moves the parameters side by side, which a graph would notice
+    run = torch.compile(grafts, fullgraph=True, backend=graphs, dynamic=True)
+    run(*rows(5))
+    assert graphs.uses_the_operation
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for alpha in (0.9, 0.0, 0.3):
+            grafts.state_layout.alpha_blend[0] = alpha
+            x, h = rows(4)
+            torch.testing.assert_close(run(x, h), grafts(x, h), rtol=0, atol=1e-13)
+
+
+def test_a_fault_is_contained_and_raised() -> None:
+    grafts, (x, h) = layer(), rows(5)
+    run = torch.compile(grafts, fullgraph=True)
+    run(x, h)
+    assert grafts.state_layout.fault_flags.tolist() == [0, 0, 0]
+    with torch.no_grad():
+        grafts.seed_parameters(2)["up.weight"][3, 1] = torch.nan
+    y = run(x, h)
+    assert torch.equal(y, h)
+    assert grafts.state_layout.fault_flags.tolist() == [0, 0, 1]
+    gx, gh, *rest = torch.autograd.grad(y.sum(), [x, h, *parameters(grafts)], allow_unused=True)
+    assert torch.equal(gh, torch.ones_like(h))
+    assert all(g is None or torch.count_nonzero(g) == 0 for g in (gx, *rest))
+
+
+def test_alpha_may_move_between_forward_and_backward() -> None:
+    grafts, (x, h) = layer(), rows(5)
+    run = torch.compile(grafts, fullgraph=True)
+    expected = torch.autograd.grad(grafts(x, h).sum(), [x, *parameters(grafts)])
+    y = run(x, h)
+    grafts.state_layout.alpha_blend.zero_()
+    for got, want in zip(torch.autograd.grad(y.sum(), [x, *parameters(grafts)]), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
+
+
+def test_frozen_seeds_pass_the_gradient_on() -> None:
+    grafts, (x, h) = layer(), rows(5)
+    for parameter in parameters(grafts):
+        parameter.requires_grad_(False)
+    run = torch.compile(grafts, fullgraph=True)
+    (found,) = torch.autograd.grad(run(x, h).sum(), x)
+    (expected,) = torch.autograd.grad(grafts(x, h).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("why", ["halves", "autocast", "strided", "the reference is asked for", "elementwise"])
+def test_everything_else_takes_plain_operations(why: str) -> None:
+    grafts, graphs = layer(torch.float32), Graphs()
+    x, h = (t.detach() for t in rows(5, dtype=torch.float32))
+    if why == "halves":
+        grafts, x, h = layer(torch.bfloat16), x.bfloat16(), h.bfloat16()
+    if why == "autocast":
+        h = h.bfloat16()  # what a host gives under autocast, while x and the seeds stay
+    if why == "strided":
+        x, h = x[:1].expand(1, 5, D_IN).transpose(0, 1), h[:, None]  # this alone the operation takes
+    if why == "elementwise":
+        grafts = graft_set(
+            nn.Linear(D_IN, D_OUT), (0.5,), {0: kernel("elementwise", D_OUT, D_OUT, dtype=torch.float32)}
+        )
+    if why == "the reference is asked for":
+        with registry.use_backend("reference"):
+            grafts = layer(torch.float32)
+            torch.compile(grafts, fullgraph=True, backend=graphs)(x, h)
+    else:
+        torch.compile(grafts, fullgraph=True, backend=graphs)(x, h)
+    assert graphs.uses_the_operation == (why == "strided")
+
+
+def test_an_exported_program_does_without_esper() -> None:
+    grafts, (x, h) = layer(), rows(5)
+    program = torch.export.export(grafts, (x.detach(), h.detach()))
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert names
+    assert not any("esper" in name for name in names)
+    torch.testing.assert_close(program.module()(x, h), grafts(x, h), rtol=0, atol=1e-13)

@@ -1,0 +1,365 @@
+"""``graft_seeds`` in C++ against the reference in PyTorch, and its derivative against numbers.
+
+Tolerances. Nothing is rounded between the sums, which run in the dtype of h in another order: an output differs by at
+most n eps times the sum of its terms' sizes, n terms. With terms of size 1 and up to 64 of them in a sum of a sum, 256
+eps of the largest value covers both, and chance keeps well inside. Where gradients are summed over rows, n is the
+number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from esper.ops import native
+from esper.ops.graft import seeds
+from esper.ops.graft.seeds import ACTIVATIONS, Plan, blend_seeds, graft_seeds, graft_seeds_backward
+
+D_IN, D_OUT = 13, 11
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_full_of_nan() -> Iterator[None]:
+    """Deterministic mode fills what torch allocates with NaN: an output left unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@dataclass(frozen=True)
+class Seed:
+    rank: int
+    begin: int = 0
+    end: int = D_OUT
+    replace: bool = False
+    activation: str | None = None
+    biased: bool = False
+    reserved: int | None = None  # rows of its memory, where there are more than it uses
+    own_width: bool = False  # its way up is as wide as its own features
+    asleep: bool = False
+    packed: bool = False  # as a bank lays it out: the way up by columns
+
+
+class Case:
+    def __init__(
+        self, lines: Sequence[Seed], shape: tuple[int, ...] = (7,), dtype: torch.dtype = torch.float64, **alphas: Any
+    ) -> None:
+        torch.manual_seed(0)
+        self.x = torch.randn(*shape, D_IN, dtype=dtype)
+        self.h, self.gy = torch.randn(2, *shape, D_OUT, dtype=dtype)
+        self.alpha = torch.tensor(alphas.get("alphas", [0.25 + 0.125 * i for i in range(len(lines))]))
+        self.plan = torch.zeros(len(lines), len(Plan), dtype=torch.int32)
+        self.downs, self.ups, self.biases = [], [], []
+        for line, seed in zip(self.plan, lines, strict=True):
+            memory = seed.reserved or seed.rank
+            if not seed.asleep:
+                code = 1 + ACTIVATIONS.index(seed.activation)
+                line[:] = torch.tensor([code, seed.rank, seed.begin, seed.end, int(seed.replace), int(seed.biased)])
+            width = seed.end - seed.begin if seed.own_width else D_OUT
+            self.downs.append(torch.randn(memory, D_IN, dtype=dtype))
+            up = torch.randn(width, memory, dtype=dtype)
+            self.ups.append(up.t().contiguous().t() if seed.packed else up)
+            self.biases.append(torch.randn(memory, dtype=dtype))
+        if not any(seed.biased for seed in lines):
+            self.biases = []
+
+    @property
+    def weights(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        return self.downs, self.ups, self.biases
+
+    def forward(self, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = graft_seeds.backend(backend)(
+            self.x, self.h, self.alpha, self.plan, *self.weights
+        )
+        return found
+
+    def backward(self, backend: str, effect: Tensor, wants: tuple[bool, bool, bool] = (True, True, True)) -> Any:
+        return graft_seeds_backward.backend(backend)(self.gy, self.x, effect, *self.weights, *wants)
+
+    def check(self) -> Tensor:
+        """Native and reference agree; the faults."""
+        y, faults, effect = self.forward("cpu")
+        expected, blamed, kept = self.forward("reference")
+        assert faults.tolist() == blamed.tolist()
+        assert torch.equal(effect, kept)
+        close(y, expected)
+        for got, want in zip(self.backward("cpu", effect), self.backward("reference", effect), strict=True):
+            for one, other in zip(*((t,) if isinstance(t, Tensor) else t for t in (got, want)), strict=True):
+                assert one.stride() == other.stride()
+                close(one, other)
+        return faults
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+    if want.numel() == 0:
+        return
+    sound = want[torch.isfinite(want)]
+    scale = max(1.0, sound.abs().max().item()) if sound.numel() else 1.0
+    torch.testing.assert_close(got, want, rtol=0, atol=256 * torch.finfo(want.dtype).eps * scale, equal_nan=True)
+
+
+PLAIN = [Seed(4), Seed(3, packed=True)]
+MIXED = [
+    Seed(3, replace=True, activation="gelu", biased=True),
+    Seed(5, reserved=8),
+    Seed(2, replace=True, activation="tanh"),
+]
+CHUNKS = [
+    Seed(3, 0, 5, replace=True, own_width=True),
+    Seed(2, 5, 11, activation="relu", biased=True, own_width=True, packed=True),
+    Seed(4, 2, 9, reserved=6),
+]
+SLEEPERS = [
+    Seed(3, asleep=True),
+    Seed(2, biased=True, activation="silu", reserved=5),
+    Seed(4, asleep=True, biased=True),
+]
+KINDS = {"plain": PLAIN, "mixed": MIXED, "chunks": CHUNKS, "sleepers": SLEEPERS, "one": [Seed(1)]}
+kinds = pytest.mark.parametrize("lines", KINDS.values(), ids=KINDS.keys())
+
+
+def test_it_is_native_here() -> None:
+    """Without the C++ kernels the rest of this file would compare the reference with itself."""
+    assert graft_seeds.reason("cpu") == ""
+    assert seeds.compiled_here()
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (), (2, 3, 5), (1,), (0,), (3, 0)], ids=str)
+def test_as_the_reference(shape: tuple[int, ...], dtype: torch.dtype, lines: list[Seed]) -> None:
+    Case(lines, shape, dtype).check()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str | None) -> None:
+    Case([Seed(3, activation=activation, biased=True), Seed(2)]).check()
+
+
+@kinds
+def test_strided_tensors(lines: list[Seed]) -> None:
+    case = Case(lines, (4, 6))
+    case.x = torch.randn(D_IN, 6, 4, dtype=torch.float64).permute(2, 1, 0)
+    case.h = torch.randn(4, 6, 2 * D_OUT, dtype=torch.float64)[..., ::2]
+    case.gy = torch.randn(1, 1, D_OUT, dtype=torch.float64).expand(4, 6, D_OUT)
+    case.downs = [torch.cat([t, t], 1)[:, ::2] for t in case.downs]
+    case.check()
+
+
+@pytest.mark.parametrize("wants", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_only_what_is_wanted(wants: tuple[bool, bool, bool]) -> None:
+    case = Case(MIXED)
+    _, _, effect = case.forward("cpu")
+    for got, want in zip(case.backward("cpu", effect, wants), case.backward("reference", effect, wants), strict=True):
+        for one, other in zip(*((t,) if isinstance(t, Tensor) else t for t in (got, want)), strict=True):
+            close(one, other)
+
+
+def test_side_by_side_parameters_are_read_where_they_are() -> None:
+    """The same numbers, whether gathered or not; a bank's buffer is laid out so."""
+    apart = Case([Seed(3), Seed(2), Seed(4)])
+    buffer = torch.zeros(9 * (D_IN + D_OUT), dtype=torch.float64)
+    together = Case([Seed(3), Seed(2), Seed(4)])
+    row = 0
+    for i, down in enumerate(apart.downs):
+        rank = down.shape[0]
+        together.downs[i] = buffer[row * D_IN :][: rank * D_IN].view(rank, D_IN).copy_(down)
+        up = buffer[9 * D_IN + row * D_OUT :][: rank * D_OUT].view(rank, D_OUT).t()
+        together.ups[i] = up.copy_(apart.ups[i])
+        row += rank
+    assert torch.equal(apart.forward("cpu")[0], together.forward("cpu")[0])
+    together.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_many_rows_are_shared_by_threads(dtype: torch.dtype) -> None:
+    """Above 2^21 multiply-adds; the sums over rows are made in the threads' order, so twice is the same twice."""
+    case = Case([Seed(8), Seed(8, activation="tanh")], (9000,), dtype)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        y, faults, effect = case.forward("cpu")
+        grads = case.backward("cpu", effect)
+        again = case.backward("cpu", effect)
+        torch.set_num_threads(1)
+        alone, _, _ = case.forward("cpu")
+        single = case.backward("cpu", effect)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(y, alone)
+    assert faults.tolist() == [0, 0]
+    assert torch.equal(grads[0], single[0])
+    for one, other, repeated in zip(grads[2] + grads[3], single[2] + single[3], again[2] + again[3], strict=True):
+        assert torch.equal(one, repeated)
+        # A sum of 9000 products of numbers of size 1 has size 95; its error is at most 9000 eps of the sum of sizes,
+        # and by chance their root.
+        torch.testing.assert_close(one, other, rtol=0, atol=9000 * torch.finfo(dtype).eps * 10)
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_at_fault_is_found_and_contained() -> None:
+    case = Case(MIXED)
+    case.ups[1][4, 2] = torch.nan
+    assert case.check().tolist() == [0, 1, 0]
+    y, _, effect = case.forward("cpu")
+    assert torch.equal(y, case.h)
+    gx, gh, gdowns, gups, _ = case.backward("cpu", effect)
+    assert torch.equal(gh, case.gy)
+    assert all(torch.count_nonzero(t) == 0 for t in (gx, *gdowns, *gups))
+
+
+def test_overflow_is_the_largest_contributions_fault() -> None:
+    case = Case(PLAIN, dtype=torch.float32)
+    case.ups[0][:] = 1e38
+    case.downs[0][:] = 10.0
+    assert case.check().tolist() == [1, 0]
+    case = Case(PLAIN, dtype=torch.float32, alphas=[1.0, 1.0])
+    for i, size in enumerate((3e38, 2e38)):  # only their sum breaks
+        case.x[:] = 1.0
+        case.downs[i][:] = 0.0
+        case.downs[i][0, 0] = 1.0
+        case.ups[i][:] = 0.0
+        case.ups[i][:, 0] = size
+    assert case.check().tolist() == [1, 0]
+
+
+def test_a_broken_tap_or_host_is_nobodys_fault() -> None:
+    case = Case(PLAIN)
+    case.x[3, 2] = torch.inf
+    assert case.check().tolist() == [0, 0]
+    case = Case(PLAIN)
+    case.h[3, 2] = torch.nan
+    assert case.check().tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("how", ["asleep", "alpha 0", "beyond its rank", "beyond its features"])
+def test_what_is_off_is_not_read(how: str) -> None:
+    case = Case([Seed(3, 2, 7, reserved=5), Seed(2)])
+    if how == "asleep":
+        case.plan[0] = 0
+    if how == "alpha 0":
+        case.alpha[0] = 0.0
+    if how in ("asleep", "alpha 0"):
+        case.downs[0][:], case.ups[0][:] = torch.nan, torch.nan
+    if how == "beyond its rank":
+        case.downs[0][3:], case.ups[0][:, 3:] = torch.nan, torch.nan
+    if how == "beyond its features":
+        case.ups[0][:2], case.ups[0][7:] = torch.nan, torch.nan
+    y, faults, effect = case.forward("cpu")
+    assert faults.tolist() == [0, 0]
+    assert torch.isfinite(y).all()
+    assert all(torch.isfinite(t).all() for t in case.backward("cpu", effect)[0])
+
+
+def test_with_all_asleep_h_comes_back_bit_for_bit() -> None:
+    case = Case([Seed(3, asleep=True), Seed(2)], alphas=[0.5, 0.0])
+    case.h[0, 0] = -0.0
+    y, _, effect = case.forward("cpu")
+    assert torch.equal(y.view(torch.int64), case.h.view(torch.int64))
+    gx, gh, *_ = case.backward("cpu", effect)
+    assert torch.equal(gh, case.gy)
+    assert torch.count_nonzero(gx) == 0
+
+
+# -- in PyTorch -------------------------------------------------------------------------------------------------------
+
+
+@kinds
+def test_gradcheck(lines: list[Seed]) -> None:
+    case = Case(lines, (3,))
+    tensors = [case.x, case.h, *case.downs, *case.ups, *case.biases]
+    for t in tensors:
+        t.requires_grad_()
+    count = len(lines)
+
+    def run(x: Tensor, h: Tensor, *weights: Tensor) -> Tensor:
+        groups = weights[:count], weights[count : 2 * count], weights[2 * count :]
+        return blend_seeds(x, h, case.alpha, case.plan, *groups, any(seed.replace for seed in lines))[0]
+
+    torch.autograd.gradcheck(run, tensors)
+
+
+@kinds
+def test_opcheck_and_shape_functions(lines: list[Seed]) -> None:
+    case = Case(lines)
+    forward = (case.x, case.h, case.alpha, case.plan, *case.weights)
+    torch.library.opcheck(graft_seeds.overload, forward)
+    found = case.forward("cpu")
+    backward = (case.gy, case.x, found[2], *case.weights, True, True, True)
+    torch.library.opcheck(graft_seeds_backward.overload, backward)
+    for real, fake in zip(found, graft_seeds.fake(*forward), strict=True):
+        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
+
+
+def test_memory_is_given_back() -> None:
+    """What crosses into C++ is owned there: nothing may stay behind, also where a call fails."""
+    resource = pytest.importorskip("resource", reason="resident memory is read through a POSIX module")
+    case = Case([Seed(64), Seed(64, activation="relu", biased=True)], (4000,))
+    bad = case.plan.clone()
+    bad[0, Plan.RANK] = 65
+
+    def work() -> None:
+        for _ in range(30):
+            _, _, effect = case.forward("cpu")
+            case.backward("cpu", effect)
+            with pytest.raises(RuntimeError):
+                graft_seeds.overload(case.x, case.h, case.alpha, bad, *case.weights)
+
+    work()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    work()
+    # One leaked tensor of h's size a call would be 60 times 350 KB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 * 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda c: setattr(c, "plan", c.plan.long()), "plan must be int32"),
+        (lambda c: setattr(c, "plan", c.plan[:1]), "plan must be int32"),
+        (lambda c: c.plan[0].__setitem__(Plan.CODE, 8), "unknown activation"),
+        (lambda c: c.plan[0].__setitem__(Plan.RANK, 9), "does not fit its weights"),
+        (lambda c: c.plan[0].__setitem__(Plan.END, D_OUT + 1), "does not fit its weights"),
+        (lambda c: c.plan[0].__setitem__(Plan.BIASED, 1), "there are none"),
+        (lambda c: setattr(c, "alpha", c.alpha.double()), "alpha must hold a float32"),
+        (lambda c: setattr(c, "alpha", c.alpha[:1]), "alpha must hold a float32"),
+        (lambda c: setattr(c, "x", c.x.float()), "one dtype"),
+        (lambda c: setattr(c, "x", c.x[:3]), "one dtype"),
+        (lambda c: setattr(c, "ups", c.ups[:1]), "one up"),
+        (lambda c: c.ups.__setitem__(0, c.ups[0][:4]), "as many features"),
+        (lambda c: c.downs.__setitem__(0, c.downs[0].float()), "dtype of h"),
+        (lambda c: c.downs.__setitem__(0, c.downs[0][:, :4]), "do not fit x and h"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: Any, match: str) -> None:
+    case = Case(PLAIN)
+    change(case)
+    with pytest.raises(RuntimeError, match=match):
+        case.forward("cpu")
+
+
+def test_halves_are_refused() -> None:
+    case = Case(PLAIN, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="float32 or float64"):
+        case.forward("cpu")
+
+
+def test_kernels_for_other_schemas_are_not_installed() -> None:
+    """An extension older than the package would take the arguments for others."""
+    module: Any = native.load()
+    path = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+    schemas = {op.name: op.schema for op in (graft_seeds, graft_seeds_backward)}
+    changed = schemas | {"graft_seeds": schemas["graft_seeds"].replace("Tensor[] ups", "Tensor ups")}
+    assert "another graft_seeds" in module.install_torch_kernels(path, changed)
+    assert "another graft_seeds" in module.install_torch_kernels(path, {})
+    assert "not at /nowhere" in module.install_torch_kernels("/nowhere", schemas)
