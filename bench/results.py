@@ -67,10 +67,13 @@ def machine() -> dict[str, str]:
     processor = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
+        found = dict(
+            (part.strip() for part in line.split(":", 1)) for line in info.read_text().splitlines() if ":" in line
+        )
+        processor = found.get("model name", processor)
+        if "cpu family" in found:  # a hypervisor may hide which of a maker's processors it is
+            processor += f", family {found['cpu family']} model {found.get('model', '?')}"
+        processor += f", {torch.backends.cpu.get_cpu_capability()}"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "processor": processor,

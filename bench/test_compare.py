@@ -2,8 +2,8 @@
 
 One network, forward ("forward", with its graph for a backward) and forward and backward ("step"), one thread, over the
 bare network: with 1, 4 and 16 awake rank-8 seeds on every layer ("esper"), under PEFT with as many active LoRA adapters
-of the same rank ("peft"), with the straightforward composition of PyTorch operations ("composition"), and that under
-``torch.compile`` ("compiled"). All alternate within every round (see paired.py).
+of the same rank ("peft"), with the straightforward composition of PyTorch operations ("composition"), and that and
+Esper's under ``torch.compile`` ("compiled", "esper compiled"). All alternate within every round (see paired.py).
 
 The network is 6 x [Linear(d), GELU] where a forward is short, and one such layer where it takes seconds.
 """
@@ -50,6 +50,7 @@ def candidates(width: int, batch: int, seeds: int, registry: Path) -> dict[str, 
     found: dict[str, Any] = {
         "bare": bare,
         "esper": grown(bare, width, registry, seeds=seeds),
+        "esper compiled": torch.compile(grown(bare, width, registry, seeds=seeds), fullgraph=True),
         "composition": composed(bare, seeds, RANK),
         "compiled": torch.compile(composed(bare, seeds, RANK), fullgraph=True),
     }
@@ -78,7 +79,7 @@ def test_beside_the_alternatives(width: int, batch: int, seeds: int, benchmark: 
         networks = candidates(width, batch, seeds, tmp_path)
         for mode in ("forward", "step"):
             calls = {name: run(found, x, mode) for name, found in networks.items()}
-            ratios = compare(calls, baseline="bare", rounds=101 if work <= LONG else 7, seconds=4.0, warmup=2)
+            ratios = compare(calls, baseline="bare", rounds=101 if work <= LONG else 7, seconds=3.0, warmup=2)
             record(benchmark, f"compare/{width}x{batch}/seeds-{seeds}/{mode}", ratios)
         benchmark.pedantic(calls["esper"], rounds=3, iterations=1)
     finally:
@@ -117,7 +118,7 @@ def _peak(name: str, width: int, batch: int, seeds: int, registry: str, answer: 
 def test_peak_memory(width: int, batch: int, seeds: int, benchmark: Any, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     peaks: dict[str, int] = {}
-    for name in ("bare", "esper", "peft", "composition", "compiled"):
+    for name in ("bare", "esper", "peft", "composition", "esper compiled", "compiled"):
         answer = context.Queue()
         child = context.Process(target=_peak, args=(name, width, batch, seeds, str(tmp_path), answer))
         child.start()

@@ -208,7 +208,13 @@ PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
     call->parameters = Py_NewRef(parameters);
     call->native = reinterpret_cast<const Bank*>(native);
     call->buffer = Py_NewRef(buffer);
-    call->weights = address(buffer);
+    View whole;
+    if (!view(buffer, bits, &whole)) {
+        Py_DECREF(self);
+        PyErr_SetString(PyExc_TypeError, "the buffer must be a contiguous tensor of the bank's dtype on the CPU");
+        return nullptr;
+    }
+    call->weights = whole.data;
     call->limit = limit;
     call->bits = bits;
     call->biased = biased != 0;

@@ -40,8 +40,6 @@ private:
 
 enum class Outcome { done, slow, failed };
 
-Outcome failed() { return Outcome::failed; }
-
 bool truth(PyObject* tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple, i) == Py_True; }
 
 template <typename T>
@@ -79,46 +77,54 @@ PyObject* room(bool wanted, PyObject* like, void** at) {
 // The gradients of one call, as Bank.backward has them: (None, for x, for h, for the buffer).
 Outcome gradients(PyObject* ctx, PyObject* gy, PyObject** found) {
     const Ref made(PyObject_GetAttr(ctx, name_call));
-    if (!made) return failed();
+    if (!made) return Outcome::failed;
     PyObject *table = PyTuple_GET_ITEM(made.get(), 1), *seen = PyTuple_GET_ITEM(made.get(), 2);
     if (!Py_IS_TYPE(PyTuple_GET_ITEM(made.get(), 3), esper::graft::call_type)) return Outcome::slow;
     auto* call = reinterpret_cast<Call*>(PyTuple_GET_ITEM(made.get(), 3));
     const int graph = recording();
-    if (graph < 0) return failed();
+    if (graph < 0) return Outcome::failed;
     View incoming, tap;
     if (graph || call->native == nullptr || !view(gy, call->bits, &incoming)) return Outcome::slow;
     const Bank& bank = *call->native;
     const Ref saved(PyObject_GetAttr(ctx, name_saved));
-    if (!saved) return failed();
+    if (!saved) return Outcome::failed;
     PyObject* x = PyTuple_GET_ITEM(saved.get(), 0);
     if (!view(x, call->bits, &tap) || tap.rows != incoming.rows || !call->small(tap.rows)) return Outcome::slow;
     const Ref now(esper::graft::versions(call));
-    if (!now) return failed();
+    if (!now) return Outcome::failed;
     const int same = PyObject_RichCompareBool(now.get(), seen, Py_EQ);
-    if (same < 0) return failed();
+    if (same < 0) return Outcome::failed;
     double host = 0;
     const char* raw = PyBytes_AS_STRING(table);
     const bool awake = call->bits == 32 ? counts<float>(bank, raw, &host) : counts<double>(bank, raw, &host);
     if (same == 0 || !awake) return Outcome::slow;
 
     const Ref needs(PyObject_GetAttr(ctx, name_needs));
-    if (!needs) return failed();
+    if (!needs) return Outcome::failed;
     const bool want_h = truth(needs.get(), 2), alike = bank.groups().size() == 1 && host == 1.0;  // h's gradient is y's
     void *at_x, *at_h, *at_flat;
     const Ref gx(room(truth(needs.get(), 1), x, &at_x));
     const Ref other_h(room(want_h && !alike, gy, &at_h));
     PyObject* gh = want_h && alike ? gy : other_h.get();
     const Ref flat(room(truth(needs.get(), 3), call->buffer, &at_flat));
-    if (!gx || !other_h || !flat) return failed();
+    if (!gx || !other_h || !flat) return Outcome::failed;
     try {
         const auto run = call->bits == 32 ? backward<float> : backward<double>;
         run(call, tap, incoming, raw, at_x, at_h, at_flat);
     } catch (const std::bad_alloc&) {
         PyErr_NoMemory();
-        return failed();
+        return Outcome::failed;
     }
     *found = PyTuple_Pack(4, Py_None, gx.get(), gh, flat.get());
     return *found == nullptr ? Outcome::failed : Outcome::done;
+}
+
+// The gradient of one parameter in its place, None if it is frozen. Gives false with an error set.
+bool put(PyObject* part, PyObject* parameters, Py_ssize_t i, PyObject* result) {
+    const Ref flag(PyObject_GetAttr(PyTuple_GET_ITEM(parameters, i), name_requires));
+    if (!flag) return false;
+    PyTuple_SET_ITEM(result, kOthers + i, Py_NewRef(flag.get() == Py_True ? part : Py_None));
+    return true;
 }
 
 // One block of the buffer's gradient, cut into the parameters that lie in it. Gives false with an error set.
@@ -127,16 +133,13 @@ bool cut(PyObject* grad, PyObject* block, PyObject* parameters, PyObject* result
     PyObject* arguments[] = {grad, PyTuple_GET_ITEM(block, 0), PyTuple_GET_ITEM(block, 1), PyTuple_GET_ITEM(block, 2)};
     const Ref whole(PyObject_Vectorcall(torch_.as_strided, arguments, 4, nullptr));
     if (!whole) return false;
+    const Py_ssize_t first = PyLong_AsSsize_t(PyTuple_GET_ITEM(block, 5));
+    if (PyTuple_GET_SIZE(PyTuple_GET_ITEM(block, 3)) == 1) return put(whole.get(), parameters, first, result);
     PyObject* division[] = {whole.get(), PyTuple_GET_ITEM(block, 3), PyTuple_GET_ITEM(block, 4)};
     const Ref parts(PyObject_Vectorcall(torch_.split, division, 3, nullptr));
     if (!parts) return false;
-    const Py_ssize_t first = PyLong_AsSsize_t(PyTuple_GET_ITEM(block, 5));
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(parts.get()); ++i) {
-        const Ref flag(PyObject_GetAttr(PyTuple_GET_ITEM(parameters, first + i), name_requires));
-        if (!flag) return false;
-        PyObject* part = flag.get() == Py_True ? PyTuple_GET_ITEM(parts.get(), i) : Py_None;
-        PyTuple_SET_ITEM(result, kOthers + first + i, Py_NewRef(part));
-    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(parts.get()); ++i)
+        if (!put(PyTuple_GET_ITEM(parts.get(), i), parameters, first + i, result)) return false;
     return true;
 }
 
@@ -144,17 +147,17 @@ bool cut(PyObject* grad, PyObject* block, PyObject* parameters, PyObject* result
 Outcome parted(PyObject* ctx, PyObject* grad, PyObject** found) {
     if (!Py_IS_TYPE(grad, torch_.tensor)) return Outcome::slow;
     const Ref offset(PyObject_CallMethodNoArgs(grad, name_offset));
-    if (!offset) return failed();
+    if (!offset) return Outcome::failed;
     if (PyLong_AsLong(offset.get()) != 0) return PyErr_Occurred() ? Outcome::failed : Outcome::slow;
     const Ref blocks(PyObject_GetAttr(ctx, name_blocks)), parameters(PyObject_GetAttr(ctx, name_parameters));
-    if (!blocks || !parameters) return failed();
+    if (!blocks || !parameters) return Outcome::failed;
     PyObject* result = PyTuple_New(kOthers + PyTuple_GET_SIZE(parameters.get()));
-    if (result == nullptr) return failed();
+    if (result == nullptr) return Outcome::failed;
     for (Py_ssize_t i = 0; i < kOthers; ++i) PyTuple_SET_ITEM(result, i, Py_NewRef(Py_None));
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(blocks.get()); ++i)
         if (!cut(grad, PyTuple_GET_ITEM(blocks.get(), i), parameters.get(), result)) {
             Py_DECREF(result);
-            return failed();
+            return Outcome::failed;
         }
     *found = result;
     return Outcome::done;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <new>
 
 #include "graft_bank.h"
@@ -281,31 +282,49 @@ void forward(Value* stack, const Tensor& x, const Tensor& h, const Tensor& alpha
 template <typename T>
 Tensor like_parameter(const Tensor& t, bool wanted) {
     if (!wanted) return Tensor::empty<T>({0});
-    Tensor made = t.dim() == 2 && t.size(0) > 1 && t.size(1) > 1 && t.stride(0) < t.stride(1)
-                      ? Tensor::empty<T>(t.sizes(), {1, t.size(0)})
-                      : Tensor::empty<T>(t.sizes());
-    std::fill_n(made.data<T>(), made.count(), T(0));
-    return made;
+    return t.dim() == 2 && t.size(0) > 1 && t.size(1) > 1 && t.stride(0) < t.stride(1)
+               ? Tensor::empty<T>(t.sizes(), {1, t.size(0)})
+               : Tensor::empty<T>(t.sizes());
+}
+
+// 0 where nothing else is written: in what the seeds leave of their memory.
+template <typename T>
+void clear(const Gathered<T>& seeds, bool counts, std::vector<Tensor>& gdowns, std::vector<Tensor>& gups,
+           std::vector<Tensor>& gbiases) {
+    std::vector<bool> full(gdowns.size(), false), full_up(gdowns.size(), false), full_bias(gdowns.size(), false);
+    if (counts)
+        for (const Source& s : seeds.sources) {
+            full[s.seed] = s.rank == gdowns[s.seed].size(0);
+            full_up[s.seed] = full[s.seed] && s.end - s.begin == gups[s.seed].size(0);
+            full_bias[s.seed] = full[s.seed] && s.biased;
+        }
+    const auto zero = [](std::vector<Tensor>& grads, const std::vector<bool>& written) {
+        for (std::size_t i = 0; i < grads.size(); ++i)
+            if (!written[i]) std::fill_n(grads[i].template data<T>(), grads[i].count(), T(0));
+    };
+    zero(gdowns, full);
+    zero(gups, full_up);
+    zero(gbiases, full_bias);
 }
 
 template <typename T>
 struct Flat {
     Flat(const Gathered<T>& seeds, std::int64_t d_in, std::int64_t d_out, std::int64_t parts)
         : size(seeds.rows * (d_in + d_out + (seeds.bias ? 1 : 0))), up_at(seeds.rows * d_in), bias_at(up_at + seeds.rows * d_out),
-          biased(seeds.bias != nullptr), store(static_cast<std::size_t>(parts * size)) {}
-    T* down(std::int64_t part) { return store.data() + part * size; }
+          biased(seeds.bias != nullptr), store(new T[static_cast<std::size_t>(parts * size)]) {}
+    T* down(std::int64_t part) { return store.get() + part * size; }
     T* up(std::int64_t part) { return down(part) + up_at; }
     T* bias(std::int64_t part) { return biased ? down(part) + bias_at : nullptr; }
 
     // Everything into the first part, in order: the sum does not depend on which thread was when.
     void add_up(std::int64_t parts) {
         for (std::int64_t part = 1; part < parts; ++part)
-            for (std::int64_t i = 0; i < size; ++i) store[static_cast<std::size_t>(i)] += store[static_cast<std::size_t>(part * size + i)];
+            for (std::int64_t i = 0; i < size; ++i) down(0)[i] += down(part)[i];
     }
 
     std::int64_t size, up_at, bias_at;
     bool biased;
-    std::vector<T> store;
+    std::unique_ptr<T[]> store;  // not set to 0 first: every number is written
 };
 
 template <typename T>
@@ -359,10 +378,12 @@ void backward(Value* stack, const Tensor& gy, const Tensor& x, const Tensor& eff
                           want_weights ? flat.up(part) : nullptr, want_weights ? flat.bias(part) : nullptr);
         });
         if (want_weights) {
+            clear(seeds, true, gdowns, gups, gbiases);
             flat.add_up(number);
             scatter(flat, seeds, shape.d_in, shape.d_out, gdowns, gups, gbiases);
         }
     } else {
+        if (want_weights) clear(seeds, false, gdowns, gups, gbiases);
         if (want_x) std::fill_n(gx.data<T>(), gx.count(), T(0));
         if (want_h) std::copy_n(from_gy, shape.n * shape.d_out, gh.data<T>());
     }
