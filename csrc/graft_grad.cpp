@@ -24,19 +24,8 @@ PyObject *name_call, *name_saved, *name_needs, *name_blocks, *name_parameters, *
 PyObject* slowly;                   // BackwardCFunction.apply
 constexpr Py_ssize_t kOthers = 3;  // arguments in front of a buffer's parameters
 
-// A reference that lets go of itself.
-class Ref {
-public:
-    explicit Ref(PyObject* object) : object_(object) {}
-    Ref(const Ref&) = delete;
-    Ref& operator=(const Ref&) = delete;
-    ~Ref() { Py_XDECREF(object_); }
-    PyObject* get() const { return object_; }
-    explicit operator bool() const { return object_ != nullptr; }
-
-private:
-    PyObject* object_;
-};
+// A new reference, null included, that lets go of itself.
+pybind11::object steal(PyObject* made) { return pybind11::reinterpret_steal<pybind11::object>(made); }
 
 enum class Outcome { done, slow, failed };
 
@@ -76,37 +65,37 @@ PyObject* room(bool wanted, PyObject* like, void** at) {
 
 // The gradients of one call, as Bank.backward has them: (None, for x, for h, for the buffer).
 Outcome gradients(PyObject* ctx, PyObject* gy, PyObject** found) {
-    const Ref made(PyObject_GetAttr(ctx, name_call));
+    const auto made = steal(PyObject_GetAttr(ctx, name_call));
     if (!made) return Outcome::failed;
-    PyObject *table = PyTuple_GET_ITEM(made.get(), 1), *seen = PyTuple_GET_ITEM(made.get(), 2);
-    if (!Py_IS_TYPE(PyTuple_GET_ITEM(made.get(), 3), esper::graft::call_type)) return Outcome::slow;
-    auto* call = reinterpret_cast<Call*>(PyTuple_GET_ITEM(made.get(), 3));
+    PyObject *table = PyTuple_GET_ITEM(made.ptr(), 1), *seen = PyTuple_GET_ITEM(made.ptr(), 2);
+    if (!Py_IS_TYPE(PyTuple_GET_ITEM(made.ptr(), 3), esper::graft::call_type)) return Outcome::slow;
+    auto* call = reinterpret_cast<Call*>(PyTuple_GET_ITEM(made.ptr(), 3));
     const int graph = recording();
     if (graph < 0) return Outcome::failed;
     View incoming, tap;
     if (graph || call->native == nullptr || !view(gy, call->bits, &incoming)) return Outcome::slow;
     const Bank& bank = *call->native;
-    const Ref saved(PyObject_GetAttr(ctx, name_saved));
+    const auto saved = steal(PyObject_GetAttr(ctx, name_saved));
     if (!saved) return Outcome::failed;
-    PyObject* x = PyTuple_GET_ITEM(saved.get(), 0);
+    PyObject* x = PyTuple_GET_ITEM(saved.ptr(), 0);
     if (!view(x, call->bits, &tap) || tap.rows != incoming.rows || !call->small(tap.rows)) return Outcome::slow;
-    const Ref now(esper::graft::versions(call));
+    const auto now = steal(esper::graft::versions(call));
     if (!now) return Outcome::failed;
-    const int same = PyObject_RichCompareBool(now.get(), seen, Py_EQ);
+    const int same = PyObject_RichCompareBool(now.ptr(), seen, Py_EQ);
     if (same < 0) return Outcome::failed;
     double host = 0;
     const char* raw = PyBytes_AS_STRING(table);
     const bool awake = call->bits == 32 ? counts<float>(bank, raw, &host) : counts<double>(bank, raw, &host);
     if (same == 0 || !awake) return Outcome::slow;
 
-    const Ref needs(PyObject_GetAttr(ctx, name_needs));
+    const auto needs = steal(PyObject_GetAttr(ctx, name_needs));
     if (!needs) return Outcome::failed;
-    const bool want_h = truth(needs.get(), 2), alike = bank.groups().size() == 1 && host == 1.0;  // h's gradient is y's
+    const bool want_h = truth(needs.ptr(), 2), alike = bank.groups().size() == 1 && host == 1.0;  // h's gradient is y's
     void *at_x, *at_h, *at_flat;
-    const Ref gx(room(truth(needs.get(), 1), x, &at_x));
-    const Ref other_h(room(want_h && !alike, gy, &at_h));
-    PyObject* gh = want_h && alike ? gy : other_h.get();
-    const Ref flat(room(truth(needs.get(), 3), call->buffer, &at_flat));
+    const auto gx = steal(room(truth(needs.ptr(), 1), x, &at_x));
+    const auto other_h = steal(room(want_h && !alike, gy, &at_h));
+    PyObject* gh = want_h && alike ? gy : other_h.ptr();
+    const auto flat = steal(room(truth(needs.ptr(), 3), call->buffer, &at_flat));
     if (!gx || !other_h || !flat) return Outcome::failed;
     try {
         const auto run = call->bits == 32 ? backward<float> : backward<double>;
@@ -115,15 +104,15 @@ Outcome gradients(PyObject* ctx, PyObject* gy, PyObject** found) {
         PyErr_NoMemory();
         return Outcome::failed;
     }
-    *found = PyTuple_Pack(4, Py_None, gx.get(), gh, flat.get());
+    *found = PyTuple_Pack(4, Py_None, gx.ptr(), gh, flat.ptr());
     return *found == nullptr ? Outcome::failed : Outcome::done;
 }
 
 // The gradient of one parameter in its place, None if it is frozen. Gives false with an error set.
 bool put(PyObject* part, PyObject* parameters, Py_ssize_t i, PyObject* result) {
-    const Ref flag(PyObject_GetAttr(PyTuple_GET_ITEM(parameters, i), name_requires));
+    const auto flag = steal(PyObject_GetAttr(PyTuple_GET_ITEM(parameters, i), name_requires));
     if (!flag) return false;
-    PyTuple_SET_ITEM(result, kOthers + i, Py_NewRef(flag.get() == Py_True ? part : Py_None));
+    PyTuple_SET_ITEM(result, kOthers + i, Py_NewRef(flag.ptr() == Py_True ? part : Py_None));
     return true;
 }
 
@@ -131,31 +120,31 @@ bool put(PyObject* part, PyObject* parameters, Py_ssize_t i, PyObject* result) {
 bool cut(PyObject* grad, PyObject* block, PyObject* parameters, PyObject* result) {
     // shape, stride, offset; how many of its lines each part has, along which dimension; which parameter is the first
     PyObject* arguments[] = {grad, PyTuple_GET_ITEM(block, 0), PyTuple_GET_ITEM(block, 1), PyTuple_GET_ITEM(block, 2)};
-    const Ref whole(PyObject_Vectorcall(torch_.as_strided, arguments, 4, nullptr));
+    const auto whole = steal(PyObject_Vectorcall(torch_.as_strided, arguments, 4, nullptr));
     if (!whole) return false;
     const Py_ssize_t first = PyLong_AsSsize_t(PyTuple_GET_ITEM(block, 5));
-    if (PyTuple_GET_SIZE(PyTuple_GET_ITEM(block, 3)) == 1) return put(whole.get(), parameters, first, result);
-    PyObject* division[] = {whole.get(), PyTuple_GET_ITEM(block, 3), PyTuple_GET_ITEM(block, 4)};
-    const Ref parts(PyObject_Vectorcall(torch_.split, division, 3, nullptr));
+    if (PyTuple_GET_SIZE(PyTuple_GET_ITEM(block, 3)) == 1) return put(whole.ptr(), parameters, first, result);
+    PyObject* division[] = {whole.ptr(), PyTuple_GET_ITEM(block, 3), PyTuple_GET_ITEM(block, 4)};
+    const auto parts = steal(PyObject_Vectorcall(torch_.split, division, 3, nullptr));
     if (!parts) return false;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(parts.get()); ++i)
-        if (!put(PyTuple_GET_ITEM(parts.get(), i), parameters, first + i, result)) return false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(parts.ptr()); ++i)
+        if (!put(PyTuple_GET_ITEM(parts.ptr(), i), parameters, first + i, result)) return false;
     return true;
 }
 
 // The buffer's gradient as views, one a parameter, behind None for the other arguments; None for a frozen parameter.
 Outcome parted(PyObject* ctx, PyObject* grad, PyObject** found) {
     if (!Py_IS_TYPE(grad, torch_.tensor)) return Outcome::slow;
-    const Ref offset(PyObject_CallMethodNoArgs(grad, name_offset));
+    const auto offset = steal(PyObject_CallMethodNoArgs(grad, name_offset));
     if (!offset) return Outcome::failed;
-    if (PyLong_AsLong(offset.get()) != 0) return PyErr_Occurred() ? Outcome::failed : Outcome::slow;
-    const Ref blocks(PyObject_GetAttr(ctx, name_blocks)), parameters(PyObject_GetAttr(ctx, name_parameters));
+    if (PyLong_AsLong(offset.ptr()) != 0) return PyErr_Occurred() ? Outcome::failed : Outcome::slow;
+    const auto blocks = steal(PyObject_GetAttr(ctx, name_blocks)), parameters = steal(PyObject_GetAttr(ctx, name_parameters));
     if (!blocks || !parameters) return Outcome::failed;
-    PyObject* result = PyTuple_New(kOthers + PyTuple_GET_SIZE(parameters.get()));
+    PyObject* result = PyTuple_New(kOthers + PyTuple_GET_SIZE(parameters.ptr()));
     if (result == nullptr) return Outcome::failed;
     for (Py_ssize_t i = 0; i < kOthers; ++i) PyTuple_SET_ITEM(result, i, Py_NewRef(Py_None));
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(blocks.get()); ++i)
-        if (!cut(grad, PyTuple_GET_ITEM(blocks.get(), i), parameters.get(), result)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(blocks.ptr()); ++i)
+        if (!cut(grad, PyTuple_GET_ITEM(blocks.ptr(), i), parameters.ptr(), result)) {
             Py_DECREF(result);
             return Outcome::failed;
         }
@@ -179,9 +168,9 @@ PyMethodDef gather_method = {"apply", reinterpret_cast<PyCFunction>(reinterpret_
 // Let the engine call these functions for the nodes of the two classes.
 void install(const pybind11::object& run_class, const pybind11::object& gather_class, const pybind11::object& otherwise) {
     for (const auto& [node, method] : {std::pair{run_class, &run_method}, std::pair{gather_class, &gather_method}}) {
-        const auto function = pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(method, nullptr));
+        const auto function = steal(PyCFunction_New(method, nullptr));
         if (!function) throw pybind11::error_already_set();
-        const auto bound = pybind11::reinterpret_steal<pybind11::object>(PyInstanceMethod_New(function.ptr()));
+        const auto bound = steal(PyInstanceMethod_New(function.ptr()));
         if (!bound) throw pybind11::error_already_set();
         pybind11::setattr(node, "apply", bound);
     }

@@ -73,7 +73,7 @@ private:
         if (line[kCode] == 0 || line[kRank] == 0) return;
         const std::int64_t rank = line[kRank], begin = line[kBegin], end = line[kEnd];
         expect(line[kCode] >= 1 && line[kCode] <= 7, "unknown activation");
-        expect(rank <= down.size(0) && 0 <= begin && begin < end && end <= d_out_, "a line of the plan does not fit its weights");
+        expect(0 < rank && rank <= down.size(0) && 0 <= begin && begin < end && end <= d_out_, "a line of the plan does not fit its weights");
         expect(up.size(0) == d_out_ || up.size(0) == end - begin, "a way up has as many features as the layer or as its seed");
         const bool has_bias = line[kBiased] != 0;
         if (has_bias) {

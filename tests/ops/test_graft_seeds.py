@@ -8,6 +8,7 @@ number of rows.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,7 +303,6 @@ def test_opcheck_and_shape_functions(lines: list[Seed]) -> None:
 
 def test_memory_is_given_back() -> None:
     """What crosses into C++ is owned there: nothing may stay behind, also where a call fails."""
-    resource = pytest.importorskip("resource", reason="resident memory is read through a POSIX module")
     case = Case([Seed(64), Seed(64, activation="relu", biased=True)], (4000,))
     bad = case.plan.clone()
     bad[0, Plan.RANK] = 65
@@ -329,6 +329,7 @@ def test_memory_is_given_back() -> None:
         (lambda c: setattr(c, "plan", c.plan[:1]), "plan must be int32"),
         (lambda c: c.plan[0].__setitem__(Plan.CODE, 8), "unknown activation"),
         (lambda c: c.plan[0].__setitem__(Plan.RANK, 9), "does not fit its weights"),
+        (lambda c: c.plan[0].__setitem__(Plan.RANK, -1), "does not fit its weights"),
         (lambda c: c.plan[0].__setitem__(Plan.END, D_OUT + 1), "does not fit its weights"),
         (lambda c: c.plan[0].__setitem__(Plan.BIASED, 1), "there are none"),
         (lambda c: setattr(c, "alpha", c.alpha.double()), "alpha must hold a float32"),

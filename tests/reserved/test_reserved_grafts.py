@@ -333,3 +333,15 @@ def test_an_empty_batch() -> None:
     grafts = reserved(host, [0.5], {0: low(0)})
     x = torch.randn(0, D_IN)
     assert on_device(grafts, x, host(x)).shape == (0, D_OUT)
+
+
+def test_more_seeds_than_the_operation_can_blame_are_contained_compiled() -> None:
+    host = linear()
+    grafts = reserved(host, [0.01] * 65, {i: low(i) for i in range(65)})
+    x, h = rows(host, 3, D_IN)
+    with torch.no_grad():
+        grafts.seed_parameters(64)["up.weight"][0, 0] = math.nan
+    torch._dynamo.reset()
+    y = torch.compile(grafts, fullgraph=True, backend="aot_eager")(x, h)
+    assert torch.equal(y, h)
+    assert grafts.state_layout.fault_flags.nonzero().flatten().tolist() == [64]

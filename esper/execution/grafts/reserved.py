@@ -19,6 +19,7 @@ from esper.execution.grafts.reserved_blend import reserved_blend
 from esper.execution.grafts.seed import bind_seed
 from esper.execution.hosts import HostSpec
 from esper.ops.graft.seeds import ACTIVATIONS, Plan, blend_seeds, compiled_here
+from esper.ops.graft.variants import SEATS
 
 if TYPE_CHECKING:
     from esper.execution.kernel_executor import LoadedKernel
@@ -53,7 +54,8 @@ class ReservedGraftSet(GraftSet):
         device = torch.device(device)
         for seed_idx in range(state_layout.num_seeds):
             setattr(self, f"seed{seed_idx}", ReservedWeights(reservation, self._like.dtype, device))
-        self._operation = compiled_here()  # for compiled graphs on a CPU
+        # For compiled graphs on a CPU; beyond so many seeds it could not say whose a fault is.
+        self._operation = compiled_here() and state_layout.num_seeds <= SEATS
         with torch.inference_mode(False):
             self.plan = torch.zeros(state_layout.num_seeds, len(Plan), dtype=torch.int32, device=device)
 
