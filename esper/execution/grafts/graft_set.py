@@ -18,6 +18,7 @@ from esper.execution.grafts.reserved_bank import ReservedBank
 from esper.execution.grafts.seed import BoundSeed, SeedWeights, bind_seed
 from esper.execution.hosts import HostSpec
 from esper.ops.graft import reference
+from esper.ops.graft.autograd import traced_through
 from esper.ops.graft.layout import BlendLayout
 
 if TYPE_CHECKING:
@@ -375,8 +376,8 @@ class GraftSet(nn.Module):
         parts = [_fitted(k, h, self._seeds[i], dim) for i, k in zip(order, parts, strict=True)]
         with torch.no_grad():
             trusted = self._trusted(x, h, order)
-        if _compiling():
-            # Plain operations, which the compiler fuses itself.
+        if traced_through(h):
+            # Plain operations: a compiler fuses them itself, and whoever else looks on sees each of them.
             y = reference.blend(self._layout, h, parts, alpha, dim)
             with torch.no_grad():
                 still = [p.detach() for p in parts]
