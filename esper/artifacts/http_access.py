@@ -73,6 +73,11 @@ class Answer:
         """The status code."""
         return self.response.status
 
+    @property
+    def redirects(self) -> bool:
+        """Whether it says to ask elsewhere."""
+        return self.response.status in _REDIRECTS and "location" in self.response.headers
+
 
 class Access:
     """What may be asked of one registry.
@@ -92,7 +97,12 @@ class Access:
 
     @contextlib.asynccontextmanager
     async def get(
-        self, url: str, *, headers: Mapping[str, str] | None = None, anonymous: bool = False
+        self,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        anonymous: bool = False,
+        redirects: int = _MAX_REDIRECTS,
     ) -> AsyncIterator[Answer]:
         """The answer to a GET, redirects followed. Leaving the block lets go of the connection.
 
@@ -100,8 +110,9 @@ class Access:
             url: Absolute; from the registry, so it is checked.
             headers: Further headers.
             anonymous: Do not send the token, whoever is asked.
+            redirects: How many to follow at most; with 0 a redirect is the answer.
         """
-        answer = await self._get(url, dict(headers or {}), anonymous)
+        answer = await self._get(url, dict(headers or {}), anonymous, redirects)
         try:
             yield answer
         finally:
@@ -176,21 +187,21 @@ class Access:
             why = str(error) or type(error).__name__
             raise RegistryUnavailableError(f"cannot talk to {self.base}: {why}") from error
 
-    async def _get(self, url: str, headers: dict[str, str], anonymous: bool) -> Answer:
-        for _ in range(_MAX_REDIRECTS + 1):
+    async def _get(self, url: str, headers: dict[str, str], anonymous: bool, redirects: int) -> Answer:
+        for _ in range(redirects + 1):
             where = self._address(url)
             # Once it has led away, a chain of redirects gets no token any more, not even if it leads back.
             anonymous = anonymous or where.origin != self._origin
             response = await self._send("GET", where, headers, own=not anonymous)
             answer = Answer(response, own=not anonymous)
-            if response.status not in _REDIRECTS or "location" not in response.headers:
+            if not redirects or not answer.redirects:
                 return answer
             try:
                 await self._read(answer, _REASON_BYTES)
             finally:
                 await response.aclose()
             url = _joined(url, response.headers["location"])
-        raise RegistryUnavailableError(f"{self.base} redirects more than {_MAX_REDIRECTS} times", retryable=False)
+        raise RegistryUnavailableError(f"{self.base} redirects more than {redirects} times", retryable=False)
 
     def _address(self, url: str) -> Address:
         """The parts of a URL that the registry named."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import re
 from collections.abc import Awaitable, Callable
@@ -13,18 +14,21 @@ from esper.artifacts.http_access import Access, Answer
 from esper.contracts.backoff import Backoff
 from esper.contracts.errors import ArtifactError, RegistryUnavailableError
 
-__all__ = ["Source", "download"]
+__all__ = ["Source", "announced", "download"]
 
 #: How often one download is taken up again.
 _MAX_RESUMES: Final = 5
 #: What an object store answers when a signed URL has expired.
 _EXPIRED: Final = (400, 401, 403)
+#: A strong entity tag that is a SHA-256, as Urza gives every blob.
+_HASH_TAG: Final = re.compile(r'"([0-9a-f]{64})"')
+_LENGTH: Final = re.compile(r"\d{1,19}")
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where an artifact's bytes are, as the registry's metadata says.
+    """Where an artifact's bytes are, as the registry's metadata says, or the head of its answer with the bytes.
 
     Attributes:
         artifact_id: Whose bytes they are.
@@ -41,8 +45,21 @@ class Source:
     anonymous: bool
 
 
+def announced(answer: Answer, artifact_id: str, url: str) -> Source | None:
+    """What the head of a good answer from the registry itself says of the bytes that follow; None if not enough."""
+    headers = answer.response.headers
+    tag, length = _HASH_TAG.fullmatch(headers.get("etag", "")), headers.get("content-length", "")
+    if tag is None or not _LENGTH.fullmatch(length):
+        return None
+    return Source(artifact_id, tag[1], int(length), url, anonymous=False)
+
+
 async def download(
-    access: Access, source: Source, backoff: Backoff, renew: Callable[[], Awaitable[Source]]
+    access: Access,
+    source: Source,
+    backoff: Backoff,
+    renew: Callable[[], Awaitable[Source]],
+    begun: Answer | None = None,
 ) -> bytearray:
     """Get the bytes of ``source``, which were found not to be too many.
 
@@ -51,6 +68,7 @@ async def download(
         source: What to get.
         backoff: Pauses before a download that broke off is taken up again.
         renew: Asks the registry for the source anew; called once, if the URL has expired.
+        begun: The first answer, of which nothing but the head was read; None asks for it. It stays the caller's.
 
     Returns:
         The bytes; size and SHA-256 are right.
@@ -64,7 +82,12 @@ async def download(
     renewed, resumes = False, 0
     while True:
         try:
-            async with access.get(source.url, anonymous=source.anonymous, headers=body.headers()) as answer:
+            if begun is not None:
+                asking: contextlib.AbstractAsyncContextManager[Answer] = contextlib.nullcontext(begun)
+                begun = None
+            else:
+                asking = access.get(source.url, anonymous=source.anonymous, headers=body.headers())
+            async with asking as answer:
                 if not answer.own and answer.status in _EXPIRED and not renewed:
                     renewed = True
                 else:

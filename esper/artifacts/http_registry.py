@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from esper.artifacts.artifact import DEFAULT_MAX_BYTES, Artifact
 from esper.artifacts.http_access import TOKEN_VARIABLE, Access, HttpTimes
-from esper.artifacts.http_download import Source, download
+from esper.artifacts.http_download import Source, announced, download
 from esper.artifacts.text import summarise
 from esper.artifacts.workers import run_blocking
 from esper.contracts import strict_json
@@ -67,6 +67,8 @@ class HttpRegistry:
         self._backoff_s, self._patience_s = backoff_s, patience_s
         self._backoff = Backoff(backoff_s, patience_s)
         self._access = Access(self._url, held, self._times)
+        #: Until it turns out that the registry's blobs are elsewhere.
+        self._has_blobs = True
 
     @property
     def url(self) -> str:
@@ -74,9 +76,11 @@ class HttpRegistry:
         return self._url
 
     async def fetch(self, artifact_id: str, *, max_bytes: int = DEFAULT_MAX_BYTES) -> bytearray:
-        """The artifact's bytes: metadata first, then the blob from where the metadata says.
+        """The artifact's bytes, in one request from a registry that keeps them itself.
 
-        A download that breaks off is taken up where it ended, a few times.
+        The head of such an answer announces size and hash. One without, or one that leads elsewhere, is let go of; then
+        and from then on the metadata is asked for first, and the blob got from where it says. A download that breaks
+        off is taken up where it ended, a few times.
 
         Raises:
             KernelNotFoundError: it is not there.
@@ -85,9 +89,13 @@ class HttpRegistry:
         """
         try:
             async with asyncio.timeout(self._times.fetch_s):
+                if self._has_blobs:
+                    data = await self._fetch_at_once(artifact_id, max_bytes)
+                    if data is not None:
+                        return data
+                    self._has_blobs = False
                 source = await self._locate(artifact_id)
-                if source.size > max_bytes:
-                    raise ArtifactError(f"{artifact_id} has {source.size} bytes, more than the limit of {max_bytes}")
+                _check_size(source, max_bytes)
                 return await download(self._access, source, self._backoff, lambda: self._locate(artifact_id))
         except TimeoutError:
             raise RegistryUnavailableError(
@@ -155,11 +163,24 @@ class HttpRegistry:
         """Close the running loop's connections now, rather than when the loop ends."""
         await self._access.pools.aclose()
 
+    async def _fetch_at_once(self, artifact_id: str, max_bytes: int) -> bytearray | None:
+        """The bytes, if the registry sends them itself and the head of its answer says what they are."""
+        version, url = _version(artifact_id), self._api(f"/kernels/{artifact_id}/blob")
+        async with self._access.get(url, redirects=0) as answer:
+            if answer.redirects:
+                return None
+            if answer.status != 200:
+                await self._access.refuse(answer, artifact_id)
+            source = announced(answer, artifact_id, url)
+            if source is None:
+                return None
+            if source.sha256[:8] != version:
+                raise ArtifactError(f"{artifact_id}: the registry {self._url} sends another artifact")
+            _check_size(source, max_bytes)
+            return await download(self._access, source, self._backoff, lambda: self._locate(artifact_id), answer)
+
     async def _metadata(self, artifact_id: str) -> dict[str, Any]:
-        try:
-            version = parse_artifact_id(artifact_id).version
-        except ValueError as error:
-            raise KernelNotFoundError(str(error)) from None
+        version = _version(artifact_id)
         document = await self._access.get_json(self._api(f"/kernels/{artifact_id}"), artifact_id, _DOCUMENT_BYTES)
         with _reading(self._url, artifact_id):
             if check_sha256(document["sha256"])[:8] != version or document["artifact_id"] != artifact_id:
@@ -197,6 +218,19 @@ class HttpRegistry:
 
     def __repr__(self) -> str:
         return f"HttpRegistry({self._url!r})"
+
+
+def _version(artifact_id: str) -> str:
+    """The digits of the bytes' hash that are in an id; they are compared before anything is read."""
+    try:
+        return parse_artifact_id(artifact_id).version
+    except ValueError as error:
+        raise KernelNotFoundError(str(error)) from None
+
+
+def _check_size(source: Source, max_bytes: int) -> None:
+    if source.size > max_bytes:
+        raise ArtifactError(f"{source.artifact_id} has {source.size} bytes, more than the limit of {max_bytes}")
 
 
 def _rebuild(url: str, times: HttpTimes, backoff_s: float, patience_s: float) -> HttpRegistry:

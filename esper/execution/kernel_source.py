@@ -76,17 +76,17 @@ class KernelSource:
         Raises:
             RuntimeError: the interpreter is exiting; ``land`` is not called.
         """
-        submit_blocking(self._begin, artifact_id, land)
+        if self._disk is None:
+            background.submit(self._ask(artifact_id, land, None))
+        else:
+            submit_blocking(self._begin, artifact_id, land)
 
     def _begin(self, artifact_id: str, land: Land) -> None:
         """In a worker thread: look on the disk, and pass on to the registry what is not there."""
         claim: Claim | None = None
         outcome: LoadedKernel | BaseException | None
         try:
-            try:
-                parse_artifact_id(artifact_id)
-            except ValueError as error:
-                raise KernelNotFoundError(str(error)) from None
+            _check_id(artifact_id)
             outcome, claim = self._from_disk(artifact_id)
             if outcome is None:
                 background.submit(self._ask(artifact_id, land, claim))
@@ -100,6 +100,7 @@ class KernelSource:
         """On the background loop: wait for another process that fetches it, or fetch it."""
         outcome: LoadedKernel | BaseException | None = None
         try:
+            _check_id(artifact_id)
             if claim is None and self._disk is not None:
                 outcome, claim = await self._await_other(artifact_id)
             if outcome is None:
@@ -226,6 +227,13 @@ class KernelSource:
 
 class _RefusedError(Exception):
     """An artifact on the disk is sound, and the policy refuses it."""
+
+
+def _check_id(artifact_id: str) -> None:
+    try:
+        parse_artifact_id(artifact_id)
+    except ValueError as error:
+        raise KernelNotFoundError(str(error)) from None
 
 
 def _release(claim: Claim | None) -> None:

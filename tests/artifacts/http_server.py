@@ -2,6 +2,9 @@
 
 It speaks as much of Urza's API as a client reads. ``plan`` holds, by kind of request ("metadata", "blob", "list",
 "publish"), what to do to the next answers of that kind, in order; when the plan is through, answers are right.
+
+With ``elsewhere`` its blobs are in a store, as Urza's are in S3: the API's own address of a blob leads there (kind
+"way"), and so does the metadata.
 """
 
 from __future__ import annotations
@@ -27,12 +30,15 @@ class Request:
     headers: dict[str, str]
     body: bytes
     connection: int
+    elsewhere: bool = False
 
     @property
     def kind(self) -> str:
         path = urlsplit(self.target).path
         if self.method == "POST":
             return "publish"
+        if self.elsewhere and path.endswith("/blob") and not path.startswith("/store/"):
+            return "way"
         return "blob" if path.endswith("/blob") else "list" if path == "/api/v1/kernels" else "metadata"
 
 
@@ -73,6 +79,7 @@ class FaultServer:
         self.plan: defaultdict[str, list[Change]] = defaultdict(list)
         self.requests: list[Request] = []
         self.connections = 0
+        self.elsewhere = False
         self.port = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -142,19 +149,24 @@ class FaultServer:
         method, target, _ = first.split(" ")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         body = await reader.readexactly(int(headers.get("content-length", "0")))
-        return Request(method, target, headers, body, connection)
+        return Request(method, target, headers, body, connection, self.elsewhere)
 
     def _answer(self, request: Request) -> Reply:
         parts = urlsplit(request.target)
-        name = unquote(parts.path.removeprefix("/api/v1/kernels").strip("/"))
+        name = unquote(parts.path.removeprefix("/store").removeprefix("/api/v1/kernels").strip("/"))
         if request.kind == "publish":
             assert hashlib.sha256(request.body).hexdigest() == request.headers["x-esper-sha256"]
             artifact_id = self.add(request.body)
             return _json({"artifact_id": artifact_id, "status": "PENDING_BENCHMARKING"}, 201)
         if request.kind == "list":
             return self._page({key: values[0] for key, values in parse_qs(parts.query).items()})
+        if request.kind == "way":
+            return Reply(307, b"", {"Location": f"{self.url}/store/{name}"})
         if request.kind == "blob":
-            return self._blob(self.contents[name.removesuffix("/blob")], request)
+            name = name.removesuffix("/blob")
+            if name not in self.contents:
+                return error(404, "no such kernel")(Reply())
+            return self._blob(self.contents[name], request)
         if name not in self.contents:
             return error(404, "no such kernel")(Reply())
         return _json(self._document(name) | self.metadata_changes)
@@ -168,7 +180,9 @@ class FaultServer:
             "sha256": artifact.sha256,
             "size": len(data),
             "manifest": json.loads(artifact.manifest.to_json()),
-            "kernel_binary_ref": f"/api/v1/kernels/{artifact_id}/blob",
+            "kernel_binary_ref": f"{self.url}/store/{artifact_id}/blob"
+            if self.elsewhere
+            else f"/api/v1/kernels/{artifact_id}/blob",
             "tags": [],
             "history": [],
         }

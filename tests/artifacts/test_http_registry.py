@@ -30,6 +30,13 @@ def server():
         yield server
 
 
+@pytest.fixture
+def split(server):
+    """One that keeps its blobs elsewhere."""
+    server.elsewhere = True
+    return server
+
+
 def fetch(registry: HttpRegistry, artifact_id: str = A, max_bytes: int = LIMIT) -> bytes:
     return bytes(asyncio.run(registry.fetch(artifact_id, max_bytes=max_bytes)))
 
@@ -41,10 +48,50 @@ def make(server, token=None, **options) -> HttpRegistry:
 # -- what it does
 
 
-def test_fetch_asks_for_metadata_and_then_the_blob(server):
-    assert fetch(make(server)) == DATA
-    assert server.kinds() == ["metadata", "blob"]
-    assert server.connections == 1, "one connection, kept alive"
+def test_a_fetch_is_one_request(server):
+    registry = make(server)
+    assert fetch(registry) == fetch(registry) == DATA
+    assert server.kinds() == ["blob"] * 2
+
+
+def test_where_blobs_are_elsewhere_the_metadata_says_where(split):
+    registry = make(split)
+
+    async def twice():
+        return [await registry.fetch(A, max_bytes=LIMIT) for _ in range(2)]
+
+    assert asyncio.run(twice()) == [DATA] * 2
+    assert split.kinds() == ["way", "metadata", "blob", "metadata", "blob"], "found out once"
+    assert split.connections == 2, "one let go of with what led elsewhere, one kept alive"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        with_(headers={}),
+        with_(headers={"ETag": 'W/"weak"'}),
+        with_(headers={"ETag": '"something-else"'}),
+        with_(headers={"ETag": f'"{"0" * 63}"'}),
+        with_(unsized=True),
+    ],
+)
+def test_an_answer_that_does_not_say_what_it_is_makes_ask_for_the_metadata(server, answer):
+    server.plan["blob"] = [answer]
+    registry = make(server)
+    assert fetch(registry) == fetch(registry) == DATA
+    assert server.kinds() == ["blob", *["metadata", "blob"] * 2]
+
+
+def test_another_artifact_than_asked_for_is_not_read(server):
+    server.plan["blob"] = [with_(headers={"ETag": f'"{"0" * 64}"'}, drip=(1, 3600.0))]
+    with pytest.raises(ArtifactError, match="sends another artifact"):
+        fetch(make(server))
+
+
+def test_one_that_is_too_large_is_not_read(server):
+    server.plan["blob"] = [with_(drip=(1, 3600.0))]
+    with pytest.raises(ArtifactError, match=f"{len(DATA)} bytes, more than the limit of 1000"):
+        fetch(make(server), max_bytes=1000)
 
 
 def test_connections_stay_open_between_fetches(server):
@@ -174,7 +221,7 @@ def test_the_token_comes_from_the_argument_the_url_or_the_environment(server, mo
     for registry in (HttpRegistry(with_token, "argument"), HttpRegistry(with_token), HttpRegistry(server.url)):
         fetch(registry)
         assert registry.url == server.url
-    sent = [request.headers["authorization"] for request in server.requests if request.kind == "metadata"]
+    sent = [request.headers["authorization"] for request in server.requests if request.kind == "blob"]
     assert sent == ["Bearer argument", "Bearer in-url", "Bearer environment"]
     monkeypatch.delenv("ESPER_REGISTRY_TOKEN")
     fetch(HttpRegistry(server.url))
@@ -198,9 +245,9 @@ def test_the_token_is_not_in_a_pickle_and_not_shown(server, monkeypatch):
 def test_a_redirect_to_another_host_gets_no_token(server, status):
     with running_server() as elsewhere:
         elsewhere.add(DATA)
-        server.plan["blob"] = [
-            with_(status=status, body=b"x", headers={"Location": f"{elsewhere.url}/api/v1/kernels/{A}/blob?sig=s"})
-        ]
+        there = f"{elsewhere.url}/api/v1/kernels/{A}/blob?sig=s"
+        # Once where the bytes are asked for at once, and once where the metadata leads.
+        server.plan["blob"] = [with_(status=status, body=b"x", headers={"Location": there})] * 2
         assert fetch(make(server, TOKEN)) == DATA
     (there,) = elsewhere.requests
     assert "authorization" not in there.headers
@@ -213,15 +260,16 @@ def test_a_redirect_that_stays_keeps_the_token_one_that_returns_does_not(server)
 
     path = f"/api/v1/kernels/{A}/blob"
     with running_server() as elsewhere:
-        server.plan["blob"] = [to(path + "?again"), to(elsewhere.url + path)]
+        server.plan["blob"] = [to(path + "?again"), to(path + "?again"), to(elsewhere.url + path)]
         elsewhere.contents = {A: DATA}
         elsewhere.plan["blob"] = [to(server.url + path)]
         assert fetch(make(server, TOKEN)) == DATA
     sent = ["authorization" in request.headers for request in server.requests if request.kind == "blob"]
-    assert sent == [True, True, False]
+    assert sent == [True, True, True, False]
 
 
-def test_a_reference_outside_gets_no_token(server):
+def test_a_reference_outside_gets_no_token(split):
+    server = split
     with running_server() as store:
         store.add(DATA)
         server.metadata_changes["kernel_binary_ref"] = (
@@ -240,23 +288,24 @@ def test_a_reference_outside_gets_no_token(server):
 
 @pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://host/x", "http://[::1"])
 def test_redirects_lead_to_http_only(server, location):
-    server.plan["blob"] = [with_(status=302, headers={"Location": location})]
+    server.plan["blob"] = [with_(status=302, headers={"Location": location})] * 2
     with pytest.raises(RegistryUnavailableError, match="leads to") as caught:
         fetch(make(server))
     assert not caught.value.retryable
 
 
-def test_redirects_end(server):
+def test_redirects_end(split):
+    server = split
     server.plan["metadata"] = [with_(status=302, headers={"Location": f"/api/v1/kernels/{A}"})] * 20
     with pytest.raises(RegistryUnavailableError, match="redirects more than 5 times"):
         fetch(make(server))
 
 
-def test_an_expired_url_is_asked_for_again_once(server):
-    server.metadata_changes["kernel_binary_ref"] = f"{server.url}/api/v1/kernels/{A}/blob"
+def test_an_expired_url_is_asked_for_again_once(split):
+    server = split
     server.plan["blob"] = [error(403)]
     assert fetch(make(server, TOKEN)) == DATA
-    assert server.kinds() == ["metadata", "blob"] * 2
+    assert server.kinds() == ["way", *["metadata", "blob"] * 2]
     server.plan["blob"] = [error(403), error(403)]
     with pytest.raises(RegistryUnavailableError, match=r"the blob store behind .* answered 403") as caught:
         fetch(make(server, TOKEN))
@@ -280,6 +329,7 @@ def test_an_expired_url_is_asked_for_again_once(server):
     ],
 )
 def test_refusals(server, kind, status, retryable, message):
+    server.elsewhere = kind == "metadata"
     server.plan[kind] = [error(status, retry_after="7")]
     with pytest.raises(RegistryUnavailableError, match=message) as caught:
         fetch(make(server))
@@ -288,7 +338,7 @@ def test_refusals(server, kind, status, retryable, message):
 
 
 def test_a_token_that_is_refused_is_not_shown(server):
-    server.plan["metadata"] = [error(401)]
+    server.plan["blob"] = [error(401)]
     with pytest.raises(RegistryUnavailableError, match="the token is not accepted") as caught:
         fetch(make(server, TOKEN))
     assert TOKEN not in str(caught.value)
@@ -317,7 +367,8 @@ def test_nobody_listens(server):
     ],
 )
 def test_something_else_answers(server, body, message):
-    server.plan["metadata"] = [with_(body=body)]
+    # A page for whatever is asked.
+    server.plan["metadata"] = server.plan["blob"] = [with_(body=body, headers={})] * 2
     with pytest.raises(RegistryUnavailableError, match=message) as caught:
         fetch(make(server))
     assert not caught.value.retryable
@@ -336,7 +387,8 @@ def test_something_else_answers(server, body, message):
         ({"size": 1 << 60}, ArtifactError, "more than the limit"),
     ],
 )
-def test_metadata_that_does_not_hold(server, changes, kind, message):
+def test_metadata_that_does_not_hold(split, changes, kind, message):
+    server = split
     server.metadata_changes.update(changes)
     with pytest.raises(kind, match=message):
         fetch(make(server))

@@ -102,6 +102,8 @@ def _store(service: Service, upload: Incoming, found: Verified, tags: list[str],
             raise
         settle()
     service.cards.drop(found.artifact_id)
+    # What was just uploaded is what will be asked for next.
+    service.keep_blob_facts(found.artifact_id, found.sha256, found.size)
     return new
 
 

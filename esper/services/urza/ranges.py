@@ -6,9 +6,14 @@ import re
 
 from esper.services.urza.errors import ApiError
 
-__all__ = ["parse_range", "tag_matches"]
+__all__ = ["blob_headers", "parse_range", "tag_matches"]
 
 _RANGE = re.compile(r"bytes\s*=\s*(\d{0,19})\s*-\s*(\d{0,19})", re.ASCII | re.IGNORECASE)
+
+
+def blob_headers(etag: str) -> dict[str, str]:
+    """Headers of an answer with a blob or a part of it, beside type and length: it never changes, and has parts."""
+    return {"ETag": etag, "Accept-Ranges": "bytes", "Cache-Control": "private, max-age=31536000, immutable"}
 
 
 def tag_matches(header: str | None, etag: str) -> bool:

@@ -14,7 +14,7 @@ from esper.services.urza.access import Publisher, Reader, Shared, Validator
 from esper.services.urza.errors import ApiError
 from esper.services.urza.intake import take_in
 from esper.services.urza.lifecycle import KernelStatus
-from esper.services.urza.ranges import parse_range, tag_matches
+from esper.services.urza.ranges import blob_headers, parse_range, tag_matches
 from esper.services.urza.records import MAX_PAGE, decode_cursor, paged
 from esper.services.urza.responses import errors
 from esper.services.urza.schemas import (
@@ -185,7 +185,7 @@ def _blob(
 ) -> Response:
     sha256, size = service.blob_facts(artifact_id)
     etag = f'"{sha256}"'
-    headers = {"ETag": etag, "Accept-Ranges": "bytes", "Cache-Control": "private, max-age=31536000, immutable"}
+    headers = blob_headers(etag)
     if tag_matches(if_none_match, etag):
         return Response(status_code=304, headers=headers)
     address = service.blobs.sign(sha256, service.settings.presign_s)

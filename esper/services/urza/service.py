@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
+from typing import Final
 
 import anyio.to_thread
 import sqlalchemy as sa
@@ -25,6 +26,7 @@ from esper.services.urza.watch import Watch
 __all__ = ["Service", "binary_ref"]
 
 _log = logging.getLogger("esper.urza")
+_MAX_BLOB_FACTS: Final = 65_536
 
 
 class Service:
@@ -116,10 +118,19 @@ class Service:
                 row = connection.execute(query).first()
             if row is None:
                 raise kernel_store.missing(artifact_id)
-            facts = self._blob_facts[artifact_id] = (row.sha256, row.size)
-            if len(self._blob_facts) > 65_536:
-                self._blob_facts.pop(next(iter(self._blob_facts)))
+            facts = row.sha256, row.size
+            self.keep_blob_facts(artifact_id, *facts)
         return facts
+
+    def blob_facts_known(self, artifact_id: str) -> tuple[str, int] | None:
+        """The same as far as this process knows, without asking the database."""
+        return self._blob_facts.get(artifact_id)
+
+    def keep_blob_facts(self, artifact_id: str, sha256: str, size: int) -> None:
+        """Remember what a recorded kernel's blob is."""
+        self._blob_facts[artifact_id] = sha256, size
+        if len(self._blob_facts) > _MAX_BLOB_FACTS:
+            self._blob_facts.pop(next(iter(self._blob_facts)), None)
 
     def upload_lock(self, sha256: str) -> asyncio.Lock:
         """Held while bytes with this hash are taken in, so that the second of two uploads finds the first."""

@@ -126,9 +126,40 @@ def test_both_ways_of_answering_give_the_same(urza, client):
     assert both.count(b'{"artifact_id":') == 2 and both.endswith(b'{"status":"ok"}')
 
 
-def test_the_quick_way_asks_for_the_token_too(urza, client):
+def test_both_ways_of_sending_a_blob_give_the_same(urza, client):
+    data = artifact(110)
+    path = f"/api/v1/kernels/{upload(client, data).json()['artifact_id']}/blob"
+
+    def get(query="", **headers):
+        answer = client.get(path + query, headers={name.replace("_", "-"): value for name, value in headers.items()})
+        named = {name: value for name, value in answer.headers.items() if name != "date"}
+        return answer.status_code, named, answer.content
+
+    quick = get()
+    assert quick[0] == 200 and quick[2] == data
+    assert get("?x=1") == quick, "with a query: the long way"
+    etag = quick[1]["etag"]
+    assert etag == f'"{hashlib.sha256(data).hexdigest()}"'
+    assert get(range="bytes=10-19")[::2] == (206, data[10:20])
+    assert get(range="bytes=10-19", if_range='"other"') == get(range="bytes=10-19", if_range='"other"', query="?x=1")
+    assert get(if_none_match=etag)[::2] == (304, b"")
+    # What is wrong with a file is said by the long way.
+    (blob,) = urza.folder.rglob(etag.strip('"'))
+    for damaged in (data[:-1], data + b"x"):
+        blob.write_bytes(damaged)
+        answer = get()
+        assert answer[0] == 500 and b"blob_damaged" in answer[2]
+        assert answer == get("?x=1")
+    blob.unlink()
+    assert get()[0] == 500
+    assert upload(client, data).status_code == 200
+    assert get() == quick
+
+
+@pytest.mark.parametrize("suffix", ["", "/blob"])
+def test_the_quick_way_asks_for_the_token_too(urza, client, suffix):
     artifact_id = upload(client, artifact(103)).json()["artifact_id"]
-    path = f"/api/v1/kernels/{artifact_id}"
+    path = f"/api/v1/kernels/{artifact_id}{suffix}"
     assert client.get(path).status_code == 200
     for header, status in [({}, 401), ({"Authorization": "Bearer wrong"}, 401)]:
         assert httpx.get(urza.url + path, headers=header).status_code == status
