@@ -2,7 +2,7 @@
 
 Per seed ``down.weight`` [r, d_in] and ``up.weight`` [d_out, r] stay the leaf parameters that optimizers know. Their
 storage moves into one buffer, the one of :mod:`~esper.execution.grafts.bank_kernel`; ``up.weight`` is the transpose of
-its rows of ``up``.
+its rows of ``up``. Where it is a part of those rows, because the seed serves a chunk, it is copied there at every call.
 """
 
 from __future__ import annotations
@@ -173,8 +173,7 @@ class Bank(BankKernel):
             self.buffer = torch.zeros(self.size, dtype=self.dtype)
             views = itertools.chain.from_iterable(_cut(self.buffer, block) for block in self._blocks)
             for parameter, view in zip(self.parameters, views, strict=True):
-                view.copy_(parameter)
-                parameter.data = view
+                self._house(parameter, view)
 
     def fast_call(self) -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
         """``call(x, h, alpha)``: what :meth:`usable`, ``whole`` and :meth:`run` do in the plain case, without Python.
@@ -192,10 +191,18 @@ class Bank(BankKernel):
             self.reads_input,
         )  # fmt: skip
         run: Callable[[Tensor, Tensor, Tensor], Tensor | None] = call.run
-        return run
+        if not self._copied:
+            return run
+
+        def refreshed(x: Tensor, h: Tensor, alpha: Tensor) -> Tensor | None:
+            self._refresh()
+            return run(x, h, alpha)
+
+        return refreshed
 
     def run(self, x: Tensor, h: Tensor, alpha: Tensor) -> Tensor | None:
         """y, or None when it is not finite and the fault has to be looked into. x is the tap."""
+        self._refresh()
         done = self.blend(self.buffer, x, h, alpha)
         if done is None:
             return None

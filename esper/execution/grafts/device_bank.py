@@ -1,7 +1,8 @@
 """The low-rank, bottleneck or gated seeds of a layer as one bank on a GPU: one operation forward, one backward.
 
 The counterpart of :mod:`esper.execution.grafts.bank`. The seeds' parameters stay the leaves that optimizers know; their
-storage is one buffer, so that the operation finds the weights side by side:
+storage is one buffer (but for ``up.weight`` of a chunk, which is copied there), so that the operation finds the weights
+side by side:
 
     down [R, d_in] | value [R, d_in] | up [R, d_out] | bias [R] | value_bias [R]
 
@@ -144,9 +145,7 @@ class DeviceBank(Watched):
                 for start, size, shape in zip(starts, sizes, shapes, strict=False)
             )
             for parameter, place in zip(self.parameters, self._slices, strict=True):
-                view = place.of(self.regions[place.region])
-                view.copy_(parameter)
-                parameter.data = view
+                self._house(parameter, place.of(self.regions[place.region]))
 
     def usable(self, x: Tensor, h: Tensor) -> bool:
         """Whether the fast way may be taken for these tensors now."""
@@ -172,6 +171,7 @@ class DeviceBank(Watched):
             return None
         if rows.shape[-1] != plan.d_out or rows_x.shape[-1] != plan.d_in:  # an activation lets any shape through
             return None
+        self._refresh()
         learns = torch.is_grad_enabled() and any(map(_wants_grad, self.parameters))
         if learns and not self._attached:
             self._attach()

@@ -18,7 +18,7 @@ _is = operator.is_
 
 
 class Watched:
-    """Parameters in their places in modules: :meth:`_add` each, put them where they belong, then :meth:`_watch`."""
+    """Parameters in their places in modules: :meth:`_add` each, :meth:`_house` it in a buffer, then :meth:`_watch`."""
 
     #: Whether every parameter is still the one that was there, where it was.
     whole: Callable[[], bool]
@@ -29,6 +29,7 @@ class Watched:
         self._dicts: list[dict[str, Tensor | None]] = []
         self._keys: list[str] = []
         self.parameters: list[Tensor] = []
+        self._copied: list[tuple[Tensor, Tensor]] = []
 
     @staticmethod
     def available() -> bool:
@@ -42,6 +43,25 @@ class Watched:
         self._dicts.append(slots)  # type: ignore[arg-type]
         self._keys.append(kind)
         self.parameters.append(parameter)
+
+    def _house(self, parameter: Tensor, place: Tensor) -> None:
+        """Move a parameter into its place in a buffer.
+
+        One whose place has gaps keeps its own memory, and is copied by :meth:`_refresh`: a fused optimizer walks a
+        parameter's memory from end to end, and would write into what lies in the gaps.
+        """
+        place.copy_(parameter)
+        # Lines of length 1 have no gaps, whatever lies between them; `is_contiguous` knows that.
+        if place.is_contiguous() or place.t().is_contiguous():
+            parameter.data = place
+        else:
+            # `.data`, because the buffer as autograd knows it must not count as changed: `versions` watches parameters.
+            self._copied.append((place.data, parameter.detach()))
+
+    def _refresh(self) -> None:
+        """Bring what keeps memory of its own into the buffer, as it is now."""
+        for place, parameter in self._copied:
+            place.copy_(parameter)
 
     def _watch(self) -> None:
         """Look after the parameters as they are now."""
