@@ -328,7 +328,7 @@ class KasminaLayer(nn.Module):
         """
         self.begin_load(seed_idx, alpha)
         try:
-            kernel = await self.kernel_cache.load_kernel(artifact_id)
+            kernel = await self.fetch(artifact_id)
         except ArtifactError as error:
             return self.refuse(seed_idx, f"{artifact_id}: {error}", bad=True)
         except BaseException as error:
@@ -338,6 +338,10 @@ class KasminaLayer(nn.Module):
             reason = self.kernel_cache.last_error(artifact_id) or "not to be had"
             return self.refuse(seed_idx, f"{artifact_id}: {reason}", bad=False)
         return self.commit(seed_idx, kernel, alpha=alpha, ramp_steps=ramp_steps)
+
+    async def fetch(self, artifact_id: str) -> LoadedKernel | None:
+        """A kernel for this layer, on its device; as :meth:`KernelCache.load_kernel`."""
+        return await self.kernel_cache.load_kernel(artifact_id, device=self.state_layout.alpha_blend.device)
 
     async def unload_kernel(self, seed_idx: int) -> bool:
         """Put a seed to sleep and drop its kernel; False when it was dormant already.

@@ -33,7 +33,7 @@ from esper.execution.circuit_breaker import CircuitBreaker
 from esper.execution.disk_cache import DiskCache
 from esper.execution.fetching import Fetcher
 from esper.execution.kernel_executor import LoadedKernel
-from esper.execution.kernel_source import KernelSource
+from esper.execution.kernel_source import KernelSource, Load
 from esper.execution.memory_cache import KernelMemory
 
 __all__ = ["KernelCache"]
@@ -140,7 +140,6 @@ class KernelCache:
         self._source = KernelSource(
             self._disk,
             self._fetcher,
-            device=self.device,
             max_bytes=max_artifact_bytes,
             patience_s=timeout_s,
             keys=keys,
@@ -149,7 +148,7 @@ class KernelCache:
         )
         self._lock = threading.Lock()
         self._memory = KernelMemory(self.max_bytes, max_entries)
-        self._flights: dict[str, Future[LoadedKernel | None]] = {}
+        self._flights: dict[tuple[str, torch.device], Future[LoadedKernel | None]] = {}
         self._errors: OrderedDict[str, str] = OrderedDict()
         self._counts = dict.fromkeys(_COUNTERS, 0)
         _caches.add(self)
@@ -159,11 +158,12 @@ class KernelCache:
         """Where kernels come from."""
         return self._registry
 
-    async def load_kernel(self, artifact_id: str) -> LoadedKernel | None:
+    async def load_kernel(self, artifact_id: str, *, device: torch.device | None = None) -> LoadedKernel | None:
         """The kernel, from wherever it is nearest.
 
         Args:
             artifact_id: As :func:`esper.compile` returned it.
+            device: Where its tensors shall be; None means the cache's device. Layers ask for their own.
 
         Returns:
             The kernel, or None when it is not to be had: it does not exist, or the registry does not answer.
@@ -172,23 +172,34 @@ class KernelCache:
         Raises:
             ArtifactError: the artifact was had, and is bad.
         """
+        place = self.device if device is None else device
         with self._lock:
-            kernel = self._memory.get(artifact_id)
+            kernel = self._memory.get(artifact_id, place)
             if kernel is not None:
                 self._counts["hits"] += 1
                 return kernel
             self._counts["misses"] += 1
-            flight = self._flights.get(artifact_id)
+            flight = self._flights.get((artifact_id, place))
             if flight is None:
                 flight = Future()
-                self._source.start(artifact_id, partial(self._land, artifact_id, flight))
-                self._flights[artifact_id] = flight
+                self._source.start(Load(artifact_id, place, partial(self._land, artifact_id, place, flight)))
+                self._flights[artifact_id, place] = flight
         return await background.wait(flight)
 
-    async def preload_kernels(self, artifact_ids: Iterable[str]) -> dict[str, LoadedKernel | None]:
-        """Load several kernels at once; None for each that is not to be had or is bad, with its :meth:`last_error`."""
+    async def preload_kernels(
+        self, artifact_ids: Iterable[str], *, device: torch.device | None = None
+    ) -> dict[str, LoadedKernel | None]:
+        """Load several kernels at once, as :meth:`load_kernel` does.
+
+        Args:
+            artifact_ids: What to load; each once.
+            device: Where it shall be: that of the model which will ask for it. None means the cache's.
+
+        Returns:
+            None for each that is not to be had or is bad, with its :meth:`last_error`.
+        """
         ids = list(dict.fromkeys(artifact_ids))
-        results = await asyncio.gather(*(self.load_kernel(i) for i in ids), return_exceptions=True)
+        results = await asyncio.gather(*(self.load_kernel(i, device=device) for i in ids), return_exceptions=True)
         found: dict[str, LoadedKernel | None] = {}
         for artifact_id, result in zip(ids, results, strict=True):
             if isinstance(result, BaseException) and not isinstance(result, ArtifactError):
@@ -245,15 +256,19 @@ class KernelCache:
             }
 
     def _land(
-        self, artifact_id: str, flight: Future[LoadedKernel | None], outcome: LoadedKernel | BaseException
+        self,
+        artifact_id: str,
+        place: torch.device,
+        flight: Future[LoadedKernel | None],
+        outcome: LoadedKernel | BaseException,
     ) -> None:
         """Put on record what came of a load, and tell all who asked."""
         with self._lock:
-            if self._flights.get(artifact_id) is flight:
-                del self._flights[artifact_id]
+            if self._flights.get((artifact_id, place)) is flight:
+                del self._flights[artifact_id, place]
             self._errors.pop(artifact_id, None)
             if isinstance(outcome, LoadedKernel):
-                self._memory.put(outcome)
+                self._memory.put(outcome, place)
             else:
                 self._counts["failures"] += 1
                 self._errors[artifact_id] = _reason(outcome).removeprefix(f"{artifact_id}: ")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -25,14 +26,26 @@ from esper.execution.disk_cache import Claim, DiskCache
 from esper.execution.fetching import Fetcher
 from esper.execution.kernel_executor import LoadedKernel
 
-__all__ = ["KernelSource", "Land"]
-
-#: Takes what came of a load: the kernel, or why there is none.
-Land: TypeAlias = Callable[[LoadedKernel | BaseException], None]
+__all__ = ["KernelSource", "Load"]
 
 #: How often to look whether another process has stored what it said it would fetch: at first, and at most.
 _LOOK_S: Final = 0.02
 _LOOK_SELDOM_S: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is wanted, and by whom.
+
+    Attributes:
+        artifact_id: What to load.
+        device: Where its tensors shall be.
+        land: Takes what came of it, once: the kernel, or why there is none.
+    """
+
+    artifact_id: str
+    device: torch.device
+    land: Callable[[LoadedKernel | BaseException], None]
 
 
 class KernelSource:
@@ -41,7 +54,6 @@ class KernelSource:
     Args:
         disk: The disk tier; None leaves it out.
         fetcher: The registry tier.
-        device: Where the kernels' tensors go.
         max_bytes: Largest artifact accepted.
         patience_s: Longest wait for another process that is fetching the same artifact into the same folder.
         keys: Whose signatures are trusted.
@@ -54,7 +66,6 @@ class KernelSource:
         disk: DiskCache | None,
         fetcher: Fetcher,
         *,
-        device: torch.device,
         max_bytes: int,
         patience_s: float,
         keys: KeyRing,
@@ -63,85 +74,84 @@ class KernelSource:
     ) -> None:
         self._disk = disk
         self._fetcher = fetcher
-        self._device = device
         self._max_bytes = max_bytes
         self._patience_s = patience_s
         self._keys = keys
         self._policy = policy
         self._count = count
 
-    def start(self, artifact_id: str, land: Land) -> None:
-        """Begin a load; ``land`` is called once, in another thread, with what came of it.
+    def start(self, load: Load) -> None:
+        """Begin a load, which lands in another thread.
 
         Raises:
-            RuntimeError: the interpreter is exiting; ``land`` is not called.
+            RuntimeError: the interpreter is exiting; it does not land.
         """
         if self._disk is None:
-            background.submit(self._ask(artifact_id, land, None))
+            background.submit(self._ask(load, None))
         else:
-            submit_blocking(self._begin, artifact_id, land)
+            submit_blocking(self._begin, load)
 
-    def _begin(self, artifact_id: str, land: Land) -> None:
+    def _begin(self, load: Load) -> None:
         """In a worker thread: look on the disk, and pass on to the registry what is not there."""
         claim: Claim | None = None
         outcome: LoadedKernel | BaseException | None
         try:
-            _check_id(artifact_id)
-            outcome, claim = self._from_disk(artifact_id)
+            _check_id(load.artifact_id)
+            outcome, claim = self._from_disk(load)
             if outcome is None:
-                background.submit(self._ask(artifact_id, land, claim))
+                background.submit(self._ask(load, claim))
                 return
         except BaseException as error:
             _release(claim)
             outcome = error
-        land(outcome)
+        load.land(outcome)
 
-    async def _ask(self, artifact_id: str, land: Land, claim: Claim | None) -> None:
+    async def _ask(self, load: Load, claim: Claim | None) -> None:
         """On the background loop: wait for another process that fetches it, or fetch it."""
         outcome: LoadedKernel | BaseException | None = None
         try:
-            _check_id(artifact_id)
+            _check_id(load.artifact_id)
             if claim is None and self._disk is not None:
-                outcome, claim = await self._await_other(artifact_id)
+                outcome, claim = await self._await_other(load)
             if outcome is None:
-                data = await self._fetcher.fetch(artifact_id)
+                data = await self._fetcher.fetch(load.artifact_id)
                 self._count("fetches")
-                submit_blocking(self._accept, artifact_id, land, data, claim)
+                submit_blocking(self._accept, load, data, claim)
                 return
         except BaseException as error:
             _release(claim)
             outcome = error
-        land(outcome)
+        load.land(outcome)
         if isinstance(outcome, asyncio.CancelledError):
             raise outcome
 
-    async def _await_other(self, artifact_id: str) -> tuple[LoadedKernel | None, Claim | None]:
+    async def _await_other(self, load: Load) -> tuple[LoadedKernel | None, Claim | None]:
         """What another process stores, or the claim it gives up, or neither when it takes too long."""
         loop = asyncio.get_running_loop()
         until, pause = loop.time() + self._patience_s, _LOOK_S
         while loop.time() < until:
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, _LOOK_SELDOM_S)
-            kernel, claim = await run_blocking(self._from_disk, artifact_id)
+            kernel, claim = await run_blocking(self._from_disk, load)
             if kernel is not None:
                 self._count("shared_fetches")
             if kernel is not None or claim is not None:
                 return kernel, claim
         return None, None
 
-    def _accept(self, artifact_id: str, land: Land, data: bytes | bytearray, claim: Claim | None) -> None:
+    def _accept(self, load: Load, data: bytes | bytearray, claim: Claim | None) -> None:
         """In a worker thread: verify what the registry gave, keep it on the disk, load it."""
         outcome: LoadedKernel | BaseException
         try:
             if len(data) > self._max_bytes:
                 raise ArtifactError(f"{len(data)} bytes are more than the limit of {self._max_bytes}")
-            artifact = self._open(artifact_id, data)
+            artifact = self._open(load.artifact_id, data)
             self._store(artifact, data)
-            outcome = LoadedKernel.from_artifact(artifact, self._device)
+            outcome = LoadedKernel.from_artifact(artifact, load.device)
         except BaseException as error:
             outcome = error
         _release(claim)
-        land(outcome)
+        load.land(outcome)
 
     def _store(self, artifact: Artifact, data: bytes | bytearray) -> None:
         if self._disk is None:
@@ -153,19 +163,19 @@ class KernelSource:
             # A full or read-only disk costs a fetch next time, not the kernel now.
             self._count("disk_errors")
 
-    def _from_disk(self, artifact_id: str) -> tuple[LoadedKernel | None, Claim | None]:
+    def _from_disk(self, load: Load) -> tuple[LoadedKernel | None, Claim | None]:
         """The kernel, or the claim to fetch it; neither while another process has that."""
         disk = self._disk
         if disk is None:
             return None, None
-        kernel = self._read_disk(disk, artifact_id)
+        kernel = self._read_disk(disk, load)
         if kernel is not None:
             return kernel, None
-        claim = disk.claim(artifact_id)
+        claim = disk.claim(load.artifact_id)
         try:
             # Another process may have stored it after this one looked and before it let go of its claim.
-            if claim is not None and disk.holds(artifact_id):
-                kernel = self._read_disk(disk, artifact_id)
+            if claim is not None and disk.holds(load.artifact_id):
+                kernel = self._read_disk(disk, load)
         except BaseException:
             _release(claim)
             raise
@@ -174,14 +184,14 @@ class KernelSource:
             return kernel, None
         return None, claim
 
-    def _read_disk(self, disk: DiskCache, artifact_id: str) -> LoadedKernel | None:
+    def _read_disk(self, disk: DiskCache, load: Load) -> LoadedKernel | None:
         try:
-            data, sha256 = disk.read(artifact_id, self._max_bytes)
-            artifact = self._open(artifact_id, data, sha256, from_disk=True)
+            data, sha256 = disk.read(load.artifact_id, self._max_bytes)
+            artifact = self._open(load.artifact_id, data, sha256, from_disk=True)
         except _RefusedError as error:
             raise ArtifactError(str(error)) from None
         except ArtifactError:
-            self._set_aside(disk, artifact_id)
+            self._set_aside(disk, load.artifact_id)
             return None
         except KernelNotFoundError:
             return None
@@ -190,7 +200,7 @@ class KernelSource:
                 self._count("disk_errors")
             return None
         self._count("disk_hits")
-        return LoadedKernel.from_artifact(artifact, self._device)
+        return LoadedKernel.from_artifact(artifact, load.device)
 
     def _set_aside(self, disk: DiskCache, artifact_id: str) -> None:
         try:

@@ -9,6 +9,7 @@ import multiprocessing
 import pickle
 import shutil
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
@@ -565,8 +566,51 @@ def test_tensors_go_to_the_device(tmp_path, registry):
     assert {tensor.device.type for tensor in kernel.tensors.values()} == {"meta"}
 
 
+def test_layers_ask_for_their_own_device(tmp_path, registry):
+    cache = KernelCache(registry=registry, disk_dir=tmp_path)
+    here, there = torch.device("cpu"), torch.device("meta")
+
+    async def both():
+        return await asyncio.gather(*(cache.load_kernel(A, device=device) for device in (here, there, there)))
+
+    found = asyncio.run(both())
+    assert [{t.device for t in kernel.tensors.values()} for kernel in found] == [{here}, {there}, {there}]
+    assert registry.fetched == [A] and cache.get_cache_stats()["entries"] == 2
+    again = asyncio.run(both())
+    assert all(one is other for one, other in zip(again, [found[0], found[1], found[1]], strict=True))
+    assert cache.remove_kernel(A) and not cache.remove_kernel(A)
+    assert cache.get_cache_stats()["entries"] == 0 == cache.get_cache_stats()["total_size_mb"]
+
+
+@pytest.mark.parametrize("when", ["request", "load"])
+def test_a_layer_on_a_device_gets_kernels_that_are_there(registry, when, monkeypatch):
+    """So that tensors travel beside the training, and binaries for the GPU are there when the seed wakes."""
+    model = esper.wrap(torch.nn.Linear(8, 8), registry=registry, telemetry_enabled=False)
+    (name,) = model.get_layer_names()
+    layer = model.layer(name)
+    there = torch.device("meta")
+    monkeypatch.setattr(layer.state_layout, "alpha_blend", torch.empty(4, device=there))
+    given: list[torch.device] = []
+
+    def commit(seed_idx, kernel, **_):
+        given.extend(tensor.device for tensor in kernel.tensors.values())
+        return True
+
+    monkeypatch.setattr(layer, "commit", commit)
+    if when == "load":
+        assert asyncio.run(model.load_kernel(name, 0, A))
+    else:
+        done = model.request_kernel(name, 0, A)
+        deadline = time.monotonic() + 30
+        while not done.done() and time.monotonic() < deadline:
+            model.step()
+            time.sleep(0.01)
+        assert done.result(0)
+    assert set(given) == {there}
+
+
 def test_reasons_kept_are_bounded(cache):
     for number in range(1100):
-        cache._land(f"id {number}", Future(), KernelNotFoundError("gone"))
+        cache._land(f"id {number}", cache.device, Future(), KernelNotFoundError("gone"))
     assert cache.last_error("id 0") is None
     assert cache.last_error("id 1099") == "gone"
