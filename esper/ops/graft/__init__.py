@@ -9,11 +9,12 @@ from esper.ops.graft.seeds import graft_seeds, graft_seeds_backward  # isort: sp
 from esper.ops.graft import bank_reference, cpu, cuda, reference, triton, triton_blend  # isort: split
 
 # After those: it falls back on them.
-from esper.ops.graft import elementwise_reference, seeds_reference, triton_elementwise  # isort: split
+from esper.ops.graft import bank_composed, elementwise_reference, seeds_reference, triton_elementwise  # isort: split
 
 from esper.ops.graft.autograd import blend_bank, blend_elementwise
 
 __all__ = [
+    "bank_composed",
     "bank_reference",
     "blend_bank",
     "blend_elementwise",

@@ -12,7 +12,7 @@ from esper.ops.graft.bank import BankLayout, bank_layout, check_bank
 from esper.ops.graft.reference import accumulation_dtype, join, narrow, unaffected_by_autocast
 from esper.ops.registry import implements
 
-__all__ = ["activate", "bank_blend", "slope", "slope_times"]
+__all__ = ["activate", "bank_blend", "rows_on", "slope", "slope_times"]
 
 
 def activate(v: Tensor, activation: str | None) -> Tensor:
@@ -47,7 +47,7 @@ def slope_times(g: Tensor, v: Tensor, activation: str | None) -> Tensor:
     return found
 
 
-def _rows_on(t: Tensor, on: Tensor) -> Tensor:
+def _read(t: Tensor, on: Tensor) -> Tensor:
     """Rows of seeds that are off are not read: 0 in their place."""
     wide = accumulation_dtype(t.dtype)
     return torch.where(on if t.dim() == 1 else on[:, None], t.to(wide), 0.0)
@@ -58,16 +58,17 @@ def _inner(
 ) -> tuple[Tensor, Tensor | None]:
     """The product or the products down, before the activation."""
     wide = x.to(accumulation_dtype(x.dtype))
-    before = F.linear(wide, _rows_on(down, on), None if bias is None else _rows_on(bias, on))
+    before = F.linear(wide, _read(down, on), None if bias is None else _read(bias, on))
     if value is None:
         return before, None
-    return before, F.linear(wide, _rows_on(value, on), None if value_bias is None else _rows_on(value_bias, on))
+    return before, F.linear(wide, _read(value, on), None if value_bias is None else _read(value_bias, on))
 
 
-def _on(layout: BankLayout, alpha: Tensor) -> Tensor:
+def rows_on(layout: BankLayout, alpha: Tensor) -> Tensor:
     """Which rows of the bank belong to a seed whose alpha is not 0."""
-    indices = torch.tensor([layout.blend.places[s].index for s in layout.owner], device=alpha.device)
-    return alpha[indices] != 0
+    # Views of alpha: a table of indices would be an upload, for which the thread waits.
+    seeds = zip(layout.rows, layout.blend.places, strict=True)
+    return torch.cat([alpha[place.index].expand(last - first) for (first, last), place in seeds]) != 0
 
 
 def _contribution(
@@ -96,7 +97,7 @@ def bank_blend(
     layout = check_bank(x, h, alpha, down, value, up, bias, value_bias, seats, activation)
     wide = accumulation_dtype(h.dtype)
     alpha = alpha.to(wide)
-    before, second = _inner(x, _on(layout, alpha), down, value, bias, value_bias)
+    before, second = _inner(x, rows_on(layout, alpha), down, value, bias, value_bias)
     hidden = activate(before, activation)
     if second is not None:
         hidden = hidden * second
@@ -172,7 +173,7 @@ def graft_bank_backward(
     dtype, wide = gy.dtype, accumulation_dtype(gy.dtype)
     alpha = alpha.to(wide)
     fault = (faults != 0).any()
-    on = _on(layout, alpha)
+    on = rows_on(layout, alpha)
     flat_x = x.reshape(-1, x.shape[-1])
     flat_gy = gy.reshape(-1, gy.shape[-1])
     before, second = _inner(flat_x, on, down, value, bias, value_bias)
@@ -197,14 +198,14 @@ def graft_bank_backward(
     if second is not None:
         gz, gv = gz * second, ga * active
     gz = torch.where(on, gz, 0.0).to(dtype).to(wide)
-    gx = gz @ _rows_on(down, on)
+    gx = gz @ _read(down, on)
     empty = gy.new_empty(0)
     weights = [empty] * 5
     gdown = torch.where(on[:, None], gz.t() @ flat_x.to(wide), 0.0)
     gvalue = None
     if gv is not None and value is not None:
         gv = torch.where(on, gv, 0.0).to(dtype).to(wide)
-        gx = gx + gv @ _rows_on(value, on)
+        gx = gx + gv @ _read(value, on)
         gvalue = torch.where(on[:, None], gv.t() @ flat_x.to(wide), 0.0)
     if want_weights:
         found = (
