@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -330,6 +330,29 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
             for seed_idx in layer.grafts.bound
             for name, parameter in layer.grafts.seed_parameters(seed_idx).items()
         }
+
+    def tune(
+        self, rows: int, ranks: Sequence[int] | None = None, activation: str | None = None
+    ) -> dict[str, dict[int, str]]:
+        """Measure on this GPU whether Linear hosts run faster as one operation with their seeds; waits for the device.
+
+        What is found is kept on disk and holds for this process and the next; what was kept before is not measured
+        again. Without it layers run their host's product and then their seeds. Compiled graphs and reserved memory do
+        so in any case.
+
+        Args:
+            rows: Rows of the batches to come (tokens, positions); the choice holds up to the next power of two.
+            ranks: Sums of the ranks of a layer's seeds that will be awake together; None means those that are awake.
+            activation: Of the seeds that ``ranks`` speaks of, as blueprints name it.
+
+        Returns:
+            By layer and sum of ranks the way that is taken: "library" is the host's own product and then the seeds.
+
+        Raises:
+            RuntimeError: the model is on no GPU, or a CUDA graph is being captured.
+        """
+        found = {name: layer.tune(rows, ranks, activation) for name, layer in self.kasmina_layers.items()}
+        return {name: ways for name, ways in found.items() if ways}
 
     def close(self, timeout_s: float = 10.0) -> None:
         """End background work for this model: requests under way are cancelled and their seeds go back to sleep.

@@ -36,6 +36,11 @@ class HostBinding:
         self._hook: RemovableHandle | None = None
         self.base: Forward = self._own_forward()
 
+    @property
+    def untouched(self) -> bool:
+        """Whether the host's forward is its class's: nobody had put another in front of it."""
+        return self._patched is None
+
     def install(self, owner: nn.Module, method: str, *, closes_fast_path: bool) -> None:
         """Let ``owner.method`` run in place of the host's forward.
 

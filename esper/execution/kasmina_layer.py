@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from esper.contracts.errors import ArtifactError, ShapeMismatchError
 from esper.contracts.telemetry import EventKind
+from esper.execution.fused_host import FusedHost, tune
 from esper.execution.grafts import GraftSet, Reservation, ReservedGraftSet
 from esper.execution.host_binding import HostBinding
 from esper.execution.hosts import HostSpec, describe_host, device_of
@@ -152,6 +153,7 @@ class KasminaLayer(nn.Module):
         self.__dict__["_grafts"] = self.grafts
         self._binding = HostBinding(host, fast_path)
         self._in_place = bool(getattr(host, "inplace", False))
+        self._fused_host: FusedHost | None = None
         self._counters = _Counters()
         self._observer: Observer | None = None
         self._cuda_timing: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
@@ -180,6 +182,11 @@ class KasminaLayer(nn.Module):
     # -- the forwards that may shadow the host's ---------------------------------------------------
 
     def _awake_forward(self, input: Tensor) -> Tensor:
+        if self._fused_host is not None and not _tracing():
+            y = self._fused_host(input)
+            if y is not None:
+                self._counters.executions += 1
+                return y
         # A host that works in place would overwrite what its seeds are to read.
         return self._blend(input, self._binding.base(input.clone() if self._in_place else input))
 
@@ -247,6 +254,17 @@ class KasminaLayer(nn.Module):
         # All awake seeds of a layer run together, so they share one measurement.
         for seed_idx in self.grafts.bound:
             self.state_layout.update_telemetry(seed_idx, microseconds, math.nan)
+
+    def tune(self, rows: int, ranks: Sequence[int] | None = None, activation: str | None = None) -> dict[int, str]:
+        """As :meth:`MorphableModel.tune`, for this layer: the way for each sum of ranks."""
+        host, bank = self.default_transform, self.grafts.bank_of_seeds
+        if type(host) is not nn.Linear or not self._binding.untouched or isinstance(self.grafts, ReservedGraftSet):
+            return {}
+        banks = [(r, activation) for r in ranks] if ranks is not None else [] if bank is None else [bank]
+        found = tune(host, rows, banks)
+        if any(way != "library" for way in found.values()):
+            self._fused_host = FusedHost(host, self.grafts)  # anew: the old one knows what was measured before
+        return {bank[0]: way for bank, way in found.items()}
 
     # -- probes ------------------------------------------------------------------------------------
 

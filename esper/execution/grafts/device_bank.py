@@ -27,6 +27,7 @@ from esper.execution.grafts.fused import BankPlan, Runs
 from esper.execution.grafts.seed import SeedWeights
 from esper.execution.grafts.watched import Watched
 from esper.ops.graft.autograd import blend_bank
+from esper.ops.linear.autograd import Graft, linear
 
 __all__ = ["DeviceBank", "capturing"]
 
@@ -171,24 +172,46 @@ class DeviceBank(Watched):
             return None
         if rows.shape[-1] != plan.d_out or rows_x.shape[-1] != plan.d_in:  # an activation lets any shape through
             return None
-        self._refresh()
-        learns = torch.is_grad_enabled() and any(map(_wants_grad, self.parameters))
-        if learns and not self._attached:
-            self._attach()
-        weights: Sequence[Tensor] = self._weights if learns else self.regions
-        if h.dtype is not self.dtype:
-            weights = [t.to(h.dtype) for t in weights]
-        pairs = iter(weights)
-        down, value = next(pairs), next(pairs) if plan.gated else None
-        up = next(pairs)
-        bias = next(pairs) if plan.biased else None
-        value_bias = next(pairs) if plan.biased and plan.gated else None
+        down, value, up, bias, value_bias = self._current(h.dtype)
         y, faults = blend_bank(
             fused.prepared(plan, rows_x, h.dtype), rows, alpha, down, value, up, bias, value_bias, plan.seats,
             self._activation, self.versions,
         )  # fmt: skip
         fused.raise_flags(self._flags(), self._runs, faults)
         return y if rows is h else y.permute(0, 3, 1, 2)
+
+    def run_with_host(self, x: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor) -> Tensor | None:
+        """``x @ weight.T + bias`` with the seeds blended in, as :meth:`run` does, in one operation.
+
+        Returns:
+            y; None where the seeds are of a kind that has no such operation, or the tensors are not of one dtype.
+        """
+        plan = self.plan
+        if plan.gated or plan.seeds[0].family.norm is not None or not self.reads_input or self._dim != -1:
+            return None
+        if x.dtype is not self.dtype or weight.dtype is not self.dtype or x.shape[-1] != plan.d_in:
+            return None
+        down, _, up, own_bias, _ = self._current(self.dtype)
+        graft = Graft(alpha, down, up, own_bias, plan.seats, self._activation, self.versions)
+        y, _, faults = linear(x, weight, bias, None, graft)
+        fused.raise_flags(self._flags(), self._runs, faults)
+        return y
+
+    def _current(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+        """down, value, up, bias and value_bias as they are now; functions of the parameters where these learn."""
+        self._refresh()
+        learns = torch.is_grad_enabled() and any(map(_wants_grad, self.parameters))
+        if learns and not self._attached:
+            self._attach()
+        weights: Sequence[Tensor] = self._weights if learns else self.regions
+        if dtype is not self.dtype:
+            weights = [t.to(dtype) for t in weights]
+        plan, regions = self.plan, iter(weights)
+        down, value = next(regions), next(regions) if plan.gated else None
+        up = next(regions)
+        bias = next(regions) if plan.biased else None
+        value_bias = next(regions) if plan.biased and plan.gated else None
+        return down, value, up, bias, value_bias
 
     def _attach(self) -> None:
         """Make the weights functions of the parameters; the frozen ones too, because they may be thawed later."""

@@ -212,6 +212,29 @@ class GraftSet(nn.Module):
                     self._forget_bank()  # moved by `.data =` or the like; packed again at the next call
         return self._general(x, h, alpha)
 
+    def with_host(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The product of a Linear host and the seeds as one operation, on a GPU; None where they cannot be one.
+
+        A layer whose seeds were not packed yet, or moved, says None too: :meth:`forward` packs them.
+
+        Args:
+            x: What the host reads.
+            weight: The host's.
+            bias: The host's, or None.
+        """
+        bank = self._bank
+        if not isinstance(bank, DeviceBank) or not bank.usable(x, x) or not bank.whole():
+            return None
+        return bank.run_with_host(x, weight, bias, self.state_layout.alpha_blend)
+
+    @property
+    def bank_of_seeds(self) -> tuple[int, str | None] | None:
+        """Rows and activation of the bank that :meth:`with_host` would run; None without one."""
+        plan = self._plan
+        if not isinstance(plan, fused.BankPlan) or plan.gated or plan.seeds[0].family.norm is not None:
+            return None
+        return (sum(plan.ranks), plan.seeds[0].family.activation) if plan.seeds[0].reads_input else None
+
     def _general(self, x: Tensor, h: Tensor, alpha: Tensor) -> Tensor:
         if self._layout is None:
             self.spec = self.spec.resolve(tuple(h.shape))

@@ -17,13 +17,14 @@ from torch import Tensor
 from esper.ops.graft import bank_reference, elementwise_reference
 from esper.ops.graft.bank import graft_bank, graft_bank_backward
 from esper.ops.graft.elementwise import graft_elementwise, graft_elementwise_backward
-from esper.ops.registry import Op, define, implements
+from esper.ops.registry import Backend, Op, define, implements
 
 __all__ = [
     "Gradients",
     "aligned",
     "blend_bank",
     "blend_elementwise",
+    "check_versions",
     "graft_alpha",
     "through",
     "traced_through",
@@ -43,9 +44,13 @@ graft_alpha = define(
 )
 
 
-@implements("graft_alpha", "reference")
 def _copied(alpha: Tensor) -> Tensor:
     return alpha.clone()
+
+
+# A copy is PyTorch's on every backend: a forced one must not lack it.
+for _backend in Backend:
+    implements("graft_alpha", _backend)(_copied)
 
 
 def traced_through(t: Tensor) -> bool:
@@ -159,7 +164,7 @@ class _Bank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, _: Tensor | None) -> Gradients:
-        _check_versions(ctx.versions)
+        check_versions(ctx.versions)
         return (None, None, None, None, *_bank_gradients(ctx, gy, ctx.needs_input_grad[4:]))
 
 
@@ -189,7 +194,8 @@ class _Elementwise(torch.autograd.Function):
         return (None, None, None, None, *_elementwise_gradients(ctx, gy, ctx.needs_input_grad[4:]))
 
 
-def _check_versions(kept: tuple[Callable[[], bytes], bytes] | None) -> None:
+def check_versions(kept: tuple[Callable[[], bytes], bytes] | None) -> None:
+    """Raise RuntimeError if weights that alias parameters changed since ``kept``."""
     if kept is not None and kept[0]() != kept[1]:
         raise RuntimeError(
             "a seed's parameters were modified in place between forward and backward, so its gradient cannot be "

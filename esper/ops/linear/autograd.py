@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.ops.graft.autograd import Gradients, aligned, graft_alpha, through, traced_through, twice
+from esper.ops.graft.autograd import Gradients, aligned, check_versions, graft_alpha, through, traced_through, twice
 from esper.ops.graft.bank import graft_bank_backward
 from esper.ops.graft.bank_reference import slope_times
 from esper.ops.linear.reference import linear_blend
@@ -29,6 +29,7 @@ class Graft:
         bias: ``[R]`` or None.
         seats: Six numbers a seed.
         activation: As blueprints name them, or None.
+        versions: For weights whose changes PyTorch cannot see, as :func:`esper.ops.graft.blend_bank` has it.
     """
 
     alpha: Tensor
@@ -37,6 +38,7 @@ class Graft:
     bias: Tensor | None
     seats: Sequence[int]
     activation: str | None = None
+    versions: Callable[[], bytes] | None = None
 
 
 def linear(
@@ -78,7 +80,8 @@ def linear(
         kept = None if alpha is None else graft_alpha.overload(alpha)
         y, _, features, faults = fused_linear.overload(*host, kinds[0], kept, *seeds, seats, kinds[1], keep, stats)
     elif learns:
-        y, features, faults = _Linear.apply(kinds, seats, stats, alpha, *host, *seeds)
+        versions = None if graft is None else graft.versions
+        y, features, faults = _Linear.apply(versions, kinds, seats, stats, alpha, *host, *seeds)
     else:
         there = None if alpha is None else aligned(alpha)
         y, _, features, faults = fused_linear(*host, kinds[0], there, *seeds, seats, kinds[1], False, stats)
@@ -89,6 +92,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        versions: Callable[[], bytes] | None,
         kinds: tuple[str | None, str | None],
         seats: Sequence[int],
         stats: bool,
@@ -105,13 +109,15 @@ class _Linear(torch.autograd.Function):
         )
         ctx.save_for_backward(x, weight, bias, alpha, *seeds, before, faults)
         ctx.kinds, ctx.seats = kinds, seats
+        ctx.versions = None if versions is None else (versions, versions())
         ctx.mark_non_differentiable(features, faults)
         ctx.set_materialize_grads(False)
         return y, features, faults
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, *_: Tensor | None) -> Gradients:
-        return (None, None, None, None, *_gradients(ctx, gy, ctx.needs_input_grad[4:]))
+        check_versions(ctx.versions)
+        return (None, None, None, None, None, *_gradients(ctx, gy, ctx.needs_input_grad[5:]))
 
 
 def _gradients(ctx: Any, gy: Tensor | None, needs: Sequence[bool]) -> Gradients:
