@@ -46,6 +46,11 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _stream(device: torch.device) -> int:
+    """The current stream's address; 0 where there are no streams."""
+    return int(torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else 0
+
+
 @dataclass(frozen=True)
 class _Slice:
     """Where a parameter lies: rows and columns of a region, transposed for ``up.weight``."""
@@ -125,7 +130,8 @@ class DeviceBank(Watched):
         self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device
         self._pack(shapes)
         self._weights: tuple[Tensor, ...] = self.regions
-        self._attached = False
+        #: The stream on which the weights were made functions of the parameters; None before that.
+        self._attached: int | None = None
         self._watch()
 
     def _place(self, module: SeedWeights, node: str, kind: str, place: _Slice) -> None:
@@ -201,8 +207,8 @@ class DeviceBank(Watched):
         """down, value, up, bias and value_bias as they are now; functions of the parameters where these learn."""
         self._refresh()
         learns = torch.is_grad_enabled() and any(map(_wants_grad, self.parameters))
-        if learns and not self._attached:
-            self._attach()
+        if learns and self._attached != (stream := _stream(self.device)):
+            self._attach(stream)
         weights: Sequence[Tensor] = self._weights if learns else self.regions
         if dtype is not self.dtype:
             weights = [t.to(dtype) for t in weights]
@@ -213,8 +219,14 @@ class DeviceBank(Watched):
         value_bias = next(regions) if plan.biased and plan.gated else None
         return down, value, up, bias, value_bias
 
-    def _attach(self) -> None:
-        """Make the weights functions of the parameters; the frozen ones too, because they may be thawed later."""
+    def _attach(self, stream: int) -> None:
+        """Make the weights functions of the parameters; the frozen ones too, because they may be thawed later.
+
+        A parameter's gradient is added up on the stream that was current when its node in the graph was made, and the
+        nodes live as long as these functions. On another stream, as in a CUDA graph that is captured after eager
+        steps, that would reach out of the capture; so there they are made anew.
+        """
+        self._weights = self.regions
         flags = list(map(_wants_grad, self.parameters))
         with torch.inference_mode(False), torch.enable_grad():
             for parameter in self.parameters:
@@ -222,7 +234,7 @@ class DeviceBank(Watched):
             self._weights = _Spread.apply(self.regions, self._slices, self.parameters, *self.parameters)
             for parameter, flag in zip(self.parameters, flags, strict=True):
                 parameter.requires_grad_(flag)
-        self._attached = True
+        self._attached = stream
 
 
 def packable(parameters: Sequence[Tensor]) -> bool:
