@@ -83,6 +83,7 @@ Driver::Driver(const std::string& path) {
         find(library_, "cuCtxGetCurrent", api_.context_current);
         find(library_, "cuCtxPushCurrent_v2", api_.context_push);
         find(library_, "cuCtxPopCurrent_v2", api_.context_pop);
+        find(library_, "cuThreadExchangeStreamCaptureMode", api_.capture_mode);
         find(library_, "cuModuleLoadDataEx", api_.module_load);
         find(library_, "cuModuleUnload", api_.module_unload);
         find(library_, "cuModuleGetFunction", api_.module_function);
@@ -154,6 +155,11 @@ Context Driver::primary(int ordinal) {
     check(api_.primary_retain(&context, found), "cuDevicePrimaryCtxRetain");
     contexts_.emplace_back(found, context);
     return context;
+}
+
+int Driver::exchange_capture_mode(int mode) const {
+    check(api_.capture_mode(&mode), "cuThreadExchangeStreamCaptureMode");
+    return mode;
 }
 
 Current::Current(const Driver& driver, Context context) : driver_(driver) {

@@ -36,6 +36,7 @@ struct Api {
     Result (*context_current)(Context* context);
     Result (*context_push)(Context context);
     Result (*context_pop)(Context* context);
+    Result (*capture_mode)(int* mode);
     Result (*module_load)(ModuleHandle* module, const void* image, unsigned count, int* options, void** values);
     Result (*module_unload)(ModuleHandle module);
     Result (*module_function)(FunctionHandle* function, ModuleHandle module, const char* name);
@@ -65,6 +66,8 @@ public:
     std::pair<int, int> capability(int ordinal) const;
     // The context that PyTorch and the CUDA runtime use on that device; kept until this object goes.
     Context primary(int ordinal);
+    // The mode in which the calling thread looks at captures of graphs from here on; the one before.
+    int exchange_capture_mode(int mode) const;
     // Throws Error with `what` and the driver's description unless the result is success.
     void check(Result result, const std::string& what) const;
     std::string describe(Result result) const;

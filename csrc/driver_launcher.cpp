@@ -276,6 +276,8 @@ void bind_driver(py::module_& m) {
         .def_property_readonly("version", &dr::Driver::version, "Such as 13000 for CUDA 13.0.")
         .def("device_count", &dr::Driver::device_count)
         .def("capability", &dr::Driver::capability, py::arg("device"), "(major, minor).")
+        .def("exchange_capture_mode", &dr::Driver::exchange_capture_mode, py::arg("mode"),
+             "How this thread looks at captures of graphs: 0 global, 1 its own alone, 2 none. Returns the mode before.")
         .def(
             "load",
             [](std::shared_ptr<dr::Driver> driver, const py::buffer& image, int device) {

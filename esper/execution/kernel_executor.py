@@ -14,6 +14,7 @@ from esper.blueprints.ir import Blueprint
 from esper.contracts.manifest import Manifest
 from esper.execution.transfer import Arrival, to_device
 from esper.ops.binaries import TABLE
+from esper.ops.captures import beside_captures
 
 __all__ = ["LoadedKernel"]
 
@@ -101,4 +102,5 @@ def _load_binaries(artifact: Artifact, device: torch.device) -> tuple[str, ...]:
     """Put the artifact's binaries within reach of the operations; why some, or all, are left out."""
     if device.type != "cuda" or not artifact.binaries:
         return ()
-    return TABLE.add(artifact.binaries, torch.cuda.current_device() if device.index is None else device.index)
+    with beside_captures():
+        return TABLE.add(artifact.binaries, torch.cuda.current_device() if device.index is None else device.index)

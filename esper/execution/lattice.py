@@ -399,8 +399,10 @@ class Lattice:
         self._write(row, {"alpha_target": goal, "alpha_step": abs(distance) / np.float32(ramp_steps)})
         if not self._mirror.exact:
             # The device may have moved alpha since the last snapshot; the stride follows from where it is now.
+            # Steps as a tensor: by a plain number a GPU multiplies with its reciprocal, which may be one bit off.
             here = slice(row, row + 1)
-            self.alpha_step[here].copy_((self.alpha_target[here] - self.alpha_blend[here]).abs_().div_(ramp_steps))
+            steps = torch.full((1,), ramp_steps, dtype=torch.float32, device=self.device)
+            self.alpha_step[here].copy_((self.alpha_target[here] - self.alpha_blend[here]).abs_().div_(steps))
 
     def set_timer(self, row: int, steps: int) -> None:
         """Set the steps left until the timed transition; see :meth:`KasminaStateLayout.set_timer`."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from esper.ops.captures import beside_captures
+
 __all__ = ["Arrival", "to_device"]
 
 #: Every tensor begins at a multiple of this in the common buffer, as the allocator's own do.
@@ -66,6 +68,12 @@ def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[dict
     """
     if device.type != "cuda" or not tensors:
         return {name: tensor.to(device) for name, tensor in tensors.items()}, None
+    # Allocating, in this thread, would end a graph that the training thread is capturing.
+    with beside_captures():
+        return _send(tensors, device)
+
+
+def _send(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Arrival]:
     spans, size = {}, 0
     for name, tensor in tensors.items():
         spans[name] = size, size + tensor.nbytes

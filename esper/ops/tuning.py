@@ -204,11 +204,12 @@ def _workload(request: Request, dtype: str, d_in: int, d_out: int, direction: st
     value = drawn(rank, d_in, scale=d_in**-0.5) if gated else None
     bias = drawn(rank) if request.biased else None
     value_bias = drawn(rank) if request.biased and gated else None
-    seats = [0, 0, d_out, 0, 0, rank]
+    seats = [0, 0, d_out, int(request.replaces), 0, rank]
     weights = (down, value, up, bias, value_bias)
     if direction == "forward":
         return Workload(lambda: graft_bank(x, h, alpha, *weights, seats, request.activation), dtype)
+    # As esper.ops.graft.autograd asks: without a replace seed nobody wants a gradient of h computed.
+    wants = True, request.replaces, True
     return Workload(
-        lambda: graft_bank_backward(gy, x, alpha, faults, *weights, seats, request.activation, True, True, True),
-        dtype,
+        lambda: graft_bank_backward(gy, x, alpha, faults, *weights, seats, request.activation, *wants), dtype
     )

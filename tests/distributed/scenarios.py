@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +21,7 @@ import esper
 from esper.artifacts.file_registry import FileRegistry
 from esper.contracts.registry import ArtifactSummary
 from esper.execution.telemetry.options import TelemetryOptions
-from tests.distributed.ranks import digest
+from tests.distributed.ranks import WORLD, digest
 
 WIDTH = 8
 
@@ -87,7 +88,8 @@ class Run:
         if kind == "ddp":
             self.trained = DistributedDataParallel(self.model, **options)
         elif kind == "fsdp":
-            fully_shard(self.model, **options)
+            # On gloo and the CPU, as everything here: without a mesh it takes the machine's GPU.
+            fully_shard(self.model, mesh=init_device_mesh("cpu", (WORLD,)), **options)
         self.consensus = esper.distributed.attach(self.trained)
         if compiled is not None:
             self.trained = torch.compile(self.trained, backend=compiled)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from esper.execution.lattice_mirror import AsyncMirror, Snapshot, take_snapshot
 from esper.execution.lifecycle import LifecycleError
@@ -467,6 +468,25 @@ def test_a_ramp_starts_where_the_device_is() -> None:
     assert float(device.lattice.alpha_blend[0]) == 0.25
     device.lattice.step(4)
     assert float(device.lattice.alpha_blend[0]) == 0.0
+
+
+class _DividesAsCuda(TorchDispatchMode):
+    """By a plain number PyTorch multiplies with the reciprocal on a GPU, and divides on a CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.overloadpacket is torch.ops.aten.div_ and not isinstance(args[1], Tensor):
+            return args[0].mul_(float(np.float32(1) / np.float32(args[1])))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1 / 3, 0.7])
+@pytest.mark.parametrize("ramp_steps", [1, 3, 7, 10, 2**24 + 1])
+def test_a_ramp_has_the_same_stride_on_every_device(alpha: float, ramp_steps: int) -> None:
+    device = _Device()
+    device.layer.transition_seed_state(0, State.ACTIVE)
+    with _DividesAsCuda():
+        device.layer.set_alpha(0, alpha, ramp_steps=ramp_steps)
+    assert device.lattice.alpha_step[0].item() == np.float32(alpha) / np.float32(ramp_steps)
 
 
 def test_reading_a_snapshot_too_early_is_an_error() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from esper.artifacts import Artifact
+from esper.execution import kernel_executor, transfer
 from esper.execution.kernel_executor import LoadedKernel
 from esper.execution.transfer import Arrival, to_device
+from esper.ops import native
 from tests.artifacts.samples import sample
 
 
@@ -29,6 +34,57 @@ def test_a_copy_has_arrived(copied):
     arrival = copied(Arrival())
     assert arrival.ready()
     arrival.wait_on_current_stream()
+
+
+def test_only_a_gpu_is_asked_to_leave_graphs_alone_and_all_the_while(monkeypatch):
+    """Which CUDA calls a load makes needs a GPU; that they lie inside of the block does not."""
+    told = []
+
+    @contextlib.contextmanager
+    def beside_captures():
+        told.append("begin")
+        yield
+        told.append("end")
+
+    class Table:
+        def add(self, binaries, device):
+            told.append(f"binaries for {device}")
+            return ()
+
+    def send(tensors, device):
+        told.append(f"tensors for {device}")
+        return dict(tensors), Arrival()
+
+    for module in (transfer, kernel_executor):
+        monkeypatch.setattr(module, "beside_captures", beside_captures)
+    monkeypatch.setattr(transfer, "_send", send)
+    monkeypatch.setattr(kernel_executor, "TABLE", Table())
+    to_device({"a": torch.ones(1)}, torch.device("cpu"))
+    to_device({}, torch.device("cuda"))
+    assert told == []
+    device = torch.device("cuda:1")
+    to_device({"a": torch.ones(1)}, device)
+    kernel_executor._load_binaries(SimpleNamespace(binaries=(None,)), device)
+    assert told == ["begin", "tensors for cuda:1", "end", "begin", "binaries for 1", "end"]
+
+
+@pytest.mark.gpu
+def test_a_load_leaves_a_graph_alone_that_another_thread_captures():
+    if native.driver() is None:
+        pytest.skip(native.driver_reason())
+    device = torch.device("cuda")
+    x = torch.ones(8, device=device)
+    graph = torch.cuda.CUDAGraph()
+    # To begin a capture PyTorch gives its idle memory back, so what is loaded needs new memory.
+    with ThreadPoolExecutor(1) as threads, torch.cuda.graph(graph):
+        y = x * 2
+        placed, arrival = threads.submit(to_device, {"a": torch.ones(1 << 24)}, device).result()
+        z = y + 1
+    graph.replay()
+    assert arrival is not None
+    arrival.wait_on_current_stream()
+    assert placed["a"].sum().item() == 1 << 24
+    assert z.tolist() == [3.0] * 8
 
 
 @pytest.mark.gpu

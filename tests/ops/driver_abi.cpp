@@ -39,6 +39,7 @@ CHECK(cuDevicePrimaryCtxRelease, primary_release);
 CHECK(cuCtxGetCurrent, context_current);
 CHECK(cuCtxPushCurrent, context_push);
 CHECK(cuCtxPopCurrent, context_pop);
+CHECK(cuThreadExchangeStreamCaptureMode, capture_mode);
 CHECK(cuModuleLoadDataEx, module_load);
 CHECK(cuModuleUnload, module_unload);
 CHECK(cuModuleGetFunction, module_function);
@@ -51,6 +52,7 @@ static_assert(CUDA_SUCCESS == 0);
 static_assert(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR == 75 && CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR == 76);
 static_assert(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES == 8);
 static_assert(CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES == 3 && CU_FUNC_ATTRIBUTE_NUM_REGS == 4);
+static_assert(CU_STREAM_CAPTURE_MODE_GLOBAL == 0 && CU_STREAM_CAPTURE_MODE_THREAD_LOCAL == 1);
 static_assert(CU_JIT_INFO_LOG_BUFFER == 3 && CU_JIT_INFO_LOG_BUFFER_SIZE_BYTES == 4);
 static_assert(CU_JIT_ERROR_LOG_BUFFER == 5 && CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES == 6);
 
@@ -62,4 +64,5 @@ const char* const names[] = {
     TEXT(cuDeviceGetAttribute), TEXT(cuDevicePrimaryCtxRetain), TEXT(cuDevicePrimaryCtxRelease), TEXT(cuCtxGetCurrent),
     TEXT(cuCtxPushCurrent), TEXT(cuCtxPopCurrent), TEXT(cuModuleLoadDataEx), TEXT(cuModuleUnload), TEXT(cuModuleGetFunction),
     TEXT(cuFuncGetAttribute), TEXT(cuFuncSetAttribute), TEXT(cuLaunchKernel),
+    TEXT(cuThreadExchangeStreamCaptureMode),
 };

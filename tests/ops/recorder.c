@@ -5,6 +5,7 @@
 
 #define LOG_BYTES (1 << 16)
 static __thread long current = 0;
+static __thread int capture_mode = 0;
 static char record[LOG_BYTES];
 static size_t used = 0;
 static char failing[64];
@@ -48,6 +49,14 @@ int cuDevicePrimaryCtxRelease_v2(int d) { NOTE("release %d\n", d); return 0; }
 int cuCtxGetCurrent(long *c) { *c = current; return 0; }
 int cuCtxPushCurrent_v2(long c) { NOTE("push %ld\n", c); current = c; return 0; }
 int cuCtxPopCurrent_v2(long *c) { NOTE("pop %ld\n", current); *c = current; current = 0; return 0; }
+int cuThreadExchangeStreamCaptureMode(int *mode) {
+    MAY_FAIL("cuThreadExchangeStreamCaptureMode");
+    int before = capture_mode;
+    NOTE("captures %d\n", *mode);
+    capture_mode = *mode;
+    *mode = before;
+    return 0;
+}
 int cuModuleLoadDataEx(long *m, const void *image, unsigned n, int *options, void **values) {
     if (strcmp(failing, "cuModuleLoadDataEx") == 0) {
         for (unsigned i = 0; i < n; ++i)

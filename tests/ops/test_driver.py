@@ -84,6 +84,11 @@ def test_devices(driver):
         driver.capability(2)
 
 
+def test_a_thread_says_how_it_looks_at_captures(driver, recorder):
+    assert [driver.exchange_capture_mode(mode) for mode in (1, 2, 0)] == [0, 1, 2]
+    assert recorder.take() == ["captures 1", "captures 2", "captures 0"]
+
+
 def test_arguments_are_packed_by_type(driver, recorder):
     tensor = torch.zeros(16)
     types = ("*bf16", "*fp32", "*i8", "i1", "i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64", "fp32", "fp64")

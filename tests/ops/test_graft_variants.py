@@ -7,9 +7,11 @@ import torch
 
 from esper.blueprints.families import FamilyName
 from esper.blueprints.nodes import ACTIVATIONS, NORMS
-from esper.ops import registry
+from esper.ops import registry, tuning
 from esper.ops.binaries import package_kernels, tile_sizes
 from esper.ops.graft import (
+    blend_bank,
+    blend_elementwise,
     graft_bank,
     graft_bank_backward,
     graft_blend,
@@ -21,6 +23,7 @@ from esper.ops.graft import (
 )
 from esper.ops.graft import triton as launcher
 from esper.ops.graft.variants import ACTIVATION_CODES, BANK_FAMILIES, variants
+from esper.ops.toolchain import Request, kernels_for
 
 DEVICE = "cpu" if registry.triton_interprets() else "cuda"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,3 +117,61 @@ def test_elementwise_seeds_ask_for_these(asked, dtype, shifted):
     graft_elementwise_backward.backend("triton")(h, h, alpha, faults, *rest, True, False, True)
     expected = variants("elementwise", "tanh", None, dtype, biased=shifted)
     assert [(name, fixed(c)) for name, c in asked] == [(v.kernel.__name__, fixed(v.constants)) for v in expected]
+
+
+@pytest.fixture
+def only_asked(asked, monkeypatch):
+    """The same, and nothing is launched: what would be computed is not looked at."""
+    ask = launcher.choose
+
+    def spy(*arguments, **tuned):
+        return ask(*arguments, **tuned)[0], lambda *_: None
+
+    for module in (launcher, triton_blend, triton_elementwise):
+        monkeypatch.setattr(module, "choose", spy)
+    return asked
+
+
+def names_and_constants(found):
+    return [(v.kernel.__name__, fixed(v.constants)) for v in found]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("replaces", [False, True], ids=["residual", "replace"])
+@pytest.mark.parametrize("width", [64, 72])
+@pytest.mark.parametrize("rank", [8, 40, 100])
+@pytest.mark.parametrize("family", BANK_FAMILIES)
+def test_what_is_tuned_is_asked_for(only_asked, family, rank, width, replaces, dtype):
+    """A candidate that the workload does not ask for could not be measured."""
+    activation, biased = (None, False) if family == "lowrank" else ("gelu", True)
+    request = Request(family, activation, None, rank, biased, width % 16 == 0, (dtype,), (90,), replaces)
+    for direction in ("forward", "backward"):
+        only_asked.clear()
+        load = tuning._workload(request, dtype, width, width, direction, DEVICE)
+        with registry.use_backend("triton"):
+            load.run()
+        compiled = [v for v in kernels_for(request, dtype) if v.direction == direction]
+        assert [(name, fixed(c)) for name, c in only_asked] == names_and_constants(compiled)
+
+
+@pytest.mark.parametrize("replaces", [False, True], ids=["residual", "replace"])
+@pytest.mark.parametrize("family", [*BANK_FAMILIES, "elementwise"])
+def test_a_layer_in_training_asks_for_what_is_compiled(only_asked, family, replaces):
+    """All it is made of has a gradient, as in the midst of a network."""
+
+    def leaf(*shape):
+        return torch.ones(*shape, device=DEVICE, requires_grad=True)
+
+    x, h, alpha = leaf(2, 16), leaf(2, 16), torch.full((1,), 0.5, device=DEVICE)
+    gated, biased = family == "gated", family != "lowrank"
+    activation = "silu" if biased else None
+    with registry.use_backend("triton"):
+        if family == "elementwise":
+            y, _ = blend_elementwise(x, h, alpha, leaf(1, 16), leaf(1, 16), [0, 0, 16, int(replaces)], activation, 1)
+        else:
+            value, value_bias = (leaf(3, 16), leaf(3)) if gated else (None, None)
+            weights = leaf(3, 16), value, leaf(3, 16), leaf(3) if biased else None, value_bias
+            y, _ = blend_bank(x, h, alpha, *weights, [0, 0, 16, int(replaces), 0, 3], activation)
+        y.sum().backward()
+    compiled = variants(family, activation, None, "fp32", rank=3, biased=biased, replaces=replaces)
+    assert [(name, fixed(c)) for name, c in only_asked] == names_and_constants(compiled)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from esper.execution.health import ClosedWindow
 from esper.execution.lattice import Lattice
 from esper.execution.lattice_mirror import Snapshot
+from esper.ops.captures import beside_captures
 from esper.ops.lattice import PERSISTENT
 
 __all__ = ["FIELDS", "Capture", "Capturer", "HealthSource"]
@@ -65,12 +66,16 @@ class Capture:
     def wait(self) -> Mapping[str, Array]:
         """Wait for what a GPU still has to send, on the sender's thread; then each of :data:`FIELDS`, ``[seeds]``."""
         snapshot = self._snapshot
-        while not ((snapshot is None or snapshot.ready()) and all(event.query() for event in self._events)):
-            time.sleep(_POLL_S)
-        if snapshot is None:
+        if snapshot is None and not self._events:
             return self._fields
-        found = snapshot.fields()
-        return {name: found[name].numpy() for name in FIELDS}
+        # The training thread may be capturing a graph, which a question after an event would end.
+        with beside_captures():
+            while not ((snapshot is None or snapshot.ready()) and all(event.query() for event in self._events)):
+                time.sleep(_POLL_S)
+            if snapshot is None:
+                return self._fields
+            found = snapshot.fields()
+            return {name: found[name].numpy() for name in FIELDS}
 
     def absorb(self, older: Capture) -> None:
         """Take what a window before, which is not sent, has of health: news all the same, unless there is newer."""

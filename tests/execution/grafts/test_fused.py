@@ -18,7 +18,7 @@ from esper.blueprints import interpret
 from esper.execution.grafts import fused
 from esper.execution.grafts.device_bank import DeviceBank
 from esper.ops.graft import graft_bank, graft_elementwise
-from esper.ops.registry import use_backend
+from esper.ops.registry import triton_interprets, use_backend
 
 from .helpers import formula, gradients, graft_set, kernel, parameters
 
@@ -417,6 +417,12 @@ def test_dynamic_rows():
         torch.testing.assert_close(compiled(x, h), grafts(x, h), rtol=1e-5, atol=1e-5)
 
 
+interpreted = pytest.mark.skipif(
+    not triton_interprets(), reason="on the CPU Triton runs in its interpreter alone; test_on_gpu.py has a GPU's"
+)
+
+
+@interpreted
 @pytest.mark.parametrize("name", ["lowrank", "gated", "activated_elementwise"])
 def test_through_triton(name):
     """The whole way on the kernels themselves, in float32, small enough for the interpreter."""
@@ -431,6 +437,22 @@ def test_through_triton(name):
         torch.testing.assert_close(y, expected, rtol=0, atol=3e-5)
         for got, want in zip(gradients(y, tensors), wanted, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=3e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["lowrank", "elementwise"])
+def test_compiled_through_triton(name):
+    """A forced backend has every operation that a compiled layer is made of, alpha's copy too."""
+    grafts, d_in, d_out = _layer(name, dtype=torch.float32)
+    x, h = torch.randn(3, d_in, requires_grad=True), torch.randn(3, d_out)
+    tensors = [x, *parameters(grafts)]
+    torch._dynamo.reset()
+    with use_backend("triton"):
+        expected = grafts(x, h)
+        y = torch.compile(grafts, fullgraph=True, backend="aot_eager")(x, h)
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
+        for got, want in zip(gradients(y, tensors), gradients(expected, tensors), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def test_without_the_extension_the_weights_are_joined(monkeypatch, calls):

@@ -160,6 +160,18 @@ def test_compiled_without_recompiling(name, mode):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * scale)
 
 
+@pytest.mark.parametrize("name", ["lowrank", "elementwise"])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_compiled_with_a_backend_that_was_asked_for(name, backend):
+    grafts, host = _layer(name)
+    x = _batch()
+    torch._dynamo.reset()
+    with use_backend(backend):
+        want = grafts(x, host(x))
+        y = torch.compile(lambda x: grafts(x, host(x)), fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(y, want, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_autocast_and_gradient_scaler(name):
     grafts, host = _layer(name)

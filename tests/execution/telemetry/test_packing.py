@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from esper.execution.telemetry import capture as capture_module
 from esper.execution.telemetry.capture import Capturer
 from esper.execution.telemetry.identity import Identity
 from esper.execution.telemetry.packing import PART_TAG, Packer, parts_of
+from esper.ops import native
 from esper.ops.stats import HealthField
 
 WHO = Identity("run-1", 2, 4, "esper-train-host-1-rank2of4")
@@ -233,6 +237,45 @@ def test_health_of_a_window_that_is_not_sent_is_waited_for_as_well(monkeypatch: 
     captures[2].absorb(captures[1])
     assert {layer: window.samples for layer, window in captures[2].closed.items()} == {0: 0, 1: 1}, "the newest of each"
     assert waits(captures[2])
+
+
+def test_events_are_asked_where_that_ends_no_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    @contextlib.contextmanager
+    def beside_captures() -> Iterator[None]:
+        told.append("begin")
+        yield
+        told.append("end")
+
+    class Asked(Event):
+        def query(self) -> bool:
+            told.append("query")
+            return told.count("query") > 2
+
+    monkeypatch.setattr(capture_module, "beside_captures", beside_captures)
+    capturer = Capturer(lattice(1, 2), Health())
+    capturer.take(0, 0, 0).wait()
+    assert told == [], "without a GPU there is nothing to ask, and no driver to start"
+    capture = capturer.take(1, 1, 0)
+    capture._events = [Asked()]  # type: ignore[list-item]
+    capture.wait()
+    assert told == ["begin", "query", "query", "query", "end"]
+
+
+@pytest.mark.gpu
+def test_a_window_is_waited_for_beside_a_capture() -> None:
+    if native.driver() is None:
+        pytest.skip(native.driver_reason())
+    state, x, graph = lattice(2, 1000).to("cuda"), torch.ones(8, device="cuda"), torch.cuda.CUDAGraph()
+    capture = Capturer(state, Health()).take(0, 0, 0)
+    with ThreadPoolExecutor(1) as threads, torch.cuda.graph(graph):
+        y = x * 2
+        fields = threads.submit(capture.wait).result()
+        z = y + 1
+    graph.replay()
+    assert z.tolist() == [3.0] * 8
+    np.testing.assert_array_equal(fields["alpha_blend"], state.alpha_blend.cpu().numpy())
 
 
 @pytest.mark.gpu
