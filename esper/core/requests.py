@@ -106,7 +106,7 @@ class KernelRequests(nn.Module):
         layer = self.layer(layer_name)
         layer.begin_load(seed_idx, alpha)
         outcome: Future[bool] = Future()
-        fetch = background.submit(layer.fetch(artifact_id))
+        fetch = background.submit(layer.fetch(seed_idx, artifact_id))
         item = Fetched(layer, seed_idx, artifact_id, alpha, ramp_steps, fetch, outcome)
         self._requested.add(item)
         if self._consensus is not None:

@@ -10,10 +10,12 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from esper.artifacts.workers import run_blocking
 from esper.contracts.errors import ArtifactError, ShapeMismatchError
 from esper.contracts.telemetry import EventKind
 from esper.execution.fused_host import FusedHost, tune
 from esper.execution.grafts import GraftSet, Reservation, ReservedGraftSet
+from esper.execution.grafts.warm import warm_up
 from esper.execution.host_binding import HostBinding
 from esper.execution.hosts import HostSpec, describe_host, device_of
 from esper.execution.kernel_cache import KernelCache
@@ -346,7 +348,7 @@ class KasminaLayer(nn.Module):
         """
         self.begin_load(seed_idx, alpha)
         try:
-            kernel = await self.fetch(artifact_id)
+            kernel = await self.fetch(seed_idx, artifact_id)
         except ArtifactError as error:
             return self.refuse(seed_idx, f"{artifact_id}: {error}", bad=True)
         except BaseException as error:
@@ -357,9 +359,16 @@ class KasminaLayer(nn.Module):
             return self.refuse(seed_idx, f"{artifact_id}: {reason}", bad=False)
         return self.commit(seed_idx, kernel, alpha=alpha, ramp_steps=ramp_steps)
 
-    async def fetch(self, artifact_id: str) -> LoadedKernel | None:
-        """A kernel for this layer, on its device; as :meth:`KernelCache.load_kernel`."""
-        return await self.kernel_cache.load_kernel(artifact_id, device=self.state_layout.alpha_blend.device)
+    async def fetch(self, seed_idx: int, artifact_id: str) -> LoadedKernel | None:
+        """A kernel for a seed of this layer, on the layer's device, with all compiled that it will launch there.
+
+        Otherwise as :meth:`KernelCache.load_kernel`.
+        """
+        device = self.state_layout.alpha_blend.device
+        kernel = await self.kernel_cache.load_kernel(artifact_id, device=device)
+        if kernel is not None and device.type != "cpu":
+            await run_blocking(warm_up, self.grafts, seed_idx, kernel)
+        return kernel
 
     async def unload_kernel(self, seed_idx: int) -> bool:
         """Put a seed to sleep and drop its kernel; False when it was dormant already.

@@ -29,6 +29,8 @@ __all__ = [
     "BankPlan",
     "ElementwisePlan",
     "Plan",
+    "bank_weights",
+    "elementwise_weights",
     "plan_of",
     "prepared",
     "raise_flags",
@@ -184,7 +186,7 @@ def run(
     if isinstance(plan, ElementwisePlan):
         if tap.shape != h.shape:
             return None
-        scale, shift = _elementwise_weights(plan, tensors, h.dtype)
+        scale, shift = elementwise_weights(plan, tensors, h.dtype)
         return blend_elementwise(
             tap.to(h.dtype), h, alpha, scale, shift, plan.places, plan.seeds[0].family.activation, dim
         )
@@ -192,7 +194,7 @@ def run(
     if x is None or rows is None or x.shape[:-1] != rows.shape[:-1] or x.shape[-1] != plan.d_in:
         return None
     y, faults = blend_bank(
-        prepared(plan, x, rows.dtype), rows, alpha, *_bank_weights(plan, tensors, rows.dtype), plan.seats,
+        prepared(plan, x, rows.dtype), rows, alpha, *bank_weights(plan, tensors, rows.dtype), plan.seats,
         plan.seeds[0].family.activation,
     )  # fmt: skip
     return (y if rows is h else y.permute(0, 3, 1, 2)), faults
@@ -210,7 +212,7 @@ def prepared(plan: BankPlan, x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def _bank_weights(
+def bank_weights(
     plan: BankPlan, tensors: Sequence[Mapping[str, Tensor]], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """down, value, up, bias and value_bias, differentiable in the parameters."""
@@ -229,7 +231,7 @@ def _bank_weights(
     return down[0], down[1] if plan.gated else None, torch.cat(ups), biases[0], biases[1]
 
 
-def _elementwise_weights(
+def elementwise_weights(
     plan: ElementwisePlan, tensors: Sequence[Mapping[str, Tensor]], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """The scales and the shifts, ``[seeds, d_out]``."""

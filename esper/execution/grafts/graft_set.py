@@ -88,6 +88,16 @@ class GraftSet(nn.Module):
         """Indices of the bound seeds, ascending."""
         return tuple(sorted(self._kernels))
 
+    @property
+    def kernels(self) -> dict[int, LoadedKernel]:
+        """The bound seeds' kernels, a copy."""
+        return dict(self._kernels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the host, and so of new parameters."""
+        return self._like.dtype
+
     def bind(
         self,
         seed_idx: int,
