@@ -18,7 +18,7 @@ from torch import Tensor
 
 from esper.ops import native
 from esper.ops.graft.variants import ACTIVATION_CODES
-from esper.ops.registry import Backend, define, implements, route, unavailable
+from esper.ops.registry import Backend, BackendUnavailableError, define, implements, route, unavailable
 
 __all__ = [
     "ACTIVATIONS",
@@ -166,7 +166,10 @@ _OPS = (graft_seeds, graft_seeds_backward)
 
 def compiled_here() -> bool:
     """Whether the operation is native on this machine's CPU, and not told to stand back (``ESPER_BACKEND``)."""
-    return graft_seeds.select("cpu").backend is Backend.CPU
+    try:
+        return graft_seeds.select("cpu").backend is Backend.CPU
+    except BackendUnavailableError:  # another was asked for, which has no such operation
+        return False
 
 
 def _install() -> str:

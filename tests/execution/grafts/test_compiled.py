@@ -170,3 +170,13 @@ def test_an_exported_program_does_without_esper() -> None:
     assert names
     assert not any("esper" in name for name in names)
     torch.testing.assert_close(program.module()(x, h), grafts(x, h), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda", "reference"])
+def test_a_backend_without_the_operation_wakes_seeds_all_the_same(backend: str) -> None:
+    """``ESPER_BACKEND=triton`` on a GPU: which way compiled CPU layers would go must not be asked with an error."""
+    with registry.use_backend(backend):
+        assert not compiled.compiled_here()
+        grafts = layer()
+    x, h = rows(5)
+    assert not torch.equal(grafts(x, h), h)
