@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -22,6 +23,7 @@ from bench.results import record
 from bench.test_grafts import RANK, SEEDS, grown
 from esper.execution.grafts.bank import Bank
 from esper.ops import registry
+from esper.ops.graft.seeds import Plan
 
 PRODUCT = 512
 
@@ -76,19 +78,63 @@ def banks(folder: Path) -> Iterator[Kernel]:
         )
 
 
+def compiled_seeds() -> Iterator[Kernel]:
+    """The same as compiled graphs call it, on the seeds' own parameters, through PyTorch's dispatcher."""
+    for width, rows in ((64, 8), (256, 32), (1024, 64)):
+        x, h, gy = (torch.randn(rows, width) for _ in range(3))
+        downs = [torch.randn(RANK, width) / width for _ in range(SEEDS)]
+        ups = [torch.randn(RANK, width).t() / width for _ in range(SEEDS)]
+        plan = torch.zeros(SEEDS, len(Plan), dtype=torch.int32)
+        plan[:, Plan.CODE], plan[:, Plan.RANK], plan[:, Plan.END] = 1, RANK, width
+        alpha = torch.full((SEEDS,), 0.5)
+        forward, backward = (registry.get(name).overload for name in ("graft_seeds", "graft_seeds_backward"))
+        assert forward is not None and backward is not None
+        _, faults, effect = forward(x, h, alpha, plan, downs, ups, [])
+        assert not faults.any()
+        weights, product = 2 * SEEDS * downs[0].nbytes, 2 * rows * SEEDS * RANK * width
+        yield Kernel(
+            f"seeds {width} x {rows}, forward",
+            lambda f=forward, x=x, h=h, a=alpha, p=plan, d=downs, u=ups: f(x, h, a, p, d, u, []),
+            3 * x.nbytes + weights,
+            2 * product,
+        )
+        yield Kernel(
+            f"seeds {width} x {rows}, backward",
+            lambda b=backward, x=x, g=gy, e=effect, d=downs, u=ups: b(g, x, e, d, u, [], True, True, True),
+            3 * x.nbytes + 2 * weights,
+            5 * product,
+        )
+
+
+def blends() -> Iterator[Kernel]:
+    """Contributions that were computed by PyTorch, put into the host's output."""
+    h, k = torch.randn(4096, 1024), torch.randn(4096, 1024)
+    trusted, alpha = torch.ones(4096, 1, dtype=torch.bool), torch.full((SEEDS,), 0.5)
+    blend = registry.get("graft_blend").backend("cpu")
+    for seeds in (1, SEEDS):
+        parts = [k.clone() for _ in range(seeds)]
+        places = [int(n) for i in range(seeds) for n in (i, 0, 1024, 0)]
+        yield Kernel(
+            f"graft_blend 4096 x 1024 of {seeds}",
+            lambda p=parts, n=places: blend(h, p, [trusted] * len(p), alpha, n, 1),
+            (seeds + 2) * h.nbytes,
+        )
+
+
 def copying(moved: int) -> Callable[[], object]:
     """A copy that reads and writes so many bytes in all."""
     source, target = torch.ones(moved // 2, dtype=torch.uint8), torch.empty(moved // 2, dtype=torch.uint8)
     return lambda: target.copy_(source)
 
 
+@pytest.mark.timeout(1800)  # two comparisons a kernel, of seconds each
 def test_cpu_kernels(benchmark: Any, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         a, b = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
         with torch.no_grad():
-            for kernel in (*statistics(), *banks(tmp_path)):
+            for kernel in (*statistics(), *banks(tmp_path), *compiled_seeds(), *blends()):
                 found = compare({"copy": copying(kernel.moved), "kernel": kernel.call}, "copy", rounds=51, seconds=5.0)
                 rows = {"over the bytes": found["kernel"]}
                 if kernel.operations:
