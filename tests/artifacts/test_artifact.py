@@ -9,6 +9,9 @@ import tracemalloc
 import warnings
 
 import pytest
+
+pytest.importorskip("safetensors")
+
 import safetensors.torch
 import torch
 from hypothesis import given

@@ -9,6 +9,9 @@ import stat
 import sys
 
 import pytest
+
+pytest.importorskip("cryptography")
+
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 

@@ -8,6 +8,10 @@ import json
 import sys
 
 import pytest
+
+pytest.importorskip("cryptography")
+pytest.importorskip("safetensors")
+
 import safetensors.torch
 import torch
 

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench.gpu import PARTS, Row, Setting, elsewhere, measure, table
+from bench.gpu import PARTS, Report, Row, Setting, elsewhere, gather, measure, table
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "run_gpu.sh"
+CPU = torch.device("cpu")
+
+
+def became(out: Path) -> dict[str, tuple[str, str]]:
+    """What the summary says: by stage, what became of it, and why."""
+    lines = (out / "summary.txt").read_text().splitlines()[1:]
+    found = [re.fullmatch(r"(.{28}) (ok|failed|stopped|left out) +\d+  (.*)", line) for line in lines]
+    assert all(found), lines
+    return {line[1].strip(): (line[2], line[3]) for line in found if line}
 
 
 def test_the_cpu_part_of_the_script(tmp_path: Path) -> None:
@@ -26,9 +37,27 @@ def test_the_cpu_part_of_the_script(tmp_path: Path) -> None:
         timeout=280,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    stages = became(tmp_path / "out")
+    assert {name: result for name, (result, _) in stages.items()} == {
+        "build": "left out",
+        "gpu tests": "left out",
+        "promises": "ok",
+        "launch: kernel_cache": "ok",
+        "tests": "ok",
+        "kernels": "left out",
+        "bench: stats": "ok",
+    }
+    assert stages["gpu tests"][1] == "no GPU wanted"
+    assert re.match(r"\d+ passed in ", stages["tests"][1])
+    assert (tmp_path / "out" / "summary.txt").read_text() in result.stdout
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert found["failed"] == [] and found["machine"]["device"] == "cpu"
-    assert {row["part"] for row in found["rows"]} == {"dormant", "lattice", "stats", "grafts"}
+    assert {row["part"] for row in found["rows"]} == {"dormant", "lattice", "stats", "grafts", "load"}
+    measured = json.loads((tmp_path / "out" / "bench.json").read_text())["benchmarks"]
+    assert {entry["fullname"].partition("::")[0] for entry in measured} == {
+        "bench/test_kernel_cache.py",
+        "bench/test_stats.py",
+    }
     assert all(row["value"] > 0 for row in found["rows"])
     for name in ("esper", "peft", "composed", "floor of bytes and operations"):
         assert any(f": {name} / bare" in row["name"] for row in found["rows"]), name
@@ -37,10 +66,141 @@ def test_the_cpu_part_of_the_script(tmp_path: Path) -> None:
     assert "esper" in (tmp_path / "out" / "environment.json").read_text()
 
 
-def test_an_unknown_option_is_refused() -> None:
-    result = subprocess.run(["bash", str(SCRIPT), "--fast"], capture_output=True, text=True)
+class Machine:
+    """One with a GPU, as far as the script can see: its Python and its nvidia-smi only say what they are asked.
+
+    Args:
+        folder: Its own.
+        python: Shell, run with the arguments of each call of Python in ``$*``.
+        gpu: Whether it has one.
+    """
+
+    def __init__(self, folder: Path, python: str = "", gpu: bool = True) -> None:
+        self.out = folder / "out"
+        self._calls = folder / "calls"
+        self._program("python", folder, f'echo "$*" >>"{self._calls}"\n{python}')
+        smi = 'case $1 in *compute_cap*) echo 9.0 ;; *) echo "NVIDIA Test/1" ;; esac' if gpu else "exit 9"
+        self._program("nvidia-smi", folder, smi)
+        self._environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "python")}
+        self._environment["JOBS"] = "1"
+
+    @staticmethod
+    def _program(name: str, folder: Path, text: str) -> None:
+        path = folder / name
+        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        path.chmod(0o755)
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", str(SCRIPT), *arguments, str(self.out)],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    @property
+    def calls(self) -> list[str]:
+        """Of Python, but for looking what is installed."""
+        return [line for line in self._calls.read_text().splitlines() if not line.startswith("-c ")]
+
+
+def test_what_needs_the_gpu_comes_first(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    result = machine.run()
+    assert result.returncode == 0, result.stdout + result.stderr
+    short = [call.removeprefix("-m ").replace(str(machine.out), "OUT") for call in machine.calls]
+    pytest_call = re.compile(r"pytest .*--benchmark-json=OUT/bench/(\w+)\.json bench/\1\.py")
+    benches = [(number, found[1]) for number, call in enumerate(short) if (found := pytest_call.fullmatch(call))]
+    tests = [(number, call) for number, call in enumerate(short) if "--ignore=tests/packaging" in call]
+    parts = [f"bench.gpu --out OUT --part {part}" for part in PARTS]
+    assert short[:3] == ["setup.py -q build_ext --inplace", "esper.cli.main env --json", tests[0][1]]
+    assert tests[0][1].endswith(" -m gpu")
+    assert short[3:8] == parts
+    assert benches[:2] == [(8, "test_launch"), (9, "test_kernel_cache")]
+    assert short[10] == "bench.gpu --out OUT --gather"
+    assert [number for number, _ in tests] == [2, 11, 12]
+    assert all(" -m not gpu " in call for _, call in tests[1:])
+    assert short[13] == "esper.ops.aot"
+    # Every file by itself, and none forgotten.
+    assert sorted(name for _, name in benches) == sorted(path.stem for path in SCRIPT.parent.glob("test_*.py"))
+    assert short[-1] == "bench.gpu --out OUT --gather"
+    assert {result for result, _ in became(machine.out).values()} == {"ok"}
+
+
+def test_what_fails_stops_nothing_and_is_told(tmp_path: Path) -> None:
+    machine = Machine(
+        tmp_path,
+        """case "$*" in
+            *" -m gpu") echo "3 failed, 9 passed in 4.5s"; exit 1 ;;
+            *build_ext*) exit "$ESPER_CUDA" ;;
+            *"--part stats") kill -SEGV $$ ;;
+            *bench/test_nn.py) echo "1 error in 0.10s"; exit 2 ;;
+            *bench/test_urza.py) echo "SKIPPED [1] x.py:1: could not import 'redis': No"
+                                 echo "1 skipped in 0.10s"; exit 5 ;;
+        esac""",
+    )
+    result = machine.run()
+    assert result.returncode == 1
+    stages = became(machine.out)
+    failed = {name: why for name, (result, why) in stages.items() if result == "failed"}
+    assert failed == {
+        "build": "exit 1; see build.log",
+        "gpu tests": "exit 1; 3 failed, 9 passed in 4.5s",
+        "promises: stats": "exit 139; see promises.log",
+        "bench: nn": "exit 2; 1 error in 0.10s",
+    }
+    left_out = {name: why for name, (result, why) in stages.items() if result == "left out"}
+    assert left_out == {"bench: urza": "1 skipped in 0.10s; without redis"}
+    assert stages["build without CUDA"][0] == stages["promises: grafts"][0] == stages["tests: the rest"][0] == "ok"
+    assert "3 failed, 9 passed" in (machine.out / "gpu-tests.log").read_text()
+
+
+def test_what_a_package_is_missing_for_is_no_failure(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, 'case "$*" in *bench/*) echo "1 skipped in 0.1s"; exit 5 ;; esac')
+    assert machine.run("--only", "launch").returncode == 0
+    machine = Machine(tmp_path, 'case "$*" in *"-m gpu"*) echo "2 skipped, 7 deselected in 0.1s"; exit 5 ;; esac')
+    assert machine.run("--only", "gpu").returncode == 1, "with a GPU some test must run on it"
+    machine = Machine(tmp_path, 'case "$*" in *find_spec*) exit 1 ;; esac')
+    assert machine.run("--only=bench").returncode == 0
+    assert became(machine.out)["bench"] == ("left out", "could not import 'pytest_benchmark'")
+
+
+def test_single_stages(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, gpu=False)
+    assert machine.run("--only", "gpu,kernels", "--only=promises").returncode == 0
+    # In their order, however they are named.
+    modules = [call.split()[1] for call in machine.calls]
+    assert modules == ["esper.cli.main", *["bench.gpu"] * len(PARTS), "esper.ops.aot"]
+    stages = became(machine.out)
+    assert stages["gpu tests"] == ("left out", "no GPU")
+    assert stages["build"] == stages["tests"] == ("left out", "not among --only")
+
+
+def test_a_limit_stops_and_leaves_out(tmp_path: Path) -> None:
+    """And what was measured until then is there: the log, and the summary."""
+    machine = Machine(tmp_path, 'case "$*" in *"-m gpu"*) echo begun; sleep 50 ;; esac')
+    result = machine.run("--limit", "6", "--no-build")
+    assert result.returncode == 1
+    stages = became(machine.out)
+    assert stages["gpu tests"] == ("stopped", "after 6 s in all; see gpu-tests.log")
+    assert stages["promises: dormant"] == ("left out", "of 6 s none are left")
+    assert (machine.out / "gpu-tests.log").read_text() == "begun\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--fast"], "unknown option --fast"),
+        (["--only", "gpu,speed"], "unknown stage speed, there are build gpu promises launch tests kernels bench"),
+        (["--limit", "ten"], "--limit takes whole seconds, not ten"),
+        (["--only"], "--only needs a value"),
+    ],
+)
+def test_an_unknown_option_is_refused(arguments: list[str], said: str) -> None:
+    result = subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True)
     assert result.returncode == 2
-    assert "unknown option --fast" in result.stderr
+    assert said in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -68,11 +228,62 @@ def test_a_part_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setitem(PARTS, "dormant", broken)  # type: ignore[arg-type]
     monkeypatch.setitem(PARTS, "linear", lambda setting: iter([Row("two", "second", 2.0, "us")]))  # type: ignore[arg-type]
-    import torch
-
-    rows, failed = measure(Setting(torch.device("cpu"), True), ["dormant", "linear"])
+    rows, failed = measure(Setting(CPU, True), ["dormant", "linear"])
     assert [row.name for row in rows] == ["first", "second"]
     assert failed == ["dormant: RuntimeError: out of memory"]
+
+
+def test_a_contestant_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> torch.nn.Module:
+        return torch.nn.Linear(3, 3)  # of another width than the layer
+
+    monkeypatch.setattr("bench.gpu.adapted", broken)
+    rows, failed = measure(Setting(CPU, True), ["grafts"])
+    assert [text.partition(": RuntimeError")[0] for text in failed] == [
+        f"grafts, [16, 64] float32, 2 seeds of rank 4, {kind}, peft" for kind in ("forward", "forward and backward")
+    ]
+    assert any("forward: esper / bare" in row.name for row in rows)
+
+
+def test_what_was_measured_until_the_end_came_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(setting: Setting):  # type: ignore[no-untyped-def]
+        yield Row("stats", "first", 1.0, "us")
+        raise KeyboardInterrupt
+
+    def found() -> tuple[list[str], list[str]]:
+        document = json.loads((tmp_path / "gpu.json").read_text())
+        return [row["name"] for row in document["rows"]], document["failed"]
+
+    monkeypatch.setitem(PARTS, "linear", lambda setting: iter([Row("linear", "way", 2.0, "us")]))  # type: ignore[arg-type]
+    monkeypatch.setitem(PARTS, "stats", endless)  # type: ignore[arg-type]
+    here = {"gpu": "one"}
+    setting = Setting(CPU, True)
+    report = Report(tmp_path, here, ["linear"])
+    report.write(*measure(setting, ["linear"], report))
+    assert found() == (["way"], [])
+    with pytest.raises(KeyboardInterrupt):
+        measure(setting, ["stats"], Report(tmp_path, here, ["stats"]))
+    # In the order of the parts, whatever ran when.
+    assert found() == (["first", "way"], ["stats: not finished"])
+    assert "| stats | first |" in (tmp_path / "gpu.md").read_text()
+    # What is measured again replaces what was there, and another machine's rows are none of this one's.
+    Report(tmp_path, here, ["stats"]).write([], [])
+    assert found() == (["way"], [])
+    Report(tmp_path, {"gpu": "two"}, ["stats"]).write([], [])
+    assert found() == ([], [])
+
+
+def test_files_of_benchmarks_are_put_together(tmp_path: Path) -> None:
+    gather(tmp_path)
+    assert not (tmp_path / "bench.json").exists()
+    (tmp_path / "bench").mkdir()
+    for name in ("one", "two"):
+        document = {"version": "5", "benchmarks": [{"name": name, "extra_info": {"microseconds_per_call": 1.5}}]}
+        (tmp_path / "bench" / f"test_{name}.json").write_text(json.dumps(document))
+    (tmp_path / "bench" / "test_stopped.json").write_text('{"benchmarks": [')
+    gather(tmp_path)
+    assert json.loads((tmp_path / "bench.json").read_text())["version"] == "5"
+    assert [row.name for row in elsewhere(tmp_path)] == ["one", "two"]
 
 
 def test_launches_and_loads_are_taken_from_the_other_benchmarks(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from tests.servers import wait_until
 
 
 def demo(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    for package in ("fastapi", "uvicorn", "sqlalchemy", "alembic", "prometheus_client"):
+        pytest.importorskip(package)
     command = [sys.executable, "-m", "esper.cli.main", "demo", "pipeline", *arguments]
     # What is configured for real runs must not be touched: this would fail.
     nowhere = {"ESPER_REGISTRY": "http://127.0.0.1:1", "REDIS_URL": "redis://127.0.0.1:1", "TMPDIR": str(tmp_path)}
@@ -25,6 +27,7 @@ def demo(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def test_from_blueprint_to_fossil(tmp_path):
+    pytest.importorskip("redis")
     out, err = demo(tmp_path).communicate(timeout=150)
     lines = out.splitlines()
     assert [line.partition("] ")[2].split()[0] for line in lines[: len(STAGES)]] == [*STAGES], err

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytest.importorskip("cryptography")
+
 from esper.artifacts import Artifact, FileRegistry, KeyRing, SigningKey
 from esper.cli.main import main
 from tests.artifacts.http_server import running_server

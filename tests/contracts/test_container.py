@@ -8,6 +8,9 @@ import struct
 
 import numpy as np
 import pytest
+
+pytest.importorskip("safetensors")
+
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("safetensors")
+
 import safetensors
 import torch
 from safetensors.torch import save_file
@@ -49,6 +52,45 @@ def grown() -> MorphableModel:
         optimizer.step()
         model.step()
     return model
+
+
+@pytest.mark.parametrize(
+    ("model", "given"),
+    [
+        (lambda: nn.Linear(2, 2), "got Linear"),
+        (lambda: None, "got NoneType"),
+        (lambda: nn.DataParallel(grown()), "got DataParallel; its .module is one"),
+    ],
+    ids=["plain", "none", "around"],
+)
+@pytest.mark.parametrize("function", ["save", "export", "unwrap"])
+def test_what_is_not_wrapped_is_named(tmp_path: Path, model: Callable[[], Any], given: str, function: str) -> None:
+    arguments = [tmp_path / "m"] if function == "save" else []
+    with pytest.raises(TypeError, match=f"{function} needs a model that esper.wrap gave, {given}"):
+        getattr(esper, function)(model(), *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "given"),
+    [(lambda: 3, "got int"), (grown, "got a wrapped model")],
+    ids=["none", "wrapped"],
+)
+def test_what_is_no_host_is_named(saved: tuple[MorphableModel, Path], other: Callable[[], Any], given: str) -> None:
+    with pytest.raises(TypeError, match=f"load needs the plain network that was wrapped, .* {given}"):
+        load(saved[1], other())
+
+
+def test_a_compiled_model_is_the_model_that_was_compiled(tmp_path: Path) -> None:
+    """It used to be saved under names that no host has."""
+    model = grown()
+    compiled: Any = torch.compile(model)
+    save(compiled, tmp_path / "compiled")
+    save(model, tmp_path / "plain")
+    assert (tmp_path / "compiled").read_bytes() == (tmp_path / "plain").read_bytes()
+    assert esper.unwrap(compiled) is esper.unwrap(model)
+    x = torch.randn(3, 5)
+    assert torch.equal(esper.export(compiled).eval()(x), esper.export(model).eval()(x))
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("cryptography")
+
 from esper.artifacts import KeyRing
 from esper.artifacts.signing import TrustError
 from esper.contracts.errors import ArtifactError

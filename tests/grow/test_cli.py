@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("safetensors")
+
 import esper
 from esper.grow import cli, experiment
 from esper.grow.model import build, host_width

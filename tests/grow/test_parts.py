@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("safetensors")
+
 from esper.grow import events
 from esper.grow.data import load_digits, prepare
 from esper.grow.experiment import NetworkResult

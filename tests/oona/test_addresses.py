@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("redis")
+pytest.importorskip("cryptography")
+
 import redis
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("safetensors")
+
 import esper
 from esper.core.checkpoint import CheckpointError
 from tests.core.test_dormant_identity import bits

@@ -15,6 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytest.importorskip("pyte")
+
 import pyte
 
 __all__ = ["Terminal"]

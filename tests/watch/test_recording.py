@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("rich")
+
 from esper.contracts.telemetry import EventKind
 from esper.grow import events
 from esper.watch.facts import RunStatus

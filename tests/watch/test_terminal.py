@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("rich")
+
 from esper.contracts.telemetry import EventKind
 from esper.oona import OonaClient
 from esper.watch.screen import Screen

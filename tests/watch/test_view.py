@@ -6,6 +6,9 @@ import re
 
 import numpy as np
 import pytest
+
+pytest.importorskip("rich")
+
 from rich.cells import cell_len
 
 from esper.watch.facts import STATES, Level, RunReport, SeedChange, Unreadable

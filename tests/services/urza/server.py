@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pytest
+
 #: Generous: the machine may be busy with other tests.
 _START_S = 60.0
 _STOP_S = 30.0
@@ -108,6 +110,9 @@ def running_urza(
         args: More arguments of ``esper urza serve``.
         env: More environment variables, such as AWS_* for S3.
     """
+    # Looked for here: of the process that lacks one there would be nothing but its log.
+    for package in ("fastapi", "uvicorn", "sqlalchemy", "alembic", "prometheus_client"):
+        pytest.importorskip(package)
     server = UrzaProcess(tmp_path, port, args, env or {})
     try:
         yield server
