@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper.artifacts.workers import run_blocking
 from esper.contracts.errors import ArtifactError, ShapeMismatchError
 from esper.contracts.telemetry import EventKind
-from esper.execution.fused_host import FusedHost, tune
 from esper.execution.grafts import GraftSet, Reservation, ReservedGraftSet
 from esper.execution.grafts.warm import warm_up
-from esper.execution.host_binding import HostBinding
-from esper.execution.hosts import HostSpec, describe_host, device_of
+from esper.execution.host_forwards import HostForwards
+from esper.execution.hosts import describe_host, device_of
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.kernel_executor import LoadedKernel
 from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
@@ -29,25 +26,11 @@ GrowthEvent = Literal["bound", "unbound"]
 GrowthCallback = Callable[[GrowthEvent, str, int, dict[str, nn.Parameter]], None]
 #: Told what happened to a seed: kind, layer, seed, artifact id, reason. Must not raise.
 LifecycleCallback = Callable[[EventKind, str, int, str | None, str | None], None]
-Observer = Callable[[Tensor], None]
 
-#: One graft execution in this many is timed.
-LATENCY_PERIOD = 64
-
-_tracing = torch.compiler.is_dynamo_compiling
 _State = SeedLifecycleState
 
 
-class _Counters:
-    """Execution counts. Slots: an attribute of an ``nn.Module`` costs twenty times as much to set."""
-
-    __slots__ = ("executions",)
-
-    def __init__(self) -> None:
-        self.executions = 0
-
-
-class KasminaLayer(nn.Module):
+class KasminaLayer(HostForwards):
     """A host layer with ``num_seeds`` seeds.
 
     While every seed is dormant the host runs alone and nothing of this class is on its path. An awake seed, or an
@@ -65,10 +48,6 @@ class KasminaLayer(nn.Module):
         telemetry_enabled: Whether the monitor samples this layer.
         layer_name: Name in statistics, messages and errors.
     """
-
-    default_transform: nn.Module
-    grafts: GraftSet
-    _grafts: GraftSet
 
     def __init__(
         self,
@@ -151,22 +130,12 @@ class KasminaLayer(nn.Module):
             self.grafts = GraftSet(spec, state_layout)
         else:
             self.grafts = ReservedGraftSet(spec, state_layout, reservation, device_of(host))
-        # nn.Module's attribute look-up for submodules is slow; the call path reads this one.
-        self.__dict__["_grafts"] = self.grafts
-        self._binding = HostBinding(host, fast_path)
-        self._in_place = bool(getattr(host, "inplace", False))
-        self._fused_host: FusedHost | None = None
-        self._counters = _Counters()
-        self._observer: Observer | None = None
-        self._cuda_timing: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._stand_by(host, fast_path)
         self._artifacts: dict[int, str] = {}
         self._failures: dict[int, str] = {}
         self._growth_callbacks: list[GrowthCallback] = []
         self._on_lifecycle: LifecycleCallback | None = None
         self._forwards: Callable[[], int] | None = None
-        self._held = False
-        #: Takes measured microseconds in place of the layer's state.
-        self.latency_sink: Callable[[int], None] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the host, with its grafts if any are awake; arguments and result are the host's."""
@@ -180,160 +149,6 @@ class KasminaLayer(nn.Module):
             if host is None:
                 raise
             return getattr(host, name)
-
-    # -- the forwards that may shadow the host's ---------------------------------------------------
-
-    def _awake_forward(self, input: Tensor) -> Tensor:
-        if not _tracing():
-            fast = self._grafts._fast
-            if fast is not None and not self._in_place:
-                # What `_blend` and `GraftSet.forward` do in the plain case, without their calls: 0.3 us of five.
-                h = self._binding.base(input)
-                counters = self._counters
-                if (counters.executions + 1) % LATENCY_PERIOD:
-                    y = fast(input, h, self.state_layout.alpha_blend)
-                    if y is not None:
-                        counters.executions += 1
-                        return y
-                return self._blend(input, h)
-            if self._fused_host is not None:
-                y = self._fused_host(input)
-                if y is not None:
-                    self._counters.executions += 1
-                    return y
-        # A host that works in place would overwrite what its seeds are to read.
-        return self._blend(input, self._binding.base(input.clone() if self._in_place else input))
-
-    def _awake_attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        h, weights = self._binding.base(query, *args, **kwargs)
-        return self._blend(query, h), weights
-
-    def _probe_forward(self, *args: Any, **kwargs: Any) -> Any:
-        awake = self._awake_method()
-        forward = getattr(self, awake) if awake else self._binding.base
-        observer = self._observer
-        if _tracing():
-            # Disarming is a change of Python state that a compiled graph must not repeat; the model's step() disarms
-            # instead.
-            result = forward(*args, **kwargs)
-            if observer is not None:
-                observer(result[0] if isinstance(result, tuple) else result)
-            return result
-        self.disarm_probe()
-        result = forward(*args, **kwargs)
-        if observer is not None:
-            y = result[0] if isinstance(result, tuple) else result
-            # An activation learns from its first output where its features are.
-            self.grafts.spec = self.grafts.spec.resolve(tuple(y.shape))
-            with torch.no_grad():
-                single = self.spec.geometry is not None and y.dim() == 3  # one image [C, H, W]
-                observer(y.unsqueeze(0) if single else y)
-        return result
-
-    def _blend(self, x: Tensor, h: Tensor) -> Tensor:
-        # A counter that changes would recompile the graph. A layer that is only held runs nothing.
-        if not _tracing() and self._grafts._kernels:
-            counters = self._counters
-            counters.executions += 1
-            if not counters.executions % LATENCY_PERIOD:
-                return self._timed_blend(x, h)
-        return self._grafts.forward(x, h)
-
-    def _timed_blend(self, x: Tensor, h: Tensor) -> Tensor:
-        if h.is_cuda:
-            if self._cuda_timing is not None or torch.cuda.is_current_stream_capturing():
-                return self._grafts.forward(x, h)
-            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record()
-            y = self._grafts.forward(x, h)
-            events[1].record()
-            self._cuda_timing = events
-            return y
-        start = time.perf_counter_ns()
-        y = self._grafts.forward(x, h)
-        self._record_latency((time.perf_counter_ns() - start) // 1000)
-        return y
-
-    def poll_latency(self) -> None:
-        """Store the time of the last timed execution on a GPU, if it is known by now; never waits."""
-        if self._cuda_timing is not None and self._cuda_timing[1].query():
-            start, end = self._cuda_timing
-            self._cuda_timing = None
-            self._record_latency(int(start.elapsed_time(end) * 1000))
-
-    def _record_latency(self, microseconds: int) -> None:
-        if self.latency_sink is not None:
-            self.latency_sink(microseconds)
-            return
-        # All awake seeds of a layer run together, so they share one measurement.
-        for seed_idx in self.grafts.bound:
-            self.state_layout.update_telemetry(seed_idx, microseconds, math.nan)
-
-    def tune(self, rows: int, ranks: Sequence[int] | None = None, activation: str | None = None) -> dict[int, str]:
-        """As :meth:`MorphableModel.tune`, for this layer: the way for each sum of ranks."""
-        host, bank = self.default_transform, self.grafts.bank_of_seeds
-        if type(host) is not nn.Linear or not self._binding.untouched or isinstance(self.grafts, ReservedGraftSet):
-            return {}
-        banks = [(r, activation) for r in ranks] if ranks is not None else [] if bank is None else [bank]
-        found = tune(host, rows, banks)
-        if any(way != "library" for way in found.values()):
-            self._fused_host = FusedHost(host, self.grafts)  # anew: the old one knows what was measured before
-        return {bank[0]: way for bank, way in found.items()}
-
-    # -- probes ------------------------------------------------------------------------------------
-
-    @property
-    def spec(self) -> HostSpec:
-        """Sizes and orientation of the host."""
-        return self.grafts.spec
-
-    @property
-    def channel_dim(self) -> int:
-        """Dimension of the host's output that holds the features: -1, or 1 for NCHW hosts."""
-        return self.spec.channel_dim
-
-    @property
-    def features(self) -> int | None:
-        """Features of the host's output; None for an activation that has not run yet."""
-        return self.spec.d_out
-
-    @property
-    def probe_armed(self) -> bool:
-        """Whether the next forward will be observed."""
-        return self._observer is not None
-
-    def arm_probe(self, observer: Observer) -> None:
-        """Let ``observer`` see the output of the next forward, once."""
-        self._observer = observer
-        self._refresh()
-
-    def disarm_probe(self) -> None:
-        """Take the observer away."""
-        self._observer = None
-        self._refresh()
-
-    def hold_path(self, held: bool) -> None:
-        """Keep the grafts on the path although no seed of this layer is awake, or no longer.
-
-        In a model with reserved memory all layers go together: so it has two forwards, asleep and awake, and not one
-        for each set of layers.
-        """
-        self._held = held
-        self._refresh()
-
-    def _awake_method(self) -> str | None:
-        if not self._held and not self.grafts.bound:
-            return None
-        return "_awake_attention" if isinstance(self.default_transform, nn.MultiheadAttention) else "_awake_forward"
-
-    def _refresh(self) -> None:
-        awake = self._awake_method()
-        if self._observer is not None:
-            self._binding.install(self, "_probe_forward", closes_fast_path=awake is not None)
-        elif awake is not None:
-            self._binding.install(self, awake, closes_fast_path=True)
-        else:
-            self._binding.remove()
 
     # -- seeds -------------------------------------------------------------------------------------
 
