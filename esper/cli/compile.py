@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
     Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-__all__ = ["add_parser", "run"]
+__all__ = ["PIPELINES", "add_parser", "choose_pipeline", "run"]
+
+#: As in ``esper.services.tezzeret.pipelines``, which is too much to load for a line of help.
+PIPELINES = ("fast", "standard", "aggressive")
 
 _EPILOG = """\
 examples:
@@ -62,7 +65,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--pipeline",
-        choices=("fast", "standard", "aggressive"),
+        choices=PIPELINES,
         help="fast: no GPU binaries; standard: binaries for every --arch, without a GPU; aggressive: tuned on the GPU "
         "of this machine (default: standard with --arch, else fast)",
     )
@@ -91,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "dtype": dtypes[0],
         "compute_dtypes": dtypes if len(dtypes) > 1 else (),
-        "pipeline": args.pipeline or ("standard" if args.arch else "fast"),
+        "pipeline": choose_pipeline(args.pipeline, args.arch),
         "architectures": args.arch,
         "sign_with": None if args.sign_key is None else SigningKey.load(args.sign_key),
         **options,
@@ -103,6 +106,11 @@ def run(args: argparse.Namespace) -> int:
     _write(args.output, data)
     print(Artifact.open(data, policy="standard").artifact_id)
     return 0
+
+
+def choose_pipeline(given: str | None, architectures: list[str]) -> str:
+    """The pipeline as given; else the one that the architectures ask for."""
+    return given or ("standard" if architectures else "fast")
 
 
 def _blueprint(given: str) -> Blueprint | str:

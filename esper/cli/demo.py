@@ -6,6 +6,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING, TypeAlias
 
+from esper.cli.numbers import check_number
+
 if TYPE_CHECKING:
     from esper.demo.pipeline import Summary
 
@@ -29,6 +31,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show it; 0 if the seed was kept."""
+    check_number("--seed", args.seed, 0, (1 << 63) - 1)
     import signal
     import sys
     import tempfile

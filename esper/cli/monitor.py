@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from esper.cli.numbers import check_number
 from esper.contracts.errors import EsperError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _positive(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: need a number above 0")
+        raise argparse.ArgumentTypeError(f"{text}: need a finite number above 0")
     return value
 
 
@@ -119,6 +120,7 @@ def _ui(args: argparse.Namespace) -> Ui:
         raise EsperError("--rank needs --run: it is a rank of that run")
     if args.no_view and args.prometheus is args.tensorboard is args.record is None:
         raise EsperError("--no-view leaves nothing to do: add --prometheus, --tensorboard or --record")
+    check_number("--rank", args.rank, 0, 1_000_000)
     chosen = (args.run, args.rank or 0) if args.run is not None else None
     return Ui(name_filter=args.layer, state_filter=args.state, chosen=chosen)
 

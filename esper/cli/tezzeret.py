@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
+from esper.cli.compile import PIPELINES, choose_pipeline
+from esper.cli.numbers import check_number
 from esper.contracts.errors import EsperError
 
 if TYPE_CHECKING:
@@ -64,7 +66,17 @@ def _add_worker(actions: Subparsers) -> None:
         "--max-artifact-mb", type=float, default=256, metavar="M", help="largest artifact (default 256)"
     )
     parser.add_argument(
-        "--pipeline", action="append", metavar="NAME", help="run only this pipeline; may be repeated (default all)"
+        "--pipeline",
+        action="append",
+        choices=PIPELINES,
+        help="run only this pipeline, and leave other jobs to other workers; may be repeated (default all)",
+    )
+    parser.add_argument(
+        "--abandon",
+        type=float,
+        default=86_400.0,
+        metavar="S",
+        help="a job that this worker cannot run, and nobody else takes, is INVALID after this (default 86400: a day)",
     )
     parser.add_argument("--sign-key", type=Path, metavar="FILE", help="sign artifacts with this key (esper keygen)")
     parser.add_argument("--once", action="store_true", help="run the jobs that wait, then exit")
@@ -85,7 +97,7 @@ def _add_submit(actions: Subparsers) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the initial weights (default 0)")
     parser.add_argument("--dtype", default="float32", help="float32, float64, float16 or bfloat16 (default float32)")
     parser.add_argument(
-        "--pipeline", default="fast", metavar="NAME", help="fast, standard or aggressive (default fast)"
+        "--pipeline", choices=PIPELINES, help="as for esper compile (default: standard with --arch, else fast)"
     )
     parser.add_argument("--arch", action="append", default=[], metavar="sm_NN", help="GPU to compile for; repeatable")
     parser.add_argument("--tag", action="append", default=[], metavar="TAG", help="for the registry; repeatable")
@@ -109,15 +121,24 @@ def _work(args: argparse.Namespace) -> int:
     from esper.services.tezzeret.limits import Limits
     from esper.services.tezzeret.worker import WorkerSettings
 
+    mib = 1 << 20
+    check_number("--concurrency", args.concurrency, 1, 1024)
+    check_number("--timeout", args.timeout, 1, 1_000_000_000)
+    check_number("--memory-mb", args.memory_mb, 256, mib)
+    check_number("--max-artifact-mb", args.max_artifact_mb, 0.001, mib)
+    check_number("--abandon", args.abandon, 0, 1_000_000_000, above=True)
+    check_number("--lease", args.lease, 1, 86_400)
+    check_number("--grace", args.grace, 0, 1_000_000_000)
     limits = Limits(
         timeout_s=args.timeout,
-        memory_bytes=args.memory_mb << 20,
-        artifact_bytes=int(args.max_artifact_mb * (1 << 20)),
+        memory_bytes=args.memory_mb * mib,
+        artifact_bytes=int(args.max_artifact_mb * mib),
     )
     settings = WorkerSettings(
         concurrency=args.concurrency,
         limits=limits,
         pipelines=None if args.pipeline is None else frozenset(args.pipeline),
+        abandon_s=args.abandon,
         lease_s=args.lease,
         grace_s=args.grace,
     )
@@ -171,7 +192,15 @@ def _submit(args: argparse.Namespace) -> int:
     """Submit a job; prints its name, and with ``--wait`` the artifact's id instead, alone on its line."""
     from esper.cli.compile import _blueprint, _options
     from esper.services.tezzeret.job import CompileJob
+    from esper.services.tezzeret.pipelines import check_request
 
+    for option, value in (("--d-in", args.d_in), ("--d-out", args.d_out), ("--rank", args.rank)):
+        check_number(option, value, 1, 1 << 20)
+    check_number("--seed", args.seed, 0, (1 << 63) - 1)
+    check_number("--wait", args.wait, 0, 1_000_000_000, above=True)
+    pipeline = choose_pipeline(args.pipeline, args.arch)
+    # A worker would say so too, and nobody might be looking.
+    check_request(pipeline, args.arch)
     blueprint = _bound(_blueprint(args.blueprint), _options(args.param, args.rank))
     job = CompileJob(
         blueprint=blueprint,
@@ -179,7 +208,7 @@ def _submit(args: argparse.Namespace) -> int:
         d_out=args.d_out,
         seed=args.seed,
         dtype=args.dtype,
-        pipeline=args.pipeline,
+        pipeline=pipeline,
         architectures=args.arch,
         tags=args.tag,
     )

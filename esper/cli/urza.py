@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from esper.cli.numbers import check_number
+
 if TYPE_CHECKING:
     from esper.services.urza.settings import Settings
 
@@ -23,7 +25,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("urza", help="run and administer the registry service")
     commands = parser.add_subparsers(dest="urza_command", required=True, metavar="COMMAND")
     _add_serve(commands)
-    token = commands.add_parser("token", help="make, list and revoke tokens")
+    token = commands.add_parser("token", help="make, list and revoke tokens of a database that is there")
     actions = token.add_subparsers(dest="token_command", required=True, metavar="COMMAND")
     add = actions.add_parser("add", help="make a token and print it, this once")
     add.add_argument("name", metavar="NAME", help="who it is for; stands in histories")
@@ -37,7 +39,7 @@ def add_parser(subparsers: Subparsers) -> None:
     listing = actions.add_parser("list", help="list tokens, without the tokens themselves")
     revoke = actions.add_parser("revoke", help="end a token")
     revoke.add_argument("name", metavar="NAME")
-    migrate = commands.add_parser("migrate", help="bring the database up to date (serve does so by itself)")
+    migrate = commands.add_parser("migrate", help="make the database, or bring it up to date (serve does so by itself)")
     for command in (add, listing, revoke, migrate):
         _add_where(command)
 
@@ -102,11 +104,13 @@ def _settings(args: argparse.Namespace, **options: object) -> Settings:
 
 def _serve(args: argparse.Namespace) -> int:
     from esper.services.urza.serve import serve
+    from esper.services.urza.settings import MAX_PRESIGN_S, MAX_WRITES
 
-    if not 0 <= args.port <= 65_535:
-        raise ValueError(f"--port must be in [0, 65535], not {args.port}")
-    if args.max_mb <= 0 or args.presign_s < 1:
-        raise ValueError("--max-mb and --presign-s must be positive")
+    check_number("--port", args.port, 0, 65_535)
+    check_number("--presign-s", args.presign_s, 1, MAX_PRESIGN_S)
+    check_number("--max-mb", args.max_mb, 0.001, 1 << 20)
+    check_number("--write-rate", args.write_rate, 0, MAX_WRITES)
+    check_number("--write-burst", args.write_burst, 1, MAX_WRITES)
     settings = _settings(
         args,
         blobs=args.blobs,
@@ -123,11 +127,16 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _administer(args: argparse.Namespace) -> int:
-    from esper.services.urza.database import Database
+    from esper.services.urza.database import Database, DatabaseError
     from esper.services.urza.roles import Tokens
 
     database = Database(_settings(args).database)
     try:
+        if args.urza_command == "token" and not database.is_made():
+            raise DatabaseError(
+                f"there is no Urza at {database.place}: give the --data or --database of the one that is meant; a new "
+                "one is made by the first `esper urza serve`, or by `esper urza migrate` where tokens must come first"
+            )
         database.migrate()
         tokens = Tokens(database)
         if args.urza_command == "migrate":

@@ -38,7 +38,7 @@ from esper.core.checkpoint_format import (
     read_record,
     write_record,
 )
-from esper.core.model_wrapper import MorphableModel, find_targets, wrap
+from esper.core.model_wrapper import MorphableModel, find_targets, grown_model, wrap
 from esper.core.naming import GRAFT_PREFIX, seeds_prefix
 from esper.execution.grafts.reservation import Tap
 from esper.execution.kernel_executor import LoadedKernel
@@ -63,9 +63,11 @@ def save(model: MorphableModel, path: str | os.PathLike[str]) -> None:
         path: The file; one that is there is replaced.
 
     Raises:
+        TypeError: ``model`` is not one that ``esper.wrap`` gave.
         CheckpointError: the host's state holds something that is no tensor (its modules' ``get_extra_state``).
         OSError: the file cannot be written; what was there before still is.
     """
+    model = grown_model(model, "save")
     state = _without_padding(model)
     foreign = [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)]
     if foreign:
@@ -125,7 +127,11 @@ def load(
         CheckpointError: the file is no checkpoint, is truncated or altered, is of an unknown version, or does not fit
             the host; the message says which, and names both shapes where shapes differ. ``host`` is as it was.
         FileNotFoundError: there is no such file.
+        TypeError: ``host`` is no module, or is wrapped already.
     """
+    if not isinstance(host, nn.Module) or isinstance(host, MorphableModel):
+        kind = "a wrapped model" if isinstance(host, MorphableModel) else type(host).__name__
+        raise TypeError(f"load needs the plain network that was wrapped, a torch.nn.Module, as its host; got {kind}")
     source = Path(path)
     record, tensors = _read(source)
     _check_host(source, record, tensors, host)

@@ -15,7 +15,7 @@ from esper.blueprints.validation import validate
 from esper.contracts.errors import EsperError
 from esper.core.export_fold import ExportedSeed, fold
 from esper.core.export_graph import graft_module, grafted_host
-from esper.core.model_wrapper import MorphableModel
+from esper.core.model_wrapper import MorphableModel, grown_model
 from esper.execution.grafts.seed import BoundSeed, bind_seed
 from esper.execution.host_binding import fast_path_ancestors
 from esper.execution.kasmina_layer import KasminaLayer
@@ -47,9 +47,10 @@ def export(model: MorphableModel) -> nn.Module:
         The network, in the same mode (training or evaluation) and on the same device.
 
     Raises:
+        TypeError: ``model`` is not one that ``esper.wrap`` gave.
         ExportError: a seed is awake on an activation that has never been called, so that its shape is not known.
     """
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(grown_model(model, "export"))
     twin.close()
     body = twin.wrapped_model
     tied = _tied_parameters(body)

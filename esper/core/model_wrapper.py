@@ -22,7 +22,7 @@ from esper.execution.state_layout import KasminaStateLayout, Lattice
 from esper.execution.telemetry.options import TelemetryOptions
 from esper.nn.seeded import Seeded
 
-__all__ = ["ROOT_NAME", "MorphableModel", "find_bus", "find_targets", "unwrap", "wrap"]
+__all__ = ["ROOT_NAME", "MorphableModel", "find_bus", "find_targets", "grown_model", "unwrap", "wrap"]
 
 #: Layer name of a model that is itself a target (its dotted name would be empty).
 ROOT_NAME = "root"
@@ -169,8 +169,28 @@ def _layer(host: nn.Module, *, state_layout: KasminaStateLayout, **options: Any)
 
 
 def unwrap(model: MorphableModel) -> nn.Module:
-    """The model given to :func:`wrap` if it was preserved, else the wrapped one, as it was trained."""
+    """The model given to :func:`wrap` if it was preserved, else the wrapped one, as it was trained.
+
+    Raises:
+        TypeError: ``model`` is not one that :func:`wrap` gave.
+    """
+    model = grown_model(model, "unwrap")
     return model.original_model if model.original_model is not None else model.wrapped_model
+
+
+def grown_model(model: object, function: str) -> MorphableModel:
+    """What :func:`wrap` gave: ``model``, or what ``torch.compile`` was handed to make it.
+
+    Raises:
+        TypeError: it is something else; the message says what ``function`` was given.
+    """
+    if isinstance(model, MorphableModel):
+        return model
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, MorphableModel):
+        return compiled
+    inside = "; its .module is one" if isinstance(getattr(model, "module", None), MorphableModel) else ""
+    raise TypeError(f"{function} needs a model that esper.wrap gave, got {type(model).__name__}{inside}")
 
 
 def find_targets(

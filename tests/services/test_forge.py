@@ -12,11 +12,12 @@ import torch
 import esper
 from esper.artifacts import Artifact, FileRegistry, open_registry
 from esper.artifacts.signing import SigningKey
-from esper.blueprints import get, initialise
+from esper.blueprints import get, initialise, names
 from esper.contracts.errors import BlueprintError, EsperError, RegistryUnavailableError
+from esper.ops import toolchain
 from esper.ops.toolchain import Built
 from esper.services.tezzeret.forge import CompileError, build, compile_blueprint
-from esper.services.tezzeret.pipelines import ARCHITECTURES
+from esper.services.tezzeret.pipelines import ARCHITECTURES, MachineError
 
 
 @pytest.fixture
@@ -110,12 +111,54 @@ print(hashlib.sha256(build("gated", d_in=6, d_out=4, seed=5)).hexdigest())
     assert there == here
 
 
+@pytest.mark.parametrize("blueprint", names())
+def test_there_are_kernels_for_every_blueprint(monkeypatch, blueprint):
+    """At least the blend's, forward and backward."""
+    asked = []
+    monkeypatch.setattr(toolchain, "compile_request", lambda request: asked.append(request) or [built()])
+    build(blueprint, d_in=8, d_out=8, pipeline="standard")
+    for dtype in toolchain.DTYPES:
+        found = toolchain.kernels_for(asked[0], dtype)
+        assert {variant.direction for variant in found} == {"forward", "backward"}
+
+
+@pytest.mark.aot
 @pytest.mark.parametrize("blueprint", ["dense", "elementwise", "normed_bottleneck"])
-def test_families_without_kernels_have_no_binaries(registry, monkeypatch, blueprint):
-    monkeypatch.setattr("esper.ops.toolchain.compile_request", lambda request: [])
-    with pytest.raises(CompileError, match=r"there are no Triton kernels for family .* pipeline 'fast' takes every"):
-        esper.compile(blueprint, d_in=6, d_out=6, registry=registry, pipeline="standard")
-    assert not registry.folder.exists()
+def test_binaries_of_families_that_are_no_bank(blueprint):
+    key = SigningKey.generate()
+    data = build(blueprint, d_in=16, d_out=16, pipeline="standard", architectures=["sm_90"], sign_with=key)
+    binaries = Artifact.open(data, trusted_keys=[key.public]).binaries
+    assert {binary.entry.direction for binary in binaries} == {"forward", "backward"}
+
+
+class Driver:
+    """A GPU, as far as it is asked for its name."""
+
+    def capability(self, device):
+        return 9, 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "architectures", "error", "message"),
+    [
+        (None, [], MachineError, "needs a GPU to tune on"),
+        (None, ["sm_90"], MachineError, "needs a GPU to tune on"),
+        (Driver(), ["sm_80"], MachineError, "tunes for the GPU of this machine, which is sm_90, and not for sm_80"),
+        # These would be no better elsewhere.
+        (Driver(), ["sm_80", "sm_90"], CompileError, "and not for sm_80, sm_90"),
+        (None, ["sm_80", "sm_90"], CompileError, "needs a GPU to tune on"),
+        (Driver(), [], CompileError, "the compiler crashed"),
+    ],
+)
+def test_what_a_machine_lacks_is_told_from_what_is_wrong(monkeypatch, driver, architectures, error, message):
+    def crash(*_):
+        raise toolchain.ToolchainError("the compiler crashed")
+
+    monkeypatch.setattr("esper.ops.native.driver", lambda: driver)
+    monkeypatch.setattr(toolchain, "_in_child", crash)
+    with pytest.raises(CompileError, match=message) as caught:
+        build("lowrank", d_in=6, d_out=4, pipeline="aggressive", architectures=architectures)
+    assert type(caught.value) is error
 
 
 def built(**changes):

@@ -52,7 +52,7 @@ class Limits:
             value = getattr(self, name)
             # `not >=` catches NaN as well.
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < 1 << 50:
-                raise ValueError(f"{name} is {value!r}; need a number of at least {low}")
+                raise ValueError(f"{name} is {value!r}; need a number of at least {low} and less than 2^50")
 
     def to_payload(self) -> dict[str, float]:
         """Plain values for the sandbox."""

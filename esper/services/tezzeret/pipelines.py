@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from esper.blueprints.families import Family, match
 from esper.blueprints.ir import Blueprint
@@ -25,7 +25,16 @@ from esper.contracts.errors import EsperError
 if TYPE_CHECKING:
     from esper.ops.toolchain import Built
 
-__all__ = ["ARCHITECTURES", "DTYPE_NAMES", "PIPELINES", "CompileError", "binaries_for", "check_request", "torch_name"]
+__all__ = [
+    "ARCHITECTURES",
+    "DTYPE_NAMES",
+    "PIPELINES",
+    "CompileError",
+    "MachineError",
+    "binaries_for",
+    "check_request",
+    "torch_name",
+]
 
 #: Every pipeline.
 PIPELINES: Final = ("fast", "standard", "aggressive")
@@ -44,7 +53,11 @@ _ARCH: Final = re.compile(r"sm_([0-9]{2,3})")
 
 
 class CompileError(EsperError, ValueError):
-    """An artifact cannot be built as asked: an unknown pipeline, dtype or architecture, or a kind of blueprint."""
+    """An artifact cannot be built as asked: an unknown pipeline, dtype or architecture."""
+
+
+class MachineError(CompileError):
+    """It cannot be built on this machine, which lacks the GPU; on another it can."""
 
 
 def torch_name(dtype: object) -> str:
@@ -101,8 +114,8 @@ def binaries_for(
             (``aggressive``).
 
     Raises:
-        CompileError: there are no kernels for such a blueprint or dtype, they do not compile, or a GPU is needed and
-            there is none.
+        MachineError: the GPU that is needed is not in this machine.
+        CompileError: there are no kernels for such a dtype, or they do not compile.
     """
     if pipeline == "fast":
         return {}
@@ -129,14 +142,22 @@ def binaries_for(
         else:
             built = toolchain.compile_request(request)
     except toolchain.ToolchainError as error:
-        raise CompileError(f"pipeline {pipeline!r}: {error}") from None
-    if not built:
-        norm = f" with {family.norm}" if family.norm else ""
-        raise CompileError(
-            f"pipeline {pipeline!r}: there are no Triton kernels for family {family.name}{norm} to compile; "
-            "pipeline 'fast' takes every blueprint"
-        )
+        said = f"pipeline {pipeline!r}: {error}"
+        # The toolchain is the one way to ask for the driver; see docs/architecture.md.
+        if pipeline == "aggressive" and _is_elsewhere(toolchain.native.driver(), architectures):  # type: ignore[attr-defined]
+            raise MachineError(said) from None
+        raise CompileError(said) from None
     return _named(built)
+
+
+def _is_elsewhere(driver: Any, architectures: Sequence[int]) -> bool:
+    """Whether the GPU to tune on is not here, but may be in another machine; none is of two architectures."""
+    if len(architectures) > 1:
+        return False
+    if driver is None:
+        return True
+    major, minor = driver.capability(0)
+    return bool(architectures) and architectures[0] != 10 * major + minor
 
 
 def _kernel_dtype(name: str) -> str:

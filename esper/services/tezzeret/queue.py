@@ -6,6 +6,7 @@ import os
 import random
 import secrets
 import socket
+import time
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -15,6 +16,7 @@ from esper.services.tezzeret.job import CompileJob, CompileResult
 __all__ = [
     "DEFAULT_LEASE_S",
     "DEFAULT_MAX_ATTEMPTS",
+    "Aside",
     "Backoff",
     "Claim",
     "JobQueue",
@@ -73,11 +75,29 @@ class JobQueue(Protocol):
     async def retry(self, claim: Claim, log: str, delay_s: float) -> None:
         """Let it be tried again, by anyone, after ``delay_s``; this attempt counts."""
 
-    async def hand_back(self, claim: Claim) -> None:
-        """Let another have it at once; this attempt does not count, where the queue can help it."""
+    async def hand_back(self, claim: Claim, log: str = "handed back", aside_s: float = 0.0) -> None:
+        """Let another have it at once; this attempt does not count. We are not given it again for ``aside_s``."""
 
     async def close(self) -> None:
         """Let go of connections; jobs that were not handed back come free when their lease runs out."""
+
+
+class Aside:
+    """Names of the jobs that a worker does not want back yet."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+
+    def put(self, name: str, pause_s: float) -> None:
+        """Not wanted for ``pause_s`` seconds."""
+        if pause_s > 0:
+            self._until[name] = time.monotonic() + pause_s
+
+    def names(self) -> list[str]:
+        """Those whose time is not over."""
+        now = time.monotonic()
+        self._until = {name: until for name, until in self._until.items() if now < until}
+        return list(self._until)
 
 
 class Backoff:

@@ -17,7 +17,7 @@ from esper.contracts.messages import MessageError, OonaMessage, TopicNames
 from esper.oona.urls import mask
 from esper.services.tezzeret import redis_scripts
 from esper.services.tezzeret.job import CompileJob, CompileResult, JobError
-from esper.services.tezzeret.queue import DEFAULT_LEASE_S, Claim, QueueUnavailableError, worker_name
+from esper.services.tezzeret.queue import DEFAULT_LEASE_S, Aside, Claim, QueueUnavailableError, worker_name
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -39,6 +39,8 @@ _DEAD_KEPT: Final = 1_000
 _DEAD_BYTES: Final = 1 << 16
 _TRIM_EVERY: Final = 64
 _FORGET_CONSUMER_MS: Final = 24 * 3600 * 1000
+#: A job that looks idle for so long is free for every worker, whatever lease it goes by.
+_FREE_MS: Final = 24 * 3600 * 1000
 
 
 class RedisQueue:
@@ -84,6 +86,7 @@ class RedisQueue:
         self.name = worker_name(name)
         self._lease_ms = max(1, int(lease_s * 1000))
         self._held: set[str] = set()
+        self._aside = Aside()
         self._ready = False
         self._settled = 0
 
@@ -98,7 +101,8 @@ class RedisQueue:
         """See :class:`~esper.services.tezzeret.queue.JobQueue`; what dead workers left comes first."""
         async with self._asking():
             await self._join()
-            found = await self._script(redis_scripts.CLAIM_STALE, [JOBS], self.name, self._lease_ms)
+            aside = self._aside.names()
+            found = await self._script(redis_scripts.CLAIM_STALE, [JOBS], self.name, self._lease_ms, *aside)
             if found:
                 return await self._accept(_text(found[0]), _pairs(found[1]), int(found[2]))
             # 0 would wait for ever.
@@ -127,9 +131,11 @@ class RedisQueue:
         """See :class:`~esper.services.tezzeret.queue.JobQueue`; Redis has no place for the log."""
         await self._release(claim, max(0, self._lease_ms - int(delay_s * 1000)), claim.attempt)
 
-    async def hand_back(self, claim: Claim) -> None:
-        """See :class:`~esper.services.tezzeret.queue.JobQueue`."""
-        await self._release(claim, self._lease_ms, claim.attempt - 1)
+    async def hand_back(self, claim: Claim, log: str = "handed back", aside_s: float = 0.0) -> None:
+        """See :class:`~esper.services.tezzeret.queue.JobQueue`; Redis has no place for the log."""
+        # Before it is let go of: the next claim may come in the same moment.
+        self._aside.put(claim.token, aside_s)
+        await self._release(claim, max(self._lease_ms, _FREE_MS), claim.attempt - 1)
 
     async def close(self) -> None:
         """Leave the group, if nothing is left undone, and disconnect."""

@@ -10,14 +10,23 @@ from typing import Final
 
 __all__ = ["CLAIM_STALE", "LEAVE", "RENEW", "RETRY", "SETTLE", "TRIM"]
 
-#: Take over the oldest job that has been idle for ARGV[3] ms: {id, fields, deliveries}. Entries that somebody deleted
-#: from the stream while they were being worked on are taken off the list.
+#: Take over the oldest job that has been idle for ARGV[3] ms and is none of ARGV[4], ARGV[5], ...: {id, fields,
+#: deliveries}. Entries that somebody deleted from the stream while they were being worked on are taken off the list.
 CLAIM_STALE: Final = """
-for _, row in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], 'IDLE', ARGV[3], '-', '+', 16)) do
-  local entry = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], ARGV[3], row[1])[1]
-  if entry and entry[2] then return {entry[1], entry[2], row[4] + 1} end
-  redis.call('XACK', KEYS[1], ARGV[1], row[1])
-end
+local aside = {}
+for i = 4, #ARGV do aside[ARGV[i]] = true end
+local from, rows = '-', nil
+repeat
+  rows = redis.call('XPENDING', KEYS[1], ARGV[1], 'IDLE', ARGV[3], from, '+', 64)
+  for _, row in ipairs(rows) do
+    if not aside[row[1]] then
+      local entry = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], ARGV[3], row[1])[1]
+      if entry and entry[2] then return {entry[1], entry[2], row[4] + 1} end
+      redis.call('XACK', KEYS[1], ARGV[1], row[1])
+    end
+    from = '(' .. row[1]
+  end
+until #rows < 64
 return false
 """
 

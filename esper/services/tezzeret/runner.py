@@ -18,7 +18,7 @@ from esper.contracts import strict_json
 from esper.contracts.errors import ArtifactError
 from esper.services.tezzeret.job import MAX_LOG_CHARS, CompileJob
 from esper.services.tezzeret.limits import Limits, sandbox_environment
-from esper.services.tezzeret.sandbox import ARTIFACT, EXIT_INVALID, EXIT_LIMIT, REPLY
+from esper.services.tezzeret.sandbox import ARTIFACT, EXIT_ELSEWHERE, EXIT_INVALID, EXIT_LIMIT, REPLY
 
 __all__ = ["Outcome", "compile_in_sandbox"]
 
@@ -35,12 +35,14 @@ class Outcome:
         blueprint_hash: Where the blueprint got so far as to have one.
         log: The end of what the sandbox said; where it failed, the last line is the reason.
         final: Trying again would end the same way.
+        elsewhere: On this machine it would, because of what the machine lacks; on another it may not.
     """
 
     data: bytes | None
     blueprint_hash: str | None
     log: str
     final: bool
+    elsewhere: bool = False
 
 
 async def compile_in_sandbox(job: CompileJob, limits: Limits, folder: Path) -> Outcome:
@@ -89,9 +91,10 @@ async def compile_in_sandbox(job: CompileJob, limits: Limits, folder: Path) -> O
         except (OSError, ArtifactError) as error:
             reason = reason or f"the sandbox left no artifact that can be read: {error}"
         final = process.returncode == EXIT_INVALID and not timed_out
+        elsewhere = process.returncode == EXIT_ELSEWHERE and not timed_out
         # The sandbox has said itself why it refuses.
-        said = "" if final or reason is None else f"{reason}\n"
-        return Outcome(data, blueprint_hash, log.text(said), final)
+        said = "" if final or elsewhere or reason is None else f"{reason}\n"
+        return Outcome(data, blueprint_hash, log.text(said), final, elsewhere)
 
 
 async def _feed(stdin: asyncio.StreamWriter | None, request: bytes) -> None:

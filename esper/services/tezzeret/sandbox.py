@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from esper.blueprints.ir import Blueprint
     from esper.services.tezzeret.job import CompileJob
 
-__all__ = ["ARTIFACT", "EXIT_INVALID", "EXIT_LIMIT", "REPLY", "main"]
+__all__ = ["ARTIFACT", "EXIT_ELSEWHERE", "EXIT_INVALID", "EXIT_LIMIT", "REPLY", "main"]
 
 #: Files in the working directory.
 ARTIFACT: Final = "artifact"
@@ -29,6 +29,8 @@ REPLY: Final = "reply.json"
 EXIT_INVALID: Final = 3
 #: It took more than it may.
 EXIT_LIMIT: Final = 4
+#: This machine lacks what it takes; another may have it.
+EXIT_ELSEWHERE: Final = 5
 
 
 def main() -> int:
@@ -56,7 +58,7 @@ def _compile(payload: dict[str, Any], limits: Limits, reply: dict[str, Any]) -> 
     # Imported under the limits; and PyTorch, which takes seconds, only for a blueprint that is one.
     from esper.contracts.errors import BlueprintError
     from esper.services.tezzeret.job import CompileJob, JobError
-    from esper.services.tezzeret.pipelines import CompileError
+    from esper.services.tezzeret.pipelines import CompileError, MachineError
 
     try:
         job = CompileJob.from_payload(payload)
@@ -75,6 +77,9 @@ def _compile(payload: dict[str, Any], limits: Limits, reply: dict[str, Any]) -> 
             pipeline=job.pipeline,
             architectures=job.architectures,
         )
+    except MachineError as error:
+        print(error, flush=True)
+        return EXIT_ELSEWHERE
     except (BlueprintError, CompileError) as error:
         return _invalid(error)
     if len(data) > limits.artifact_bytes:

@@ -8,17 +8,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from esper.services.tezzeret.job import CompileJob, CompileResult, JobError, JobStatus
-from esper.services.tezzeret.queue import DEFAULT_LEASE_S, Backoff, Claim, worker_name
+from esper.services.tezzeret.queue import DEFAULT_LEASE_S, Aside, Backoff, Claim, worker_name
 from esper.services.tezzeret.urza_link import UrzaLink
 
 __all__ = ["UrzaQueue"]
 
 _FIRST_POLL_S: Final = 0.25
 _LONGEST_POLL_S: Final = 5.0
+#: As many jobs as Urza takes into account when it is told which ones not to hand out.
+_MAX_ASIDE: Final = 4096
 _JOB_FIELDS: Final = ("d_in", "d_out", "seed", "dtype", "pipeline", "architectures", "tags", "job_id", "blueprint")
+#: What a server answers to a word that its version does not have.
+_NOT_KNOWN: Final = 422
 #: In Urza's words.
 _ENDS: Final[Mapping[JobStatus, str]] = {JobStatus.COMPILED: "done", JobStatus.INVALID: "invalid"}
 _STATUSES: Final[Mapping[str, JobStatus]] = {"DONE": JobStatus.COMPILED, "INVALID": JobStatus.INVALID}
@@ -46,6 +50,7 @@ class UrzaQueue:
         self._lease_s = min(86_400.0, max(1.0, lease_s))
         self._idle = Backoff(_FIRST_POLL_S, _LONGEST_POLL_S)
         self._next_poll = 0.0
+        self._aside = Aside()
 
     @property
     def url(self) -> str:
@@ -61,9 +66,7 @@ class UrzaQueue:
             await asyncio.sleep(min(wait_s, pause))
             if pause > wait_s:
                 return None
-        status, found = await self._link.ask(
-            "POST", "/jobs/claim", {"worker": self.name, "lease_s": self._lease_s}, (204,)
-        )
+        status, found = await self._ask_for_one()
         if status == 204:
             self._next_poll = time.monotonic() + self._idle.next()
             return None
@@ -93,16 +96,22 @@ class UrzaQueue:
         Raises:
             JobError: Urza does not have the artifact; the worker publishes elsewhere.
         """
-        return await self._end(claim.token, _ENDS[result.status], artifact_id=result.artifact_id, log=result.log)
+        end = _ENDS[result.status]
+        return await self._end(claim.token, end, artifact_id=result.artifact_id, log=result.log) < 300
 
     async def retry(self, claim: Claim, log: str, delay_s: float) -> None:
         """See :class:`~esper.services.tezzeret.queue.JobQueue`; Urza knows no delay, so it is waited for here."""
         await asyncio.sleep(delay_s)
         await self._end(claim.token, "retry", log=log)
 
-    async def hand_back(self, claim: Claim) -> None:
-        """See :class:`~esper.services.tezzeret.queue.JobQueue`; to Urza it was an attempt all the same."""
-        await self._end(claim.token, "retry", log="handed back: the worker was stopped")
+    async def hand_back(self, claim: Claim, log: str = "handed back", aside_s: float = 0.0) -> None:
+        """See :class:`~esper.services.tezzeret.queue.JobQueue`; an Urza that is older counts it as an attempt."""
+        # Before it is let go of: the next claim may come in the same moment.
+        self._aside.put(claim.job.job_id, aside_s)
+        if await self._end(claim.token, "release", log=log) == _NOT_KNOWN:
+            # It would hand the same job to us again: the others get their chance while we do not ask.
+            self._next_poll = time.monotonic() + aside_s
+            await self._end(claim.token, "retry", log=log)
 
     async def close(self) -> None:
         """Disconnect."""
@@ -149,10 +158,23 @@ class UrzaQueue:
 
     # -- within --
 
-    async def _end(self, token: str, status: str, *, artifact_id: str | None = None, log: str = "") -> bool:
+    async def _ask_for_one(self) -> tuple[int, dict[str, Any]]:
+        wish: dict[str, Any] = {"worker": self.name, "lease_s": self._lease_s}
+        aside = self._aside.names()
+        if len(aside) > _MAX_ASIDE:
+            return 204, {}
+        if aside:
+            status, found = await self._link.ask("POST", "/jobs/claim", {**wish, "aside": aside}, (204, _NOT_KNOWN))
+            if status != _NOT_KNOWN:
+                return status, found
+        # Nothing is aside, or Urza is older than this worker and hands out whatever comes first.
+        return await self._link.ask("POST", "/jobs/claim", wish, (204,))
+
+    async def _end(self, token: str, status: str, *, artifact_id: str | None = None, log: str = "") -> int:
         job_id, _, lease = token.partition(" ")
         body = {"status": status, "lease": lease, "log": log.replace("\0", "?")}
         if artifact_id is not None:
             body["artifact_id"] = artifact_id
-        code, _ = await self._link.ask("POST", f"/jobs/{job_id}/finish", body, (404, 409))
-        return code < 300
+        expected = (404, 409, _NOT_KNOWN) if status == "release" else (404, 409)
+        code, _ = await self._link.ask("POST", f"/jobs/{job_id}/finish", body, expected)
+        return code

@@ -36,6 +36,10 @@ class UrzaRecord:
         """A worker compiles the job: the blueprint is known to Urza from now on, and COMPILING."""
         await self._tell(job, "COMPILING", f"job {job.job_id}")
 
+    async def left(self, job: CompileJob, reason: str) -> None:
+        """The worker could not compile it, and another may: nobody does at present."""
+        await self._tell(job, "UNVALIDATED", f"job {job.job_id} left to other workers: {reason}"[:_MAX_REASON])
+
     async def ended(self, job: CompileJob, result: CompileResult) -> None:
         """The job is done (its kernel is published) or INVALID, with the end of its log."""
         reason = f"job {job.job_id}"

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -19,8 +19,10 @@ from esper.artifacts.http_registry import HttpRegistry
 from esper.artifacts.workers import run_blocking
 from esper.contracts.errors import ArtifactError, EsperError, RegistryUnavailableError
 from esper.contracts.registry import RegistryClient
+from esper.services.tezzeret.elsewhere import Elsewhere
 from esper.services.tezzeret.job import CompileJob, CompileResult, JobStatus
 from esper.services.tezzeret.limits import Limits
+from esper.services.tezzeret.pipelines import PIPELINES
 from esper.services.tezzeret.queue import (
     DEFAULT_LEASE_S,
     DEFAULT_MAX_ATTEMPTS,
@@ -29,7 +31,7 @@ from esper.services.tezzeret.queue import (
     JobQueue,
     QueueUnavailableError,
 )
-from esper.services.tezzeret.runner import Outcome, compile_in_sandbox
+from esper.services.tezzeret.runner import compile_in_sandbox
 from esper.services.tezzeret.urza_record import UrzaRecord
 
 __all__ = ["Worker", "WorkerSettings"]
@@ -53,6 +55,7 @@ class WorkerSettings:
         concurrency: Jobs at once.
         limits: What each may take.
         pipelines: What it compiles; None: whatever is asked for. Other jobs are left to other workers.
+        abandon_s: A job that this worker cannot run, and that it has seen nobody take for so long, is INVALID.
         lease_s: As the queue has it; a third of it is the time between renewals.
         max_attempts: After so many attempts that crashed, hung or took too much, a job is INVALID.
         retry_s: Pause before the next attempt; it doubles with each.
@@ -62,6 +65,7 @@ class WorkerSettings:
     concurrency: int = 2
     limits: Limits = field(default_factory=Limits)
     pipelines: frozenset[str] | None = None
+    abandon_s: float = 86_400.0
     lease_s: float = DEFAULT_LEASE_S
     max_attempts: int = DEFAULT_MAX_ATTEMPTS
     retry_s: float = 1.0
@@ -72,10 +76,17 @@ class WorkerSettings:
             value = getattr(self, name)
             if type(value) is not int or value < low:
                 raise ValueError(f"{name} is {value!r}; need an integer of at least {low}")
-        for name in ("lease_s", "retry_s", "grace_s"):
+        for name in ("abandon_s", "lease_s", "retry_s", "grace_s"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-                raise ValueError(f"{name} is {value!r}; need seconds, 0 or more")
+                raise ValueError(f"{name} is {value!r}; need seconds, 0 or more and below 10^9")
+        if self.lease_s == 0:
+            raise ValueError("lease_s is 0; a lease that has no length cannot be renewed")
+        if self.pipelines is not None:
+            if unknown := sorted(map(str, self.pipelines - set(PIPELINES))):
+                raise ValueError(f"pipeline {unknown[0]!r} is unknown; known: {', '.join(PIPELINES)}")
+            if not self.pipelines:
+                raise ValueError(f"pipelines are none, so no job could be run; known: {', '.join(PIPELINES)}")
 
 
 class Worker:
@@ -103,6 +114,7 @@ class Worker:
         self._queue, self._registry = queue, registry
         self._settings = settings if settings is not None else WorkerSettings()
         self._signer, self._record, self._say = signer, record, say
+        self._elsewhere = Elsewhere(self._settings.pipelines)
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._running: dict[asyncio.Task[None], asyncio.Task[None]] = {}
@@ -208,7 +220,7 @@ class Worker:
             if not lost:
                 self._say(f"job {claim.job.job_id} handed back")
                 with contextlib.suppress(EsperError):
-                    await self._queue.hand_back(claim)
+                    await self._queue.hand_back(claim, "handed back: the worker was stopped")
         elif (error := work.exception()) is not None:
             # A fault of the worker's own: on record, and the job comes free for the next attempt.
             self._say(f"job {claim.job.job_id} failed: {type(error).__name__}: {error}")
@@ -221,15 +233,21 @@ class Worker:
             given_up = f"given up: handed out {claim.attempt - 1} times, and its workers died or hung"
             await self._finish(claim, self._invalid(claim, None, given_up))
             return
+        if (reason := self._elsewhere.reason(job)) is not None:
+            await self._leave(claim, reason)
+            return
         self._say(f"job {job.job_id} claimed, attempt {claim.attempt} of {settings.max_attempts}")
-        if settings.pipelines is not None and job.pipeline not in settings.pipelines:
-            outcome = Outcome(None, None, f"this worker does not run pipeline {job.pipeline}", final=False)
-        else:
-            self._say(f"job {job.job_id} compiling")
+        self._say(f"job {job.job_id} compiling")
+        if self._record is not None:
+            await self._record.began(job)
+        outcome = await compile_in_sandbox(job, settings.limits, self._folder)
+        if outcome.elsewhere:
+            reason = _last_line(outcome.log)
+            self._elsewhere.learn(job, reason)
             if self._record is not None:
-                await self._record.began(job)
-            outcome = await compile_in_sandbox(job, settings.limits, self._folder)
-        if outcome.data is not None:
+                await self._record.left(job, reason)
+            await self._leave(claim, reason)
+        elif outcome.data is not None:
             try:
                 artifact_id = await self._publish(job, outcome.data)
             except ArtifactError as error:
@@ -251,6 +269,19 @@ class Worker:
             pause = self._pause(claim)
             self._say(f"job {job.job_id} failed, next attempt in {pause:g} s: {_last_line(outcome.log)}")
             await self._insist(lambda: self._queue.retry(claim, outcome.log, pause))
+
+    async def _leave(self, claim: Claim, reason: str) -> None:
+        """Let others have what this worker cannot run; INVALID if for a very long time nobody did."""
+        job, limit_s = claim.job, self._settings.abandon_s
+        leave = self._elsewhere.leave(job, claim.attempt)
+        if leave.since_s > limit_s:
+            nobody = f"no worker that runs pipeline {job.pipeline!r} took it within {limit_s:g} s; here: {reason}"
+            await self._finish(claim, self._invalid(replace(claim, attempt=claim.attempt - 1), None, nobody))
+            return
+        if leave.is_first:
+            # Once: it comes by again every few minutes.
+            self._say(f"job {job.job_id} left to other workers: {reason}")
+        await self._insist(lambda: self._queue.hand_back(claim, f"left to others: {reason}", leave.pause_s))
 
     async def _publish(self, job: CompileJob, data: bytes) -> str:
         """Verify, sign and store; waits for a registry that does not answer.
@@ -278,6 +309,7 @@ class Worker:
 
     async def _finish(self, claim: Claim, result: CompileResult) -> None:
         ours = await self._insist(lambda: self._queue.finish(claim, result))
+        self._elsewhere.done(claim.job, compiled=result.status is JobStatus.COMPILED)
         if ours and self._record is not None:
             await self._record.ended(claim.job, result)
         note = "" if ours else " (another worker was first)"

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from esper.contracts.errors import EsperError
-from esper.services.urza.tables import changes
+from esper.services.urza.tables import changes, tokens
 
 __all__ = ["Database", "DatabaseError"]
 
@@ -64,6 +64,8 @@ class Database:
             self._engine = _postgresql(parsed, connections)
         else:
             raise DatabaseError(f"{self.shown}: only sqlite and postgresql are supported")
+        #: The same for people: of SQLite the file.
+        self.place = str(Path(str(parsed.database)).absolute()) if self.is_sqlite else self.shown
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
@@ -125,6 +127,21 @@ class Database:
                 f"{self.shown}: its schema is not one that this version knows ({error}); "
                 "was it made by a newer version of Esper?"
             ) from error
+        except sa.exc.DBAPIError as error:
+            raise DatabaseError(f"{self.shown}: cannot be used: {error.orig}") from error
+
+    def is_made(self) -> bool:
+        """Whether there is a database with Urza's tables; it is looked for, not made.
+
+        Raises:
+            DatabaseError: it cannot be reached, or is no database.
+        """
+        # SQLite makes the file that it is asked to open.
+        if self.is_sqlite and not Path(self.place).is_file():
+            return False
+        try:
+            with self.read() as connection:
+                return sa.inspect(connection).has_table(tokens.name)
         except sa.exc.DBAPIError as error:
             raise DatabaseError(f"{self.shown}: cannot be used: {error.orig}") from error
 

@@ -1,7 +1,8 @@
 """Compile jobs in SQL: a queue with leases, for workers that have no Redis.
 
 A worker that claims a job has it for as long as its lease; it renews, or finishes, or vanishes, and then the job is
-claimed by another. After :data:`MAX_ATTEMPTS` claims without an end the job is INVALID.
+claimed by another. After :data:`MAX_ATTEMPTS` claims without an end the job is INVALID; a claim that is handed back
+untried is none.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -59,13 +61,21 @@ def enqueue(connection: Connection, blueprint_id: str, request: dict[str, Any], 
     return job_id, True
 
 
-def claim(connection: Connection, worker: str, lease_s: float) -> dict[str, Any] | None:
-    """Give the oldest job that waits, or whose lease ran out, to a worker; None when there is none."""
+def claim(connection: Connection, worker: str, lease_s: float, aside: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Give the oldest job that waits, or whose lease ran out, to a worker; None when there is none.
+
+    Args:
+        connection: In a transaction that writes.
+        worker: Its name, which stands in the history.
+        lease_s: How long it has the job.
+        aside: Jobs that it does not want: it cannot run them, and has left them to others.
+    """
     now = time.time()
     while True:
         row = connection.execute(
             sa.select(jobs)
             .where(sa.or_(jobs.c.status == "QUEUED", sa.and_(jobs.c.status == "RUNNING", jobs.c.lease_until < now)))
+            .where(jobs.c.job_id.not_in(aside))
             .order_by(jobs.c.job_id)
             .limit(1)
             # On PostgreSQL two workers that claim at once get two jobs.
@@ -113,6 +123,8 @@ def finish(
 ) -> dict[str, Any]:
     """End a job: ``done``, ``invalid`` (never again), or ``retry`` (another worker may, unless too many have).
 
+    ``release`` says that it was not tried: another worker may have it, and the claim does not count.
+
     Raises:
         ApiError: 404; 409 when the job is no longer this worker's; 422 for ``done`` without a kernel in the registry.
     """
@@ -122,6 +134,8 @@ def finish(
         if artifact_id is None or connection.execute(known).first() is None:
             raise invalid("a job is done when its artifact is in the registry: upload it, then give its artifact_id")
         _end(connection, row, "DONE", by=by, reason=f"compiled to {artifact_id}", log=log, artifact_id=artifact_id)
+    elif outcome == "release":
+        _end(connection, row, "QUEUED", by=by, reason="handed back untried", log=log, attempts=row.attempts - 1)
     elif outcome == "invalid" or row.attempts >= MAX_ATTEMPTS:
         reason = "failed" if outcome == "invalid" else f"given up after {row.attempts} attempts"
         _end(connection, row, "INVALID", by=by, reason=reason, log=log)
@@ -165,12 +179,21 @@ def _end(
     reason: str,
     log: str,
     artifact_id: str | None = None,
+    attempts: int | None = None,
 ) -> None:
     check_move("job", row.job_id, row.status, after)
     connection.execute(
         sa.update(jobs)
         .where(jobs.c.job_id == row.job_id)
-        .values(status=after, lease=None, lease_until=None, artifact_id=artifact_id, log=log, updated_at=time.time())
+        .values(
+            status=after,
+            lease=None,
+            lease_until=None,
+            artifact_id=artifact_id,
+            attempts=row.attempts if attempts is None else attempts,
+            log=log,
+            updated_at=time.time(),
+        )
     )
     record(connection, "job", row.job_id, row.status, after, by, reason)
     blueprint_store.move(

@@ -19,11 +19,19 @@ class WriteLimit:
         rate: Writes a second in the long run; 0 switches the limit off.
         burst: Writes at once after a pause.
         clock: Seconds; the monotonic clock, which nobody sets.
+
+    Raises:
+        ValueError: ``rate`` is negative, infinite or no number, or ``burst`` is less than 1. With NaN for a rate no
+            bucket would ever be empty.
     """
 
     def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+        if not 0 <= rate < math.inf:
+            raise ValueError(f"rate is {rate}; need a finite number of writes a second, 0 or more")
+        if not 1 <= burst < math.inf:
+            raise ValueError(f"burst is {burst}; need at least one write")
         self._rate = rate
-        self._burst = max(1, burst)
+        self._burst = burst
         self._clock = clock
         self._lock = threading.Lock()
         self._buckets: dict[str, tuple[float, float]] = {}

@@ -139,9 +139,9 @@ def list_jobs(
     summary="Claim the oldest job that waits",
 )
 def claim(service: Shared, _: Publisher, wish: JobClaim) -> Response:
-    """A job for as long as the lease lasts; its time may be extended."""
+    """A job for as long as the lease lasts; its time may be extended. None of those in ``aside``."""
     with service.database.write() as connection:
-        job = job_store.claim(connection, wish.worker, wish.lease_s)
+        job = job_store.claim(connection, wish.worker, wish.lease_s, wish.aside)
     return Response(status_code=204) if job is None else JSONResponse(job)
 
 
@@ -173,7 +173,10 @@ def renew(job_id: JobId, service: Shared, _: Publisher, wish: JobRenewal) -> JSO
     summary="Report how a job ended",
 )
 def finish(job_id: JobId, service: Shared, caller: Publisher, report: JobFinish) -> JSONResponse:
-    """``done`` needs the artifact in the registry; ``invalid`` is final; ``retry`` gives the job back."""
+    """``done`` needs the artifact in the registry; ``invalid`` is final; ``retry`` and ``release`` give the job back.
+
+    ``release`` says that it was not tried: this claim does not count as an attempt.
+    """
     with service.database.write() as connection:
         job = job_store.finish(
             connection,

@@ -53,6 +53,7 @@ Lease = Annotated[float, Field(ge=1, le=86_400, allow_inf_nan=False)]
 
 
 WorkerName = Annotated[str, StringConstraints(min_length=1, max_length=128), AfterValidator(_no_nul)]
+JobName = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 LeaseKey = Annotated[str, StringConstraints(max_length=64), AfterValidator(_no_nul)]
 Reason = Annotated[str, StringConstraints(max_length=2000), AfterValidator(_no_nul)]
 Log = Annotated[str, StringConstraints(max_length=65_536), AfterValidator(_no_nul)]
@@ -192,6 +193,8 @@ class JobClaim(_In):
 
     worker: WorkerName
     lease_s: Lease = 60.0
+    #: Jobs that it has left to others, and does not want back yet.
+    aside: Annotated[list[JobName], Field(max_length=4096)] = []
 
 
 class JobRenewal(_In):
@@ -204,7 +207,7 @@ class JobRenewal(_In):
 class JobFinish(_In):
     """A worker reports how a job ended."""
 
-    status: Literal["done", "invalid", "retry"]
+    status: Literal["done", "invalid", "retry", "release"]
     lease: LeaseKey | None = None
     artifact_id: ArtifactName | None = None
     log: Log = ""

@@ -8,10 +8,22 @@ from typing import Final
 
 from esper.contracts.paths import default_registry_dir
 
-__all__ = ["DEFAULT_MAX_MB", "DEFAULT_PORT", "Settings", "default_data_dir", "settings_for"]
+__all__ = [
+    "DEFAULT_MAX_MB",
+    "DEFAULT_PORT",
+    "MAX_PRESIGN_S",
+    "MAX_WRITES",
+    "Settings",
+    "default_data_dir",
+    "settings_for",
+]
 
 DEFAULT_PORT: Final = 8470
 DEFAULT_MAX_MB: Final = 256
+#: A week: S3 takes no longer.
+MAX_PRESIGN_S: Final = 604_800
+#: Writes a second, or at once, beyond which a limit is none; 0 says so.
+MAX_WRITES: Final = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +61,25 @@ class Settings:
     open_metrics: bool = False
     threads: int = 8
     upload_idle_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            # `not <=` catches NaN as well.
+            if isinstance(value, bool) or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}; need a number from {low} to {high}")
+
+
+#: Setting, the least and the most it may be.
+_RANGES: Final[tuple[tuple[str, float, float], ...]] = (
+    ("presign_s", 1, MAX_PRESIGN_S),
+    ("max_bytes", 1, 1 << 50),
+    ("max_json_bytes", 1, 1 << 30),
+    ("write_rate", 0, MAX_WRITES),
+    ("write_burst", 1, MAX_WRITES),
+    ("threads", 1, 1024),
+    ("upload_idle_s", 0.001, 86_400),
+)
 
 
 def default_data_dir() -> Path:

@@ -164,6 +164,29 @@ def test_retry_counts_and_waits_and_handing_back_does_not(server, redis):
     run(server, scenario, workers=2)
 
 
+def test_what_is_handed_back_for_a_while_goes_to_others_at_once(server, redis):
+    async def scenario(unable, able):
+        # Others may go by longer leases.
+        able._lease_ms = 3_600_000
+        for number in range(100):
+            await unable.submit(job(number))
+        for claim in [await unable.claim(0) for _ in range(100)]:
+            await unable.hand_back(claim, "left to others", 0.0 if claim.job == job(70) else 60.0)
+        # Only the one comes back, though it is behind others.
+        claim = await unable.claim(0)
+        assert (claim.job, claim.attempt) == (job(70), 1)
+        assert await unable.claim(0) is None
+        await unable.hand_back(claim, aside_s=0.05)
+        assert await unable.claim(0) is None
+        claims = [await able.claim(0) for _ in range(100)]
+        assert [(each.job.job_id, each.attempt) for each in claims] == [(f"job{number}", 1) for number in range(100)]
+        await able.hand_back(claims[70])
+        await asyncio.sleep(0.06)
+        assert (await unable.claim(0)).job == job(70)
+
+    run(server, scenario, workers=2)
+
+
 def test_a_late_renewal_does_not_run_a_job_twice(server, redis):
     async def scenario(queue):
         await queue.submit(job())

@@ -69,6 +69,17 @@ def test_gpu_binaries_are_compiled_in_the_sandbox(tmp_path):
     assert {entry.arch for entry in manifest.binaries.values()} == {"sm_90"}
 
 
+def test_a_gpu_that_is_not_here_is_no_fault_of_the_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    outcome = compiled(tmp_path, job(pipeline="aggressive"))
+    assert (outcome.data, outcome.final, outcome.elsewhere) == (None, False, True)
+    assert outcome.log.startswith("pipeline 'aggressive': needs a GPU to tune on, and there is none here")
+    assert "\n" not in outcome.log
+    # No machine has a GPU of two architectures.
+    outcome = compiled(tmp_path, job(pipeline="aggressive", architectures=["sm_80", "sm_90"]))
+    assert (outcome.data, outcome.final, outcome.elsewhere) == (None, True, False)
+
+
 def cyclic() -> dict:
     shape = blueprint()
     shape["nodes"][0]["inputs"] = [shape["nodes"][-1]["name"]]

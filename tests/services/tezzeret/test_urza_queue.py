@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -77,12 +78,123 @@ def test_a_lease_that_runs_out_and_attempts_that_run_out(address):
         await queue.retry(second, "it crashed", 0.01)
         third = await queue.claim(0)
         assert third.attempt == 3
+        # Handed back it is no attempt, and this is the third again.
         await queue.hand_back(third)
+        third = await queue.claim(0)
+        assert third.attempt == 3
+        await queue.retry(third, "it crashed again", 0.01)
         return await queue.result(job_id, timeout_s=10)
 
     result = run(address, scenario, lease_s=1)
     assert (result.status, result.attempts) == (JobStatus.INVALID, 3)
-    assert "handed back" in result.log
+    assert result.log == "it crashed again"
+
+
+def test_what_is_handed_back_for_a_while_goes_to_others(address):
+    async def scenario(queue):
+        other = UrzaQueue(address, name="other")
+        first, second = await queue.submit(job(seed=110)), await queue.submit(job(seed=111))
+        claim = await queue.claim(0)
+        assert (claim.job.job_id, claim.attempt) == (first, 1)
+        await queue.hand_back(claim, "left to others", 60.0)
+        mine = await queue.claim(0)
+        assert mine.job.job_id == second
+        assert await queue.claim(0) is None
+        theirs = await other.claim(0)
+        assert (theirs.job.job_id, theirs.attempt) == (first, 1)
+        for each in (mine, theirs):
+            await queue.finish(each, CompileResult(job_id=each.job.job_id, status=JobStatus.INVALID))
+        await other.close()
+
+    run(address, scenario)
+
+
+def test_a_worker_that_cannot_leaves_the_job_to_one_that_can(urza, address, monkeypatch):
+    monkeypatch.setenv("ESPER_REGISTRY_TOKEN", urza.admin_token)
+
+    async def submitted(queue):
+        return await queue.submit(job(seed=112))
+
+    async def seen(queue):
+        _, found = await queue._link.ask("GET", f"/jobs/{job_id}")
+        return found["status"], found["attempts"], found["log"]
+
+    async def ended(queue):
+        return await queue.result(job_id, timeout_s=60)
+
+    job_id = run(address, submitted)
+    reason = "this worker does not run pipeline 'fast'"
+    with worker_process("--urza", urza.url, "--pipeline", "standard") as unable:
+        unable.wait_for(f"job {job_id} left to other workers: {reason}")
+        # By then it would have had the job three times.
+        time.sleep(4)
+        status, attempts, log = run(address, seen)
+        # At the moment of a look it is claimed.
+        assert (status, attempts) in (("QUEUED", 0), ("RUNNING", 1))
+        assert log == f"left to others: {reason}"
+        with worker_process("--urza", urza.url, "--pipeline", "fast"):
+            result = run(address, ended)
+    assert (result.status, result.attempts) == (JobStatus.COMPILED, 1)
+    assert unable.said.count(job_id) == 1
+
+
+def old(asked: list[tuple], jobs: list[dict]):
+    """An Urza of the time before jobs could be handed back uncounted."""
+
+    async def ask(method, path, body=None, expected=()):
+        asked.append((path.rpartition("/")[2], body))
+        status = 200
+        if "aside" in body or body.get("status") == "release":
+            status = 422
+        assert status == 200 or status in expected
+        return (204, {}) if path == "/jobs/claim" and not jobs else (status, dict(jobs[0]) if jobs else {})
+
+    return ask
+
+
+def test_an_urza_that_is_older_counts_what_is_handed_back():
+    found = {**job(job_id="0" * 32).to_payload(), "attempts": 1, "lease": "l"}
+
+    async def scenario(queue):
+        asked, jobs = [], [found]
+        queue._link.ask = old(asked, jobs)
+        claim = await queue.claim(0)
+        await queue.hand_back(claim, "left to others", 0.4)
+        ends = [(verb, body["status"], body["log"]) for verb, body in asked[1:]]
+        assert ends == [("finish", "release", "left to others"), ("finish", "retry", "left to others")]
+        # For a while it does not ask, so that others can have the job; then it does not mention what it left.
+        assert await queue.claim(0.05) is None
+        assert len(asked) == 3
+        assert (await queue.claim(1.0)).job == claim.job
+        assert asked[-1] == ("claim", {"worker": "me", "lease_s": 60.0})
+        # Asking at once it is told that again, and hands out what comes first.
+        await queue.hand_back(claim, "left to others", 60.0)
+        assert (await queue.claim(0)).job == claim.job
+        assert [sorted(body) for _, body in asked[-2:]] == [["aside", "lease_s", "worker"], ["lease_s", "worker"]]
+
+    run("http://127.0.0.1:1", scenario)
+
+
+def test_jobs_that_were_left_are_named_when_asking():
+    async def scenario(queue):
+        asked = []
+
+        async def ask(method, path, body=None, expected=()):
+            asked.append(body)
+            return 204, {}
+
+        queue._link.ask = ask
+        queue._aside.put("0" * 32, 60.0)
+        queue._aside.put("1" * 32, 1e-9)
+        assert await queue.claim(0) is None
+        assert asked == [{"worker": "me", "lease_s": 60.0, "aside": ["0" * 32]}]
+        # More than Urza takes: nothing is asked for until some of them come back.
+        for number in range(5000):
+            queue._aside.put(f"{number:032}", 60.0)
+        assert await queue.claim(0) is None
+        assert len(asked) == 1
+
+    run("http://127.0.0.1:1", scenario)
 
 
 def test_an_artifact_that_is_elsewhere(address):

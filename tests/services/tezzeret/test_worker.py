@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,7 @@ from esper.services.tezzeret.job import CompileResult, JobStatus
 from esper.services.tezzeret.limits import Limits
 from esper.services.tezzeret.queue import Claim, QueueUnavailableError
 from esper.services.tezzeret.redis_queue import RedisQueue
+from esper.services.tezzeret.runner import Outcome
 from esper.services.tezzeret.worker import Worker, WorkerSettings
 from tests.servers import RedisServer, redis_server, wait_until
 from tests.services.tezzeret.processes import blueprint, job, worker_process
@@ -36,6 +38,7 @@ class Queue:
         self.results: dict[str, CompileResult] = {}
         self.retried: list[str] = []
         self.handed_back: list[str] = []
+        self.aside: list[tuple[float, tuple]] = []
         self.renewed = 0
         self.ours = True
         self.down = 0
@@ -47,6 +50,9 @@ class Queue:
 
     async def claim(self, wait_s):
         self.answer()
+        now = time.monotonic()
+        self.waiting += [each for until, each in self.aside if until <= now]
+        self.aside = [(until, each) for until, each in self.aside if until > now]
         if not self.waiting:
             await asyncio.sleep(min(wait_s, 0.05))
             return None
@@ -68,8 +74,10 @@ class Queue:
         self.retried.append(log)
         self.waiting.append((claim.job, claim.attempt + 1))
 
-    async def hand_back(self, claim):
+    async def hand_back(self, claim, log="", aside_s=0.0):
         self.handed_back.append(claim.job.job_id)
+        if aside_s:
+            self.aside.append((time.monotonic() + aside_s, (claim.job, claim.attempt)))
 
     async def close(self):
         pass
@@ -156,11 +164,92 @@ def test_a_job_that_ends_its_workers_is_not_handed_out_for_ever():
     assert result.log == "given up: handed out 3 times, and its workers died or hung"
 
 
-def test_other_pipelines_are_left_to_others():
-    queue = Queue(job(pipeline="aggressive"))
-    once(queue, pipelines=frozenset({"fast"}), max_attempts=2, retry_s=0.01)
-    assert queue.retried == ["this worker does not run pipeline aggressive"]
-    assert [result.status for result in queue.results.values()] == [JobStatus.INVALID]
+@pytest.fixture
+def long_pauses(monkeypatch):
+    """However slow the machine is, nothing comes by twice."""
+    monkeypatch.setattr("esper.services.tezzeret.elsewhere._FIRST_PAUSE_S", 600.0)
+
+
+def test_other_pipelines_are_left_to_others(long_pauses):
+    theirs, ours = job(pipeline="aggressive"), job()
+    queue = Queue(theirs, ours)
+    lines = once(queue, pipelines=frozenset({"fast"}))
+    assert list(queue.results) == [ours.job_id]
+    # No attempt, and free for others at once.
+    assert (queue.retried, queue.handed_back) == ([], [theirs.job_id])
+    assert f"job {theirs.job_id} left to other workers: this worker does not run pipeline 'aggressive'" in lines
+    assert not any(theirs.job_id in line and "claimed" in line for line in lines)
+
+
+def test_a_pipeline_that_there_is_not_is_the_jobs_fault():
+    wrong = job(pipeline="standrd")
+    queue = Queue(wrong)
+    once(queue, pipelines=frozenset({"fast"}))
+    result = queue.results[wrong.job_id]
+    assert (result.status, result.attempts) == (JobStatus.INVALID, 1)
+    assert "unknown pipeline 'standrd'; known: fast, standard, aggressive" in result.log
+
+
+def test_without_a_gpu_tuning_is_left_to_others(monkeypatch, long_pauses):
+    # Of which the sandbox hears; on a machine with a GPU it is then as on one without.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    first, second = job(pipeline="aggressive"), job(pipeline="aggressive", seed=1)
+    queue = Queue(first, second)
+    lines = once(queue, concurrency=1)
+    assert (queue.results, queue.retried) == ({}, [])
+    assert queue.handed_back == [first.job_id, second.job_id]
+    left = f"job {first.job_id} left to other workers: pipeline 'aggressive': needs a GPU"
+    assert any(left in line for line in lines)
+    # Known after the first: no process is started to find it out again.
+    assert [line for line in lines if "compiling" in line] == [f"job {first.job_id} compiling"]
+
+
+def test_what_nobody_takes_is_invalid_after_a_very_long_time(monkeypatch):
+    monkeypatch.setattr("esper.services.tezzeret.elsewhere._LONGEST_PAUSE_S", 0.05)
+    alone = job(pipeline="aggressive")
+    queue, lines = Queue(alone), []
+    settings = WorkerSettings(pipelines=frozenset({"fast", "standard"}), abandon_s=0.5)
+
+    async def main() -> None:
+        worker = Worker(queue, Registry(), settings, say=lines.append)
+        running = asyncio.create_task(worker.run())
+        while not queue.results:
+            await asyncio.sleep(0.02)
+        worker.stop()
+        await running
+
+    begun = time.monotonic()
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert time.monotonic() - begun >= 0.5
+    result = queue.results[alone.job_id]
+    assert (result.status, result.attempts) == (JobStatus.INVALID, 0)
+    assert result.log == (
+        "no worker that runs pipeline 'aggressive' took it within 0.5 s; "
+        "here: this worker does not run pipeline 'aggressive'"
+    )
+    assert len(queue.handed_back) > 3
+    assert len([line for line in lines if "left to other workers" in line]) == 1
+
+
+def test_jobs_run_at_once_as_many_as_allowed_and_no_more(monkeypatch):
+    """Each waits for another to be under way: one at a time they would wait for ever."""
+    from esper.services.tezzeret import worker as module
+
+    met, inside, most = asyncio.Barrier(2), 0, 0
+
+    async def compile_together(wanted, limits, folder):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        await asyncio.wait_for(met.wait(), 30)
+        inside -= 1
+        return Outcome(build("lowrank", d_in=6, d_out=4, seed=wanted.seed), None, "", False)
+
+    monkeypatch.setattr(module, "compile_in_sandbox", compile_together)
+    queue = Queue(*(job(seed=seed) for seed in range(6)))
+    once(queue, concurrency=2)
+    assert [result.status for result in queue.results.values()] == [JobStatus.COMPILED] * 6
+    assert most == 2
 
 
 def test_an_outage_loses_nothing():
@@ -201,7 +290,7 @@ def test_an_artifact_that_is_not_what_was_asked_for(monkeypatch):
     from esper.services.tezzeret import worker as module
 
     async def other(wanted, limits, folder):
-        return module.Outcome(build("lowrank", d_in=6, d_out=4, seed=9), None, "", False)
+        return Outcome(build("lowrank", d_in=6, d_out=4, seed=9), None, "", False)
 
     monkeypatch.setattr(module, "compile_in_sandbox", other)
     queue, registry = Queue(job()), Registry()
@@ -249,11 +338,25 @@ def test_without_a_queue_once_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"concurrency": 0}, {"max_attempts": True}, {"lease_s": -1}, {"grace_s": float("nan")}]
+    "bad",
+    [
+        {"concurrency": 0},
+        {"max_attempts": True},
+        {"lease_s": -1},
+        {"lease_s": 0},
+        {"grace_s": float("nan")},
+        {"abandon_s": float("inf")},
+        {"pipelines": frozenset()},
+    ],
 )
 def test_settings_that_are_none(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         WorkerSettings(**bad)
+
+
+def test_a_pipeline_is_one_of_those_there_are():
+    with pytest.raises(ValueError, match="pipeline 'standrd' is unknown; known: fast, standard, aggressive"):
+        WorkerSettings(pipelines=frozenset({"fast", "standrd"}))
 
 
 # -- as a process
@@ -311,6 +414,40 @@ def test_a_killed_workers_job_is_done_by_another(server, tmp_path, monkeypatch):
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+def test_two_sandboxes_run_at_once(server, tmp_path):
+    """The first is stopped in its tracks, so it cannot have ended before the second one begins."""
+    server.client().flushall()
+    first, second = job(seed=78), job(seed=79)
+    since = submitted(server, first, second)
+    arguments = ("--redis", server.url, "--registry", str(tmp_path), "--concurrency", "2")
+    with worker_process(*arguments) as worker:
+        begun = wait_until(worker.sandboxes, "a sandbox")
+        os.kill(begun[0], signal.SIGSTOP)
+        try:
+            wait_until(lambda: len(worker.sandboxes()) == 2, "two sandboxes")
+        finally:
+            os.kill(begun[0], signal.SIGCONT)
+        for each in (first, second):
+            assert result_of(server, each, since).status is JobStatus.COMPILED
+
+
+def test_a_worker_that_cannot_leaves_the_job_to_one_that_can(server, tmp_path):
+    server.client().flushall()
+    wanted, other = job(seed=80), job(seed=81, pipeline="nonsense")
+    since = submitted(server, wanted, other)
+    arguments = ("--redis", server.url, "--registry", str(tmp_path / "registry"))
+    with worker_process(*arguments, "--pipeline", "standard", "--lease", "600") as unable:
+        # What comes behind it is done meanwhile.
+        assert result_of(server, other, since).status is JobStatus.INVALID
+        # By then it would have had the job three times.
+        time.sleep(4)
+        assert f"job {wanted.job_id} left to other workers: this worker does not run pipeline 'fast'" in unable.said
+        with worker_process(*arguments, "--pipeline", "fast", "--lease", "900"):
+            result = result_of(server, wanted, since)
+    assert (result.status, result.attempts) == (JobStatus.COMPILED, 1)
+    assert unable.said.count(wanted.job_id) == 1
+
+
 def alive(pid: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, 0)
@@ -329,19 +466,19 @@ def test_the_commands(server, tmp_path, capsys, monkeypatch):
         assert esper([*arguments, "--wait", "60"]) == 0
         artifact_id = capsys.readouterr().out.strip()
         assert FileRegistry(registry).blob_path(artifact_id).exists()
-        assert esper([*arguments[:4], "0", *arguments[5:], "--wait", "60"]) == 1
+        misfit = ["tezzeret", "submit", "elementwise", "--d-in", "6", "--d-out", "4"]
+        assert esper([*misfit, "--wait", "60"]) == 1
         said = capsys.readouterr()
         assert said.out == ""
-        assert "d_in must be an integer in" in said.err
+        assert "gives 6 features, but d_out is 4" in said.err
         assert "is INVALID after 1 attempts" in said.err
         worker.process.send_signal(signal.SIGTERM)
         assert worker.process.wait(20) == 0
     assert "stopped" in worker.said
     # Nobody works any more.
-    arguments[4] = "0"
-    assert esper(arguments) == 0
+    assert esper(misfit) == 0
     assert len(capsys.readouterr().out.strip()) == 32
-    assert esper([*arguments, "--wait", "0.2"]) == 1
+    assert esper([*misfit, "--wait", "0.2"]) == 1
     assert "no result within 0.2 s; is a worker running" in capsys.readouterr().err
     assert esper(["tezzeret", "worker", "--registry", registry, "--once"]) == 0
     assert server.client().xpending("compilation.blueprint.submitted", "tezzeret")["pending"] == 0

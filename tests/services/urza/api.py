@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("sqlalchemy")
+pytest.importorskip("alembic")
+pytest.importorskip("prometheus_client")
+
 from fastapi.testclient import TestClient
 
 from esper.services.urza.app import create_app

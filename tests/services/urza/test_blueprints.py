@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+pytest.importorskip("sqlalchemy")
+
 from esper.artifacts import Artifact
 from esper.blueprints import blueprint_hash, get
 from esper.services.urza import job_store
@@ -160,6 +162,34 @@ def test_a_job_given_back_three_times_is_invalid(api):
     statuses = [finish(api, claim(api).json(), "retry", log="no memory").json()["status"] for _ in range(3)]
     assert statuses == ["QUEUED", "QUEUED", "INVALID"]
     assert blueprint_status(api) == "INVALID"
+
+
+def test_a_job_handed_back_untried_was_no_attempt(api):
+    submit(api, d_in=6, d_out=4)
+    submit(api, d_in=8, d_out=4)
+    for _ in range(4):
+        job = claim(api).json()
+        assert (job["d_in"], job["attempts"]) == (6, 1)
+        released = finish(api, job, "release", log="left to others: no GPU").json()
+        assert (released["status"], released["attempts"], released["log"]) == ("QUEUED", 0, "left to others: no GPU")
+    assert blueprint_status(api) == "UNVALIDATED"
+    history = api("GET", f"/api/v1/jobs/{job['job_id']}").json()["history"]
+    assert history[-1]["reason"] == "handed back untried"
+    # No longer this worker's.
+    assert finish(api, job, "release").status_code == 409
+
+
+def test_a_worker_is_not_given_what_it_has_left(api):
+    submit(api, d_in=6, d_out=4)
+    submit(api, d_in=8, d_out=4)
+    job = claim(api).json()
+    finish(api, job, "release")
+    wish = {"worker": "w1", "aside": [job["job_id"], *(f"{number:032x}" for number in range(4000))]}
+    assert api("POST", "/api/v1/jobs/claim", json=wish).json()["d_in"] == 8
+    assert api("POST", "/api/v1/jobs/claim", json=wish).status_code == 204
+    assert claim(api, "w2").json()["job_id"] == job["job_id"]
+    for bad in (["x"], [job["job_id"]] * 4097, job["job_id"]):
+        assert api("POST", "/api/v1/jobs/claim", json={"worker": "w1", "aside": bad}).status_code == 422
 
 
 def test_what_one_job_compiled_anothers_failure_does_not_undo(api):

@@ -5,8 +5,13 @@ import sqlite3
 import subprocess
 import sys
 
-import psycopg
 import pytest
+
+pytest.importorskip("psycopg")
+pytest.importorskip("sqlalchemy")
+pytest.importorskip("alembic")
+
+import psycopg
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext

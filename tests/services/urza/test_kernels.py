@@ -5,6 +5,9 @@ import itertools
 import json
 
 import pytest
+
+pytest.importorskip("sqlalchemy")
+
 import sqlalchemy as sa
 
 from esper.artifacts import Artifact

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hypothesis
 import pytest
+
+pytest.importorskip("schemathesis")
+
 import schemathesis
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (

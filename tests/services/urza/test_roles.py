@@ -4,6 +4,9 @@ import hashlib
 import time
 
 import pytest
+
+pytest.importorskip("sqlalchemy")
+
 import sqlalchemy as sa
 
 from esper.services.urza.errors import ApiError

@@ -7,8 +7,12 @@ import logging
 from urllib.parse import urlsplit
 
 import httpx
-import obstore
 import pytest
+
+pytest.importorskip("obstore")
+pytest.importorskip("moto")
+
+import obstore
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 
