@@ -107,12 +107,14 @@ def attach(
         The attachment; it needs not be kept, and :meth:`Attachment.detach` ends it.
 
     Raises:
-        TypeError: if ``optimizer`` is not a ``torch.optim.Optimizer``.
+        TypeError: if ``optimizer`` is not a ``torch.optim.Optimizer``, or ``model`` is not one that can grow.
         ValueError: if the optimizer cannot take further groups, ``lr`` is negative or not finite, or an option is
             unknown.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
+    if not hasattr(model, "on_growth"):
+        raise TypeError(f"model is a {type(model).__name__}; expected what esper.wrap gave")
     optimizer = _innermost(optimizer)
     if isinstance(optimizer, LBFGS):
         raise ValueError("LBFGS keeps all parameters in one group and cannot take new ones; use SGD, AdamW or another")

@@ -375,6 +375,8 @@ def test_bad_arguments_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="'betas'"):
         attach(optimizer, growing, betas=(0.9, 0.99))
     assert esper.optim._BY_OPTIMIZER.get(optimizer, []) == []
+    with pytest.raises(TypeError, match="model is a Linear; expected what esper.wrap gave"):
+        attach(optimizer, nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
 def test_with_a_real_model_through_waking_culling_and_loading(tmp_path: Path) -> None:
