@@ -375,7 +375,7 @@ def test_bad_arguments_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="'betas'"):
         attach(optimizer, growing, betas=(0.9, 0.99))
     assert esper.optim._BY_OPTIMIZER.get(optimizer, []) == []
-    with pytest.raises(TypeError, match="model is a Linear; expected what esper.wrap gave"):
+    with pytest.raises(TypeError, match="model is a Linear; expected what"):
         attach(optimizer, nn.Linear(2, 2))  # type: ignore[arg-type]
 
 

@@ -4,6 +4,10 @@ The kernels say themselves how (``AOT`` in each module of ``esper.kernels``, see
 table of registers, spills and shared memory, one row for each kernel, variant and architecture. A kernel that does not
 compile, that has no entry, or that spills without a reason on record (``AOT_SPILLS``) is a problem, and the exit status
 is 1.
+
+``AOT`` holds one of each kind. ``--shipped`` takes instead every variant of a graft's kernels that the forge can put
+into an artifact (:func:`esper.ops.graft.variants.shipped`), some 1600 for each architecture: hours of a processor's
+time, for when a kernel's blocks or Triton change.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +42,8 @@ __all__ = [
     "main",
     "missing",
     "record",
+    "shipped_cases",
+    "spill_reason",
 ]
 
 ARCHITECTURES = (80, 90, 100)
@@ -128,13 +135,11 @@ def cases(module: ModuleType) -> list[Case]:
     Raises:
         ValueError: if an entry does not fit its kernel; the message names the module, the kernel and the argument.
     """
-    allowed: Mapping[str, str] = getattr(module, "AOT_SPILLS", {})
     found = []
     for kernel, signature, constexprs, *rest in getattr(module, "AOT", []):
         function = _unwrapped(kernel)
         name = function.__name__
-        spills = allowed.get(name, "") or allowed.get(f"{name} {_pointers(signature)}", "")
-        case = Case(function, signature, constexprs, rest[0] if rest else {}, spills)
+        case = Case(function, signature, constexprs, rest[0] if rest else {}, _reason(module, name, signature))
         wanted = set(function.arg_names)
         given = [*signature, *constexprs]
         odd = [argument for argument in given if argument not in wanted or given.count(argument) > 1]
@@ -146,6 +151,28 @@ def cases(module: ModuleType) -> list[Case]:
             )
         found.append(case)
     return found
+
+
+def spill_reason(kernel: Any, signature: Mapping[str, str]) -> str:
+    """Why ``AOT_SPILLS`` of the kernel's module says that it may spill with these types; "" if it may not."""
+    # The interpreter's functions are of its own module.
+    return _reason(importlib.import_module(kernel.fn.__module__), kernel.__name__, signature)
+
+
+def _reason(module: ModuleType, name: str, signature: Mapping[str, str]) -> str:
+    allowed: Mapping[str, str] = getattr(module, "AOT_SPILLS", {})
+    return allowed.get(name, "") or allowed.get(f"{name} {_pointers(signature)}", "")
+
+
+@lru_cache(maxsize=1)
+def shipped_cases() -> tuple[Case, ...]:
+    """Every variant that the forge can put into an artifact."""
+    from esper.ops.graft.variants import shipped
+
+    return tuple(
+        Case(one.kernel, one.signature, one.constants, one.options, spill_reason(one.kernel, one.signature))
+        for one in shipped()
+    )
 
 
 def missing(module: ModuleType) -> list[str]:
@@ -206,34 +233,52 @@ def compile_case(case: Case, arch: int, *, line_info: bool = True) -> Compiled:
     return Compiled(resources, compiled.metadata.name, cubin, compiled.metadata)
 
 
-def check(architectures: Sequence[int] = ARCHITECTURES, jobs: int = 1) -> tuple[list[Resources], list[str]]:
+def check(
+    architectures: Sequence[int] = ARCHITECTURES, jobs: int = 1, *, shipped: bool = False, only: Sequence[str] = ()
+) -> tuple[list[Resources], list[str]]:
     """Compile everything.
 
     Args:
         architectures: For which GPUs.
         jobs: Processes that share the work.
+        shipped: Whether to take what the forge ships, rather than what the modules list.
+        only: Words that must all occur in the name and variant of what is compiled.
 
     Returns:
         The table, and the problems in words (empty when all is well).
     """
     problems: list[str] = []
-    work: list[tuple[str, int, int]] = []
-    for module in modules():
-        problems += [f"{module.__name__}.{name} is launched, but AOT does not list it" for name in missing(module)]
-        work += [(module.__name__, i, arch) for i in range(len(cases(module))) for arch in architectures]
+    lists: list[tuple[str, Sequence[Case]]] = []
+    if shipped:
+        lists.append((_SHIPPED, shipped_cases()))
+    else:
+        for module in modules():
+            problems += [f"{module.__name__}.{name} is launched, but AOT does not list it" for name in missing(module)]
+            lists.append((module.__name__, cases(module)))
+    work = [
+        (name, index, arch)
+        for name, found in lists
+        for index, case in enumerate(found)
+        if all(word in f"{case.name} {case.variant}" for word in only)
+        for arch in architectures
+    ]
     if jobs > 1:
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found = list(pool.map(_attempt, work))
+            done = list(pool.map(_attempt, work))
     else:
-        found = list(map(_attempt, work))
-    table = [row for row, _ in found if row is not None]
-    return table, problems + [problem for _, problem in found if problem is not None]
+        done = list(map(_attempt, work))
+    table = [row for row, _ in done if row is not None]
+    return table, problems + [problem for _, problem in done if problem is not None]
+
+
+#: In a module's place: what the forge ships.
+_SHIPPED = ""
 
 
 def _attempt(which: tuple[str, int, int]) -> tuple[Resources | None, str | None]:
     """Compile one case of a module for one architecture: what it takes, and what is wrong."""
     name, index, arch = which
-    case = cases(importlib.import_module(name))[index]
+    case = shipped_cases()[index] if name == _SHIPPED else cases(importlib.import_module(name))[index]
     try:
         row = compile_case(case, arch).resources
     except Exception as error:
@@ -242,7 +287,7 @@ def _attempt(which: tuple[str, int, int]) -> tuple[Resources | None, str | None]
     if row.spill_stores + row.spill_loads and not case.spills:
         return row, (
             f"{case.name} ({case.variant}) spills {row.spill_stores} bytes on sm_{arch}; "
-            f"use fewer registers, or give the reason in AOT_SPILLS of {name}"
+            f"use fewer registers, or give the reason in AOT_SPILLS of {case.kernel.__module__}"
         )
     return row, None
 
@@ -283,6 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m esper.ops.aot", description="Compile the Triton kernels for GPUs.")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, metavar="SM", help="such as 80 90 100")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that share the work")
+    parser.add_argument("--shipped", action="store_true", help="take every variant that the forge can ship, not AOT's")
+    parser.add_argument("--only", nargs="+", default=(), metavar="WORD", help="words of the name and variant, all met")
     parser.add_argument("--json", action="store_true", help="print the table and the problems as JSON")
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep the table in this file")
     parser.add_argument("--against", type=Path, metavar="FILE", help="say what is not as this file has it")
@@ -291,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if triton_interprets():
         parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
-    table, problems = check(args.arch, args.jobs)
+    table, problems = check(args.arch, args.jobs, shipped=args.shipped, only=args.only)
     if args.record is not None:
         args.record.write_text(json.dumps(record(table), indent=1) + "\n")
     if args.against is not None:

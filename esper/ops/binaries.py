@@ -90,6 +90,9 @@ class BinaryTable:
 
     Attributes:
         handed_out: How many times :meth:`find` had an answer.
+        choices: For callers: what they made of the answers, by keys of their own. Another dictionary takes its place
+            when binaries come or go. Take it before asking :meth:`find`, and put what was made into that one: what is
+            made while binaries come is then forgotten with it.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class BinaryTable:
         self._driver = driver
         self._kernels = kernels or package_kernels
         self.handed_out = 0
+        self.choices: dict[tuple[object, ...], Any] = {}
         self._lock = threading.Lock()
         self._found: dict[_Key, tuple[NativeKernel, ...]] = {}
         self._known: set[tuple[int, str]] = set()
@@ -155,6 +159,7 @@ class BinaryTable:
         with self._lock:
             self._found.clear()
             self._known.clear()
+            self.choices = {}
 
     def _load(self, driver: Any, binary: Binary, device: int) -> None:
         entry = binary.entry
@@ -171,6 +176,7 @@ class BinaryTable:
             if (device, entry.sha256) not in self._known:
                 self._known.add((device, entry.sha256))
                 self._found[key] = (*self._found.get(key, ()), made)
+                self.choices = {}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -131,7 +132,8 @@ class Built:
 def compile_request(request: Request, *, timeout_s: float = TIMEOUT_S) -> list[Built]:
     """Compile every kernel of a family, forward and backward, for every architecture and dtype; no GPU is needed.
 
-    The same request and tools give the same bytes.
+    The same request and tools give the same bytes. A kernel that spills without a reason in ``AOT_SPILLS`` is warned
+    of: it computes what it should, slower than it could, and other versions of the compiler may do better or worse.
 
     Returns:
         The binaries in a fixed order; none for a family that has no kernels of its own.
@@ -140,6 +142,8 @@ def compile_request(request: Request, *, timeout_s: float = TIMEOUT_S) -> list[B
         ToolchainError: a kernel does not compile, or the compiler crashed or took longer than ``timeout_s``.
     """
     answer = _in_child(asdict(request), _ENVIRONMENT, timeout_s)
+    for note in answer.get("notes", ()):
+        warnings.warn(note, RuntimeWarning, stacklevel=2)
     return [_read(item) for item in answer["built"]]
 
 
@@ -224,14 +228,23 @@ def _written(built: Built) -> dict[str, Any]:
     return {**values, "cubin": base64.b64encode(built.cubin).decode("ascii")}
 
 
-def _build(request: Request) -> list[Built]:
-    """In the child: every kernel in order of dtype, architecture and launch."""
-    built = []
+def _build(request: Request) -> tuple[list[Built], list[str]]:
+    """In the child: every kernel in order of dtype, architecture and launch, and what is to be said of them."""
+    from esper.ops.aot import spill_reason
+
+    built, notes = [], []
     for dtype in request.dtypes:
         found = kernels_for(request, dtype)
         for arch in request.architectures:
-            built += [build_variant(variant, dtype, arch) for variant in found]
-    return built
+            for variant in found:
+                made = build_variant(variant, dtype, arch)
+                built.append(made)
+                if made.spills and not spill_reason(variant.kernel, variant.signature):
+                    notes.append(
+                        f"GPU binary {made.kernel} ({dtype}, sm_{arch}) spills {made.spills} bytes a thread, and no "
+                        "reason for that is on record: it computes what it should, slower than it could"
+                    )
+    return built, notes
 
 
 def kernels_for(request: Request, dtype: str) -> list[KernelVariant]:
@@ -321,13 +334,15 @@ def main() -> int:
     values: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in given.items()}
     request = Request(**values)
     try:
+        notes: list[str] = []
         if sizes is None:
-            built = _build(request)
+            built, notes = _build(request)
         else:
             from esper.ops.tuning import tune
 
+            # What spills there was measured, and is the fastest.
             built = tune(request, *sizes)
-        answer: dict[str, Any] = {"built": [_written(item) for item in built]}
+        answer: dict[str, Any] = {"built": [_written(item) for item in built], "notes": notes}
     except (ToolchainError, ValueError) as error:
         answer = {"error": str(error)}
     out.write(json.dumps(answer))

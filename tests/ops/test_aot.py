@@ -51,6 +51,15 @@ def test_every_kernel_compiles_for_every_architecture() -> None:
         assert row["cubin_bytes"] > 0
 
 
+def test_what_the_forge_ships_can_be_asked_for() -> None:
+    command = [sys.executable, "-m", "esper.ops.aot", "--shipped", "--only", "graft_contain", "bf16", "--arch", "80"]
+    result = subprocess.run([*command, "--json"], env=compiling_environment(), capture_output=True, text=True)
+    assert result.stdout, result.stderr
+    report = json.loads(result.stdout)
+    assert report["problems"] == []
+    assert [(row["kernel"], row["arch"]) for row in report["table"]] == [("graft_faults.graft_contain_kernel", 80)]
+
+
 def test_a_changed_kernel_is_named() -> None:
     numbers = {"registers": 32, "spill_stores": 0, "spill_loads": 0, "shared": 1024, "warps": 4}
     kept = {"triton": "3.9", "kernels": {"a": {"sm_80": numbers, "sm_90": numbers}, "b": {"sm_80": numbers}}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ from esper.ops.graft import (
     triton_elementwise,
 )
 from esper.ops.graft import triton as launcher
-from esper.ops.graft.variants import ACTIVATION_CODES, BANK_FAMILIES, variants
+from esper.ops.graft.variants import ACTIVATION_CODES, BANK_FAMILIES, KernelVariant, shipped, variants
 from esper.ops.toolchain import Request, kernels_for
 
 DEVICE = "cpu" if registry.triton_interprets() else "cuda"
@@ -51,6 +53,24 @@ def test_entries_fit_their_kernels(family, norm, rank):
             assert tuple(v.signature.items()) in known[v.kernel.__name__].signatures
         kinds = dict.fromkeys(BANK_FAMILIES, "graft_bank_kernel") | {"elementwise": "graft_elementwise_kernel"}
         assert names[0][1] == kinds.get(family, "graft_blend_kernel")
+
+
+def identity(variant: KernelVariant) -> tuple[object, ...]:
+    parts = (variant.signature, variant.constants, variant.options)
+    return variant.kernel.__name__, *(tuple(part.items()) for part in parts)
+
+
+@pytest.mark.parametrize("family", FamilyName)
+@pytest.mark.parametrize("rank", [1, 17, 65, 300])
+def test_what_the_forge_ships_is_known(family, rank):
+    known = [identity(variant) for variant in shipped()]
+    assert len(set(known)) == len(known)
+    fixed = {"lowrank": [None], "gated": list(ACTIVATIONS)}
+    for activation in fixed.get(family, ACTIVATION_CODES):
+        for dtype, aligned, biased, replaces in itertools.product(DTYPES, *[(False, True)] * 3):
+            flags = {"aligned": aligned, "biased": biased, "replaces": replaces}
+            found = variants(family, activation, "layernorm", dtype, rank=rank, **flags)
+            assert {identity(variant) for variant in found} <= set(known)
 
 
 def test_what_is_not_there_is_refused():

@@ -61,6 +61,26 @@ def test_failures_of_the_child_are_told(monkeypatch, tmp_path, program, message)
         compile_request(LOWRANK)
 
 
+def test_what_the_child_notes_is_warned_of(monkeypatch, tmp_path):
+    stand_in(monkeypatch, tmp_path, "import json; print(json.dumps(dict(built=[], notes=['demo_kernel spills'])))")
+    with pytest.warns(RuntimeWarning, match="^demo_kernel spills$"):
+        compile_request(LOWRANK)
+
+
+def test_spills_without_a_reason_are_noted(monkeypatch):
+    from esper.kernels import graft_bank
+
+    def build(variant, dtype, arch):
+        return SimpleNamespace(kernel=variant.kernel.__name__, spills=8 if variant.direction == "forward" else 0)
+
+    monkeypatch.setattr(toolchain, "build_variant", build)
+    built, notes = toolchain._build(LOWRANK)
+    assert (len(built), len(notes)) == (6, 3)
+    assert "graft_bank_kernel (bf16, sm_80) spills 8 bytes a thread" in notes[0]
+    monkeypatch.setattr(graft_bank, "AOT_SPILLS", {"graft_bank_kernel": "it is a test"}, raising=False)
+    assert toolchain._build(LOWRANK)[1] == notes[1:]
+
+
 def test_a_compiler_that_hangs_is_stopped(monkeypatch, tmp_path):
     stand_in(monkeypatch, tmp_path, "import time; time.sleep(60)")
     with pytest.raises(ToolchainError, match=r"took longer than 0\.2 seconds"):

@@ -17,6 +17,7 @@ from torch import Tensor
 from esper.ops import binaries
 from esper.ops.graft import bank_reference as reference
 from esper.ops.graft.bank import BankLayout, check_bank
+from esper.ops.graft.uploads import Table
 from esper.ops.graft.variants import ACTIVATION_CODES, DTYPE_NAMES, SEATS
 from esper.ops.registry import implements, triton_interprets, unavailable
 
@@ -37,6 +38,13 @@ _OPS = ("graft_bank", "graft_bank_backward")
 #: Where the faults begin behind the one byte that says that something is not finite: pointers are 16-byte aligned.
 FAULTS_AT = 16
 
+#: The compile-time arguments that a kernel runs with, and ``launch(programs, *arguments)``.
+Choice = tuple[Mapping[str, Any], Callable[..., None]]
+_HERE = contextlib.nullcontext()
+#: The current stream of a device by its index, as an address: Triton asks the same function. A PyTorch without CUDA has
+#: neither it nor streams.
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+
 
 def cdiv(a: int, b: int) -> int:
     """The quotient, rounded up."""
@@ -45,7 +53,9 @@ def cdiv(a: int, b: int) -> int:
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    if not t.is_cuda or t.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(t.device)
 
 
 @lru_cache(maxsize=64)
@@ -55,14 +65,15 @@ def processors(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=1024)
+def _uploaded(layout: BankLayout, seats: tuple[int, ...], device: torch.device) -> tuple[Table, Table, Table]:
+    spans = [border for segment in layout.blend.segments for border in segment]
+    return Table(layout.owner, device), Table(seats, device), Table(spans, device)
+
+
 def tables(layout: BankLayout, seats: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """owner, seats and spans on the device; uploaded once for each set of seeds."""
-    spans = [border for segment in layout.blend.segments for border in segment]
-    with torch.inference_mode(False):
-        owner, places, borders = (
-            torch.tensor(numbers, dtype=torch.int32).to(device) for numbers in (layout.owner, seats, spans)
-        )
-    return owner, places, borders
+    owner, places, spans = _uploaded(layout, seats, device)
+    return owner.here(), places.here(), spans.here()
 
 
 def choose(
@@ -73,8 +84,10 @@ def choose(
     options: Mapping[str, int],
     *,
     tuned: bool = True,
-) -> tuple[Mapping[str, Any], Callable[..., None]]:
+) -> Choice:
     """How to launch a kernel: by a signed artifact's binary where one fits, else by Triton.
+
+    The answer is made once and kept until binaries are loaded: a launch is worth a microsecond, and so is a search.
 
     Args:
         kernel: The ``@triton.jit`` function.
@@ -87,18 +100,30 @@ def choose(
     Returns:
         The compile-time arguments that it runs with, and ``launch(programs, *arguments)``.
     """
+    choices = binaries.TABLE.choices
+    # By the kernel's identity, since Triton hashes its source; what is kept holds the kernel.
+    key = (id(kernel), dtype, device, tuned, *constants, *constants.values(), *options, *options.values())
+    found: Choice | None = choices.get(key)
+    if found is None:
+        found = choices[key] = _choice(kernel, dtype, device, dict(constants), dict(options), tuned)
+    return found
+
+
+def _choice(
+    kernel: Any, dtype: str, device: torch.device, constants: dict[str, int], options: dict[str, int], tuned: bool
+) -> Choice:
     binary = None
     if device.type == "cuda":
         binary = binaries.TABLE.find(kernel.__name__, dtype, constants, device.index, tuned=tuned)
     if binary is None:
         return constants, lambda programs, *arguments: kernel[(programs,)](*arguments, **constants, **options)
+    index, native_launch, built = device.index, binary.launch, binary.constants
 
     def launch(programs: int, *arguments: Any) -> None:
-        stream = torch.cuda.current_stream(device).cuda_stream
-        if not binary.launch(programs, 1, 1, stream, *arguments):
-            kernel[(programs,)](*arguments, **binary.constants, **options)
+        if not native_launch(programs, 1, 1, _raw_stream(index), *arguments):
+            kernel[(programs,)](*arguments, **built, **options)
 
-    return binary.constants, launch
+    return built, launch
 
 
 def matrix(t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from esper.ops.graft import reference
 from esper.ops.graft.triton import cdiv, choose, contain, on_device
+from esper.ops.graft.uploads import Table
 from esper.ops.graft.variants import DTYPE_NAMES, SEATS
 from esper.ops.graft.views import check_parts, extents, positions
 from esper.ops.registry import implements, unavailable
@@ -20,11 +21,13 @@ _OPS = ("graft_blend", "graft_blend_backward")
 
 
 @lru_cache(maxsize=1024)
+def _uploaded(places: tuple[int, ...], device: torch.device) -> Table:
+    return Table([[*places[i : i + 4], 0, 0] for i in range(0, len(places), 4)], device)
+
+
 def seats_on(places: tuple[int, ...], device: torch.device) -> Tensor:
     """The table on the device, with two numbers more a seed than ``places``; uploaded once for each set of seeds."""
-    lines = [[*places[i : i + 4], 0, 0] for i in range(0, len(places), 4)]
-    with torch.inference_mode(False):
-        return torch.tensor(lines, dtype=torch.int32).to(device)
+    return _uploaded(places, device).here()
 
 
 def _register() -> None:

@@ -87,7 +87,7 @@ def _register() -> None:
             h.device,
             {"ACT": ACTIVATION_CODES[activation], "SHIFTED": shift is not None, "PLANES": planes}
             | kernels.elementwise_blocks(planes),
-            kernels.ELEMENTWISE_OPTIONS,
+            kernels.elementwise_options(planes, shift is not None),
         )
         parts, stretch, splits = lanes.grid(constants, h.device)
         alpha, scale = alpha.contiguous(), scale.contiguous()
@@ -142,7 +142,7 @@ def _register() -> None:
             dtype,
             gy.device,
             {"ACT": ACTIVATION_CODES[activation], "PLANES": planes} | wants | kernels.elementwise_blocks(planes),
-            kernels.ELEMENTWISE_OPTIONS,
+            kernels.elementwise_options(planes),
         )
         parts, stretch, splits = lanes.grid(constants, gy.device)
         places_there = seats_on(tuple(places), gy.device)

@@ -5,13 +5,14 @@ Importing this module does not import Triton; :func:`variants` does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import torch
 
-__all__ = ["ACTIVATION_CODES", "BANK_FAMILIES", "DTYPE_NAMES", "SEATS", "KernelVariant", "variants"]
+__all__ = ["ACTIVATION_CODES", "BANK_FAMILIES", "DTYPE_NAMES", "SEATS", "KernelVariant", "shipped", "variants"]
 
 #: As ``csrc/graft_bank.h`` and ``kernels/graft_math.py`` number them.
 ACTIVATION_CODES: Mapping[str | None, int] = {
@@ -94,6 +95,30 @@ def variants(
     if family == "elementwise":
         return _elementwise(ACTIVATION_CODES[activation], biased, dtype, replaces)
     return _blend(dtype)
+
+
+def shipped() -> list[KernelVariant]:
+    """Every variant that the forge can put into an artifact, each once, in a fixed order."""
+    found: dict[object, KernelVariant] = {}
+    # One rank of each layout.
+    for (family, activation), dtype, rank in product(_shipped_kinds(), DTYPE_NAMES.values(), (16, 64, 256)):
+        for biased, aligned, replaces in product((True, False), repeat=3):
+            for one in variants(
+                family, activation, None, dtype, rank=rank, biased=biased, aligned=aligned, replaces=replaces
+            ):
+                parts = (one.signature, one.constants, one.options)
+                found.setdefault((one.kernel.__name__, *(tuple(part.items()) for part in parts)), one)
+    return list(found.values())
+
+
+def _shipped_kinds() -> Iterator[tuple[str, str | None]]:
+    """Families with the activations that they can have; whatever else there is ends in the blend."""
+    for activation in ACTIVATION_CODES:
+        yield "bottleneck", activation
+        yield "elementwise", activation
+        if activation is not None:
+            yield "gated", activation
+    yield from (("lowrank", None), ("dense", None))
 
 
 #: Rows that a binary is laid out for; it takes any number.
@@ -185,7 +210,7 @@ def _elementwise(act: int, shifted: bool, dtype: str, replaces: bool) -> list[Ke
             "forward",
             elementwise.elementwise_signature(dtype),
             {"ACT": act, "SHIFTED": shifted, **tiles},
-            elementwise.ELEMENTWISE_OPTIONS,
+            elementwise.elementwise_options(False, shifted),
         ),
         _contain(dtype),
         KernelVariant(
@@ -193,7 +218,7 @@ def _elementwise(act: int, shifted: bool, dtype: str, replaces: bool) -> list[Ke
             "backward",
             elementwise.elementwise_backward_signature(dtype),
             {"ACT": act, **wants, **tiles},
-            elementwise.ELEMENTWISE_OPTIONS,
+            elementwise.elementwise_options(False),
         ),
         KernelVariant(
             elementwise.graft_elementwise_reduce_kernel,
