@@ -30,7 +30,7 @@ import socket
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from tests.services.urza.server import running_urza
 
 PERIOD = 10
 #: Width -> rounds of ten steps for each way: a thousand and more, because fewer cannot tell 1 % from none.
-WIDTHS = {512: 301, 1024: 121}
+WIDTHS = {512: 601, 1024: 121}
 LIMIT = 1.01
 LAYER = "2"
 #: Artificial delay of every answer where it is shown that no step waits for one.
@@ -65,31 +65,30 @@ IDLE = ("asleep", "again", "served")
 GROUPS = (("asleep", "again", "served", "fetched"), ("memory", "urza"))
 
 
-def _ask(url: str, token: str, paths: Sequence[str], turn: Any) -> None:
+def _ask(url: str, token: str, path: str, turn: Any) -> None:
     """Somebody else who asks for the same, with as little work as possible: another process."""
     place = urlsplit(url)
     with socket.create_connection((place.hostname, place.port)) as connection, connection.makefile("rb") as answers:
         while turn.recv():
-            for path in paths:
-                connection.sendall(
-                    f"GET {path} HTTP/1.1\r\nHost: {place.netloc}\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
-                )
-                assert b" 200 " in answers.readline(), path
-                size = 0
-                while line := answers.readline().strip():
-                    name, _, value = line.lower().partition(b":")
-                    size = int(value) if name == b"content-length" else size
-                answers.read(size)
+            connection.sendall(
+                f"GET {path} HTTP/1.1\r\nHost: {place.netloc}\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+            )
+            assert b" 200 " in answers.readline(), path
+            size = 0
+            while line := answers.readline().strip():
+                name, _, value = line.lower().partition(b":")
+                size = int(value) if name == b"content-length" else size
+            answers.read(size)
 
 
 class Other:
-    """Asks the registry for a kernel's metadata and bytes, as a load does, in a process of its own."""
+    """Asks the registry for a kernel's bytes, as a load does, in a process of its own."""
 
     def __init__(self, url: str, token: str, artifact_id: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._turn, theirs = context.Pipe()
-        paths = [f"/api/v1/kernels/{artifact_id}", f"/api/v1/kernels/{artifact_id}/blob"]
-        self._process = context.Process(target=_ask, args=(url, token, paths, theirs))
+        path = f"/api/v1/kernels/{artifact_id}/blob"
+        self._process = context.Process(target=_ask, args=(url, token, path, theirs))
         self._process.start()
 
     def ask(self) -> None:
@@ -224,8 +223,7 @@ def test_no_step_waits_for_a_fetch(benchmark: Any, tmp_path: Path) -> None:
     with running_server() as server:
         artifact_id = compile_into(tmp_path / "registry")
         server.add(esper.artifacts.FileRegistry(tmp_path / "registry").blob_path(artifact_id).read_bytes())
-        for kind in ("metadata", "blob"):
-            server.plan[kind] = [with_(delay=DELAY_S)] * 1000
+        server.plan["blob"] = [with_(delay=DELAY_S)] * 1000
         training = Training(HttpRegistry(server.url), artifact_id)
 
         def train() -> None:
