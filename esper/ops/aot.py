@@ -47,6 +47,8 @@ __all__ = [
 ]
 
 ARCHITECTURES = (80, 90, 100)
+#: In the words about a kernel that does.
+SPILLS = " spills "
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,7 @@ def _attempt(which: tuple[str, int, int]) -> tuple[Resources | None, str | None]
         return None, f"{case.name} ({case.variant}) does not compile for sm_{arch}: {error!r}"
     if row.spill_stores + row.spill_loads and not case.spills:
         return row, (
-            f"{case.name} ({case.variant}) spills {row.spill_stores} bytes on sm_{arch}; "
+            f"{case.name} ({case.variant}){SPILLS}{row.spill_stores} bytes on sm_{arch}; "
             f"use fewer registers, or give the reason in AOT_SPILLS of {case.kernel.__module__}"
         )
     return row, None
@@ -332,7 +334,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=(), metavar="WORD", help="words of the name and variant, all met")
     parser.add_argument("--json", action="store_true", help="print the table and the problems as JSON")
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep the table in this file")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="say what is not as this file has it")
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="say what is not as this file has it; its compiler's spills count"
+    )
     args = parser.parse_args(argv)
     from esper.ops.registry import triton_interprets
 
@@ -342,7 +346,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.record is not None:
         args.record.write_text(json.dumps(record(table), indent=1) + "\n")
     if args.against is not None:
-        changed = differences(record(table), json.loads(args.against.read_text()))
+        kept = json.loads(args.against.read_text())
+        now = record(table)
+        if now["triton"] != kept["triton"]:
+            # Blocks and stages were chosen for the compiler on record; another divides registers in another way.
+            spilling = [problem for problem in problems if SPILLS in problem]
+            problems = [problem for problem in problems if problem not in spilling]
+            for problem in spilling:
+                print(f"Triton {now['triton']}, and the record is of {kept['triton']}: {problem}", file=sys.stderr)
+        changed = differences(now, kept)
         if changed:
             changed.append(f"If that is meant: python -m esper.ops.aot --record {args.against}")
         problems += changed

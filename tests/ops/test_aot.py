@@ -182,3 +182,28 @@ def test_checker_finds(name: str, tmp_path: Path) -> None:
     else:
         assert len(problems) == 1
         assert expected in problems[0]
+
+
+def test_another_compilers_spills_are_said_and_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "demo.py").write_text(textwrap.dedent(KERNELS) + LISTS["hungry"][1])
+    script = """
+        import json, demo
+        from pathlib import Path
+        from esper.ops import aot
+        for other in ("good_kernel", "forgotten_kernel", "broken_kernel"):
+            delattr(demo, other)
+        aot.modules = lambda: [demo]
+        kept = aot.record(aot.check([80])[0])
+        for version in (kept["triton"], "0.0"):
+            Path("kept.json").write_text(json.dumps({**kept, "triton": version}))
+            print(aot.main(["--arch", "80", "--against", "kept.json", "--json"]))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=compiling_environment(PYTHONPATH=str(tmp_path)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert [line for line in result.stdout.splitlines() if line in ("0", "1")] == ["1", "0"], result.stderr
+    assert "the record is of 0.0: demo.hungry_kernel" in result.stderr
