@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from esper.ops import binaries, cubin, native
 from esper.ops.binaries import BinaryTable, Kernel
 from esper.ops.cubin import CubinError, Parameter
-from tests.ops import recorder as recording
 from tests.ops.recorder import Recorder, tiny_cubin
 
 extension = native.load()
@@ -49,17 +48,6 @@ class Binary:
 
 def binary(arch: int = 90, **changes: Any) -> Binary:
     return Binary(replace(Entry(), arch=f"sm_{arch}", **changes), memoryview(tiny_cubin("k", (8, 4, 8, 8), arch)))
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
-    return recording.build(tmp_path_factory.mktemp("recorder"))
-
-
-@pytest.fixture
-def recorder(library: Recorder) -> Recorder:
-    library.reset()
-    return library
 
 
 @pytest.fixture

@@ -10,23 +10,11 @@ import pytest
 
 from esper.ops import native
 from esper.ops.captures import beside_captures
-from tests.ops import recorder as recording
 from tests.ops.recorder import Recorder
 
 extension = native.load()
 needs_extension = pytest.mark.skipif(extension is None, reason=f"needs the extension: {native.reason()}")
 GLOBAL, THREAD_LOCAL, RELAXED = range(3)
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
-    return recording.build(tmp_path_factory.mktemp("recorder"))
-
-
-@pytest.fixture
-def recorder(library: Recorder) -> Recorder:
-    library.reset()
-    return library
 
 
 @pytest.fixture

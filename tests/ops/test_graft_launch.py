@@ -12,7 +12,6 @@ import torch
 from esper.ops import binaries, native
 from esper.ops.binaries import BinaryTable, Kernel
 from esper.ops.graft import triton as launcher
-from tests.ops import recorder as recording
 from tests.ops.recorder import Recorder, tiny_cubin
 
 extension = native.load()
@@ -38,17 +37,6 @@ class DemoKernel:
 @pytest.fixture
 def kernel() -> DemoKernel:
     return DemoKernel()
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
-    return recording.build(tmp_path_factory.mktemp("recorder"))
-
-
-@pytest.fixture
-def recorder(library: Recorder) -> Recorder:
-    library.reset()
-    return library
 
 
 @pytest.fixture
