@@ -26,7 +26,7 @@ from typing import Any, Final, TypeVar
 from esper.artifacts.artifact import read_bytes
 from esper.contracts import strict_json
 from esper.contracts.errors import ArtifactError, KernelNotFoundError, RegistryUnavailableError
-from esper.contracts.ids import check_sha256, parse_artifact_id
+from esper.contracts.ids import artifact_id_wanted, check_sha256, parse_artifact_id
 from esper.contracts.registry import ArtifactSummary
 
 __all__ = ["ArtifactFolder"]
@@ -168,10 +168,7 @@ class ArtifactFolder:
         Raises:
             KernelNotFoundError: ``artifact_id`` is no id.
         """
-        try:
-            parse_artifact_id(artifact_id)
-        except ValueError as error:
-            raise KernelNotFoundError(str(error)) from None
+        artifact_id_wanted(artifact_id)
         return self.index / f"{artifact_id}.json"
 
     @property

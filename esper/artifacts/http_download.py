@@ -22,7 +22,6 @@ _MAX_RESUMES: Final = 5
 _EXPIRED: Final = (400, 401, 403)
 #: A strong entity tag that is a SHA-256, as Urza gives every blob.
 _HASH_TAG: Final = re.compile(r'"([0-9a-f]{64})"')
-_LENGTH: Final = re.compile(r"\d{1,19}")
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
 
@@ -49,7 +48,7 @@ def announced(answer: Answer, artifact_id: str, url: str) -> Source | None:
     """What the head of a good answer from the registry itself says of the bytes that follow; None if not enough."""
     headers = answer.response.headers
     tag, length = _HASH_TAG.fullmatch(headers.get("etag", "")), headers.get("content-length", "")
-    if tag is None or not _LENGTH.fullmatch(length):
+    if tag is None or not length.isdecimal():
         return None
     return Source(artifact_id, tag[1], int(length), url, anonymous=False)
 

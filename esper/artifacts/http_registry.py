@@ -16,8 +16,8 @@ from esper.artifacts.text import summarise
 from esper.artifacts.workers import run_blocking
 from esper.contracts import strict_json
 from esper.contracts.backoff import Backoff
-from esper.contracts.errors import ArtifactError, KernelNotFoundError, RegistryUnavailableError
-from esper.contracts.ids import check_sha256, parse_artifact_id
+from esper.contracts.errors import ArtifactError, RegistryUnavailableError
+from esper.contracts.ids import artifact_id_wanted, check_sha256, parse_artifact_id
 from esper.contracts.manifest import Manifest
 from esper.contracts.registry import ArtifactSummary, RegistryURLError, mask_credentials
 
@@ -165,7 +165,7 @@ class HttpRegistry:
 
     async def _fetch_at_once(self, artifact_id: str, max_bytes: int) -> bytearray | None:
         """The bytes, if the registry sends them itself and the head of its answer says what they are."""
-        version, url = _version(artifact_id), self._api(f"/kernels/{artifact_id}/blob")
+        version, url = artifact_id_wanted(artifact_id).version, self._api(f"/kernels/{artifact_id}/blob")
         async with self._access.get(url, redirects=0) as answer:
             if answer.redirects:
                 return None
@@ -180,7 +180,7 @@ class HttpRegistry:
             return await download(self._access, source, self._backoff, lambda: self._locate(artifact_id), answer)
 
     async def _metadata(self, artifact_id: str) -> dict[str, Any]:
-        version = _version(artifact_id)
+        version = artifact_id_wanted(artifact_id).version
         document = await self._access.get_json(self._api(f"/kernels/{artifact_id}"), artifact_id, _DOCUMENT_BYTES)
         with _reading(self._url, artifact_id):
             if check_sha256(document["sha256"])[:8] != version or document["artifact_id"] != artifact_id:
@@ -218,14 +218,6 @@ class HttpRegistry:
 
     def __repr__(self) -> str:
         return f"HttpRegistry({self._url!r})"
-
-
-def _version(artifact_id: str) -> str:
-    """The digits of the bytes' hash that are in an id; they are compared before anything is read."""
-    try:
-        return parse_artifact_id(artifact_id).version
-    except ValueError as error:
-        raise KernelNotFoundError(str(error)) from None
 
 
 def _check_size(source: Source, max_bytes: int) -> None:

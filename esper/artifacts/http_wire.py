@@ -1,8 +1,8 @@
 """HTTP/1.1 on one connection: as much of it as fetching from a registry needs, and strict.
 
 Why not httpx: a request through it measured 1.4 ms of Python on a slow core, all of it holding the interpreter that
-the training loop runs in. This takes a quarter of that. What it does not do (proxies) goes
-through httpx, see :mod:`esper.artifacts.http_pool`.
+the training loop runs in. This takes a quarter of that. What it does not do (proxies) goes through httpx, see
+:mod:`esper.artifacts.http_pool`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-__all__ = ["TARGET_ANY", "ArtifactId", "check_sha256", "kernel_id", "parse_artifact_id"]
+from esper.contracts.errors import KernelNotFoundError
+
+__all__ = ["TARGET_ANY", "ArtifactId", "artifact_id_wanted", "check_sha256", "kernel_id", "parse_artifact_id"]
 
 #: Target of an artifact without GPU binaries: its blueprint runs wherever the package runs.
 TARGET_ANY = "any"
@@ -62,6 +64,18 @@ def parse_artifact_id(text: object) -> ArtifactId:
             "as esper.compile returns it"
         )
     return ArtifactId(*found.groups())
+
+
+def artifact_id_wanted(text: object) -> ArtifactId:
+    """As :func:`parse_artifact_id`, for those who look one up: what is no id is nowhere.
+
+    Raises:
+        KernelNotFoundError: if ``text`` is not an artifact id.
+    """
+    try:
+        return parse_artifact_id(text)
+    except ValueError as error:
+        raise KernelNotFoundError(str(error)) from None
 
 
 def check_sha256(text: object) -> str:

@@ -19,7 +19,7 @@ from esper.artifacts.keyring import KeyRing
 from esper.artifacts.text import summarise
 from esper.artifacts.workers import run_blocking, submit_blocking
 from esper.contracts.errors import ArtifactError, EsperError, KernelNotFoundError, RegistryUnavailableError
-from esper.contracts.ids import parse_artifact_id
+from esper.contracts.ids import artifact_id_wanted, parse_artifact_id
 from esper.contracts.registry import ArtifactSummary
 from esper.execution import background
 from esper.execution.disk_cache import Claim, DiskCache
@@ -96,7 +96,7 @@ class KernelSource:
         claim: Claim | None = None
         outcome: LoadedKernel | BaseException | None
         try:
-            _check_id(load.artifact_id)
+            artifact_id_wanted(load.artifact_id)
             outcome, claim = self._from_disk(load)
             if outcome is None:
                 background.submit(self._ask(load, claim))
@@ -110,8 +110,9 @@ class KernelSource:
         """On the background loop: wait for another process that fetches it, or fetch it."""
         outcome: LoadedKernel | BaseException | None = None
         try:
-            _check_id(load.artifact_id)
-            if claim is None and self._disk is not None:
+            if self._disk is None:
+                artifact_id_wanted(load.artifact_id)
+            elif claim is None:
                 outcome, claim = await self._await_other(load)
             if outcome is None:
                 data = await self._fetcher.fetch(load.artifact_id)
@@ -237,13 +238,6 @@ class KernelSource:
 
 class _RefusedError(Exception):
     """An artifact on the disk is sound, and the policy refuses it."""
-
-
-def _check_id(artifact_id: str) -> None:
-    try:
-        parse_artifact_id(artifact_id)
-    except ValueError as error:
-        raise KernelNotFoundError(str(error)) from None
 
 
 def _release(claim: Claim | None) -> None:

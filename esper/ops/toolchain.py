@@ -33,6 +33,7 @@ __all__ = [
     "DEFAULT_ARCHITECTURES",
     "DTYPES",
     "Built",
+    "OtherGpuError",
     "Request",
     "ToolchainError",
     "build_variant",
@@ -65,6 +66,10 @@ _GPU_ENVIRONMENT: Final = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "NVIDIA_
 
 class ToolchainError(RuntimeError):
     """The kernels did not compile; the message says which, and why."""
+
+
+class OtherGpuError(ToolchainError):
+    """The GPU to tune on is not in this machine; another may have it."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +165,13 @@ def tune_request(
         timeout_s: Seconds that it may take.
 
     Raises:
-        ToolchainError: there is no GPU, or another one; or as :func:`compile_request`.
+        OtherGpuError: there is no GPU, or another one.
+        ToolchainError: no machine has a GPU of several architectures; or as :func:`compile_request`.
     """
+    refusal = ToolchainError if len(present) > 1 else OtherGpuError
     driver = native.driver()
     if driver is None:
-        raise ToolchainError(
+        raise refusal(
             f"needs a GPU to tune on, and there is none here ({native.driver_reason()}); "
             "pipeline 'standard' compiles for named architectures without one"
         )
@@ -172,7 +179,7 @@ def tune_request(
     arch = 10 * major + minor
     if present and present != (arch,):
         named = ", ".join(f"sm_{number}" for number in present)
-        raise ToolchainError(f"tunes for the GPU of this machine, which is sm_{arch}, and not for {named}")
+        raise refusal(f"tunes for the GPU of this machine, which is sm_{arch}, and not for {named}")
     given = {**asdict(replace(request, architectures=(arch,))), "tune": [d_in, d_out]}
     answer = _in_child(given, (*_ENVIRONMENT, *_GPU_ENVIRONMENT), timeout_s)
     return [_read(item) for item in answer["built"]]

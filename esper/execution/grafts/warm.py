@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 
 #: Numbers of rows for which other variants are compiled.
 _ROWS: Final = (1, 1025)
+#: What ran already, by device, dtype and plan: it is compiled.
+_done: set[tuple[object, ...]] = set()
+_KEPT: Final = 4096
 
 
 def warm_up(grafts: GraftSet, seed_idx: int, kernel: LoadedKernel) -> bool:
@@ -69,6 +72,9 @@ def _run(kernels: Mapping[int, LoadedKernel], grafts: GraftSet, device: torch.de
     plan = fused.plan_of(bound, tensors, spec.d_in, spec.d_out)
     if plan is None:
         return False
+    key = (device, dtype, plan.d_out, plan.seeds[0].family.activation, *_layout(plan))
+    if key in _done:
+        return False
     alpha = torch.full((grafts.state_layout.num_seeds,), 0.5, device=device)
     for rows in _ROWS:
         h = torch.zeros(rows, plan.d_out, dtype=dtype, device=device)
@@ -77,7 +83,16 @@ def _run(kernels: Mapping[int, LoadedKernel], grafts: GraftSet, device: torch.de
             _bank(plan, tensors, torch.zeros(rows, plan.d_in, dtype=dtype, device=device), h, alpha)
         else:
             _elementwise(plan, tensors, h, alpha)
+    if len(_done) >= _KEPT:
+        _done.clear()
+    _done.add(key)
     return True
+
+
+def _layout(plan: fused.Plan) -> tuple[object, ...]:
+    if isinstance(plan, fused.BankPlan):
+        return "bank", plan.seats, plan.gated, plan.biased, plan.d_in
+    return "elementwise", plan.places, plan.shifted
 
 
 def _bank(plan: fused.BankPlan, tensors: Sequence[Mapping[str, Tensor]], x: Tensor, h: Tensor, alpha: Tensor) -> None:

@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from esper.blueprints.families import Family, match
 from esper.blueprints.ir import Blueprint
@@ -141,23 +141,11 @@ def binaries_for(
             )
         else:
             built = toolchain.compile_request(request)
+    except toolchain.OtherGpuError as error:
+        raise MachineError(f"pipeline {pipeline!r}: {error}") from None
     except toolchain.ToolchainError as error:
-        said = f"pipeline {pipeline!r}: {error}"
-        # The toolchain is the one way to ask for the driver; see docs/architecture.md.
-        if pipeline == "aggressive" and _is_elsewhere(toolchain.native.driver(), architectures):  # type: ignore[attr-defined]
-            raise MachineError(said) from None
-        raise CompileError(said) from None
+        raise CompileError(f"pipeline {pipeline!r}: {error}") from None
     return _named(built)
-
-
-def _is_elsewhere(driver: Any, architectures: Sequence[int]) -> bool:
-    """Whether the GPU to tune on is not here, but may be in another machine; none is of two architectures."""
-    if len(architectures) > 1:
-        return False
-    if driver is None:
-        return True
-    major, minor = driver.capability(0)
-    return bool(architectures) and architectures[0] != 10 * major + minor
 
 
 def _kernel_dtype(name: str) -> str:

@@ -6,12 +6,15 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from esper.services.urza.errors import unavailable
 from esper.services.urza.settings import Settings
 
-__all__ = ["BlobStore", "FolderBlobs", "blob_key", "open_blobs"]
+__all__ = ["PIECE", "BlobStore", "FolderBlobs", "blob_key", "open_blobs"]
+
+#: Blobs are read and sent in pieces of this many bytes.
+PIECE: Final = 1 << 20
 
 
 class BlobStore(Protocol):

@@ -15,7 +15,7 @@ from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from esper.services.urza.blobs import FolderBlobs
+from esper.services.urza.blobs import PIECE, FolderBlobs
 from esper.services.urza.errors import ApiError
 from esper.services.urza.ranges import blob_headers
 from esper.services.urza.service import Service
@@ -24,8 +24,6 @@ __all__ = ["QuickWay"]
 
 _PATH: Final = re.compile(r"/api/v1/kernels/([0-9a-f]{16}-[a-z0-9_]{1,32}-[a-z]{1,16}-[0-9a-f]{8})(/blob)?")
 _ROUTE: Final = "/api/v1/kernels/{artifact_id}"
-#: Larger blobs are sent in pieces, the long way.
-_MAX_BLOB: Final = 1 << 20
 #: Headers that change the answer, and those that change which way it goes.
 _SEEN: Final = frozenset((b"authorization", b"if-none-match", b"range", b"if-range"))
 _Headers = list[tuple[bytes, bytes]]
@@ -95,9 +93,9 @@ class QuickWay:
         return (304, card.head_unchanged, b"") if wanted == card.etag.encode("ascii") else None
 
     async def _blob(self, artifact_id: str, given: dict[bytes, bytes]) -> _Answer | None:
-        """All of a small file; parts, comparisons, and what is wrong with it are for the long way."""
+        """All of a file that is one piece; parts, comparisons, and what is wrong with it are for the long way."""
         blobs, facts = self._service.blobs, self._service.blob_facts_known(artifact_id)
-        if given or facts is None or facts[1] > _MAX_BLOB or not isinstance(blobs, FolderBlobs):
+        if given or facts is None or facts[1] > PIECE or not isinstance(blobs, FolderBlobs):
             return None
         sha256, size = facts
         try:

@@ -17,6 +17,7 @@ from esper.services.urza.records import decode_cursor, paged
 from esper.services.urza.responses import errors
 from esper.services.urza.routes_kernels import Cursor, Limit
 from esper.services.urza.schemas import (
+    JOB_PATTERN,
     BlueprintDetail,
     BlueprintList,
     BlueprintStatusChange,
@@ -36,7 +37,7 @@ __all__ = ["router"]
 router = APIRouter(prefix="/api/v1")
 
 BlueprintId = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
-JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]
+JobId = Annotated[str, Path(pattern=JOB_PATTERN)]
 
 
 @router.post(

@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from esper.services.urza import kernel_query, kernel_store
 from esper.services.urza.access import Publisher, Reader, Shared, Validator
+from esper.services.urza.blobs import PIECE
 from esper.services.urza.errors import ApiError
 from esper.services.urza.intake import take_in
 from esper.services.urza.lifecycle import KernelStatus
@@ -36,8 +37,6 @@ router = APIRouter(prefix="/api/v1/kernels", tags=["kernels"])
 Cursor = Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before")]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Most items on a page")]
 
-#: Blobs are read and sent in pieces of this size.
-_PIECE: Final = 1 << 20
 _TAG_HEADER: Final[dict[str, Any]] = {"ETag": {"description": "Names this version", "schema": {"type": "string"}}}
 
 
@@ -200,7 +199,7 @@ def _blob(
             500, "blob_damaged", f"the blob of {artifact_id} is missing or has another size; upload it again"
         )
     status = 206 if part is not None else 200
-    if length <= _PIECE:
+    if length <= PIECE:
         data = service.blobs.read(sha256, start, length)
         return Response(data, status, headers, "application/octet-stream")
     headers["Content-Length"] = str(length)
@@ -209,7 +208,7 @@ def _blob(
 
 async def _pieces(service: Service, sha256: str, start: int, length: int) -> AsyncIterator[bytes]:
     while length > 0:
-        piece = await run_in_threadpool(service.blobs.read, sha256, start, min(_PIECE, length))
+        piece = await run_in_threadpool(service.blobs.read, sha256, start, min(PIECE, length))
         if not piece:
             # Too late for a status; an answer that ends early is noticed by its length.
             raise OSError(f"the blob {sha256} ends early")

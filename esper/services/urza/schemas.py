@@ -53,7 +53,9 @@ Lease = Annotated[float, Field(ge=1, le=86_400, allow_inf_nan=False)]
 
 
 WorkerName = Annotated[str, StringConstraints(min_length=1, max_length=128), AfterValidator(_no_nul)]
-JobName = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+#: What a job's name looks like.
+JOB_PATTERN = r"^[0-9a-f]{32}$"
+JobName = Annotated[str, StringConstraints(pattern=JOB_PATTERN)]
 LeaseKey = Annotated[str, StringConstraints(max_length=64), AfterValidator(_no_nul)]
 Reason = Annotated[str, StringConstraints(max_length=2000), AfterValidator(_no_nul)]
 Log = Annotated[str, StringConstraints(max_length=65_536), AfterValidator(_no_nul)]

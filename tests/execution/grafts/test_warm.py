@@ -52,6 +52,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launches]:
     for module in (launcher, triton_elementwise):
         monkeypatch.setattr(module, "choose", choose)
     monkeypatch.setattr(fused, "serves", lambda device: True)
+    monkeypatch.setattr(warm, "_done", set())
     return found
 
 
@@ -73,6 +74,10 @@ def test_training_launches_nothing_else(launches: list[Launches], name: str, mod
                 grafts(x, h).sum().backward()
     compiled, launched = launches
     assert launched and launched <= compiled
+    launches.append(set())
+    with registry.use_backend("triton"):
+        assert not warm_up(grafts, 1, second), "it ran already"
+    assert launches[-1] == set()
 
 
 def test_nothing_is_compiled_where_nothing_is_launched(launches: list[Launches], monkeypatch: Any) -> None:
@@ -90,6 +95,7 @@ def test_what_goes_wrong_costs_no_kernel(monkeypatch: pytest.MonkeyPatch, caplog
         raise MemoryError("no registers left")
 
     monkeypatch.setattr(fused, "serves", lambda device: True)
+    monkeypatch.setattr(warm, "_done", set())
     monkeypatch.setattr(warm, "graft_bank", broken)
     with caplog.at_level(logging.WARNING, warm.__name__):
         assert not warm_up(graft_set(nn.Linear(D, D), (0.5,), {}), 0, loaded("lowrank"))
