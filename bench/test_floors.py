@@ -23,7 +23,7 @@ from bench.results import record
 from bench.test_grafts import RANK, SEEDS, grown
 from esper.execution.grafts.bank import Bank
 from esper.ops import registry
-from esper.ops.graft.seeds import Plan
+from esper.ops.graft.seeds import Plan, gradients_for, results_for
 
 PRODUCT = 512
 
@@ -86,21 +86,25 @@ def compiled_seeds() -> Iterator[Kernel]:
         ups = [torch.randn(RANK, width).t() / width for _ in range(SEEDS)]
         plan = torch.zeros(SEEDS, len(Plan), dtype=torch.int32)
         plan[:, Plan.CODE], plan[:, Plan.RANK], plan[:, Plan.END] = 1, RANK, width
-        alpha = torch.full((SEEDS,), 0.5)
+        plan[:, Plan.ROW] = torch.arange(SEEDS)
+        alpha, flags = torch.full((SEEDS,), 0.5), torch.zeros(SEEDS, dtype=torch.uint8)
         forward, backward = (registry.get(name).overload for name in ("graft_seeds", "graft_seeds_backward"))
         assert forward is not None and backward is not None
-        _, faults, effect = forward(x, h, alpha, plan, downs, ups, [])
-        assert not faults.any()
+        every = [*downs, *ups]
+        y, effect = results_for(h, plan)
+        grads = gradients_for(gy, x, every, True, True, True)
+        forward(x, h, alpha, flags, plan, every, 0, y, effect)
+        assert not flags.any()
         weights, product = 2 * SEEDS * downs[0].nbytes, 2 * rows * SEEDS * RANK * width
         yield Kernel(
             f"seeds {width} x {rows}, forward",
-            lambda f=forward, x=x, h=h, a=alpha, p=plan, d=downs, u=ups: f(x, h, a, p, d, u, []),
+            lambda c=forward, args=(x, h, alpha, flags, plan, every, 0, y, effect): c(*args),
             3 * x.nbytes + weights,
             2 * product,
         )
         yield Kernel(
             f"seeds {width} x {rows}, backward",
-            lambda b=backward, x=x, g=gy, e=effect, d=downs, u=ups: b(g, x, e, d, u, [], True, True, True),
+            lambda b=backward, args=(gy, x, effect, every, True, True, True, grads): b(*args),
             3 * x.nbytes + 2 * weights,
             5 * product,
         )

@@ -10,6 +10,7 @@ void bind_stats(pybind11::module_& m);
 void bind_graft(pybind11::module_& m);
 void bind_graft_call(pybind11::module_& m);
 void bind_graft_grad(pybind11::module_& m);
+void bind_graft_seeds_call(pybind11::module_& m);
 void bind_torch_shim(pybind11::module_& m);
 
 // Work that outlasts a thread switch lets other threads have the interpreter: those that load and publish. For less,

@@ -2,29 +2,45 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 #include "graft_bank.h"
 #include "graft_blend.h"
 #include "graft_core.h"
+#include "torch_shim.h"
 
 namespace esper::graft {
 namespace {
 
-using shim::Tensor;
-using shim::Value;
-
-// Columns of the plan, as esper.ops.graft.seeds.Plan has them. What a forward keeps has one more: alpha, bit by bit.
-enum Column { kCode, kRank, kBegin, kEnd, kReplace, kBiased, kColumns, kAlpha = kColumns, kKept };
+// Columns of the plan, as esper.ops.graft.seeds.Plan has them, and of what took effect: one more, alpha bit by bit.
+enum Column { kCode, kRank, kBegin, kEnd, kReplace, kBiased, kRow, kColumns, kAlpha = kColumns, kEffect };
 
 // Multiply-adds above which a call is split over torch's threads.
 constexpr std::int64_t kParallelAbove = 1 << 21;
 constexpr std::int64_t kLeastChunk = 16;
+// Rows of a tile when a matrix is copied into another layout; the least rank that is common.
+constexpr std::int64_t kTile = 8;
 
 void expect(bool holds, const char* what) {
     if (!holds) throw std::runtime_error(std::string("graft_seeds: ") + what);
 }
+
+// The parameters of all seeds, in one list: ways down, ways up and, if there are any at all, biases.
+struct Weights {
+    Weights(const std::vector<Array>& all, std::int64_t seeds) : biased(seeds > 0 && static_cast<std::int64_t>(all.size()) == 3 * seeds) {
+        expect(biased || static_cast<std::int64_t>(all.size()) == 2 * seeds,
+               "every seed needs a way down and one up, and all of them biases or none");
+        down = all.data();
+        up = down + seeds;
+        bias = up + seeds;
+    }
+    const Array *down, *up, *bias;
+    bool biased;
+};
 
 // One awake seed: where its parameters come from.
 struct Source {
@@ -35,24 +51,55 @@ struct Source {
     bool biased;
 };
 
+// Memory that is not set to 0 first.
+template <typename T>
+class Store {
+public:
+    Store() = default;
+    explicit Store(std::int64_t size) : data_(new T[static_cast<std::size_t>(size)]) {}
+    T* data() const { return data_.get(); }
+
+private:
+    std::unique_ptr<T[]> data_;
+};
+
+// m x n numbers from one layout to another; each has a step by rows and one by columns.
+template <typename T>
+void copy(const T* from, std::int64_t from_row, std::int64_t from_col, T* to, std::int64_t to_row, std::int64_t to_col, std::int64_t m,
+          std::int64_t n) {
+    if (from_col == 1 && to_col == 1) {
+        for (std::int64_t i = 0; i < m; ++i) std::copy_n(from + i * from_row, n, to + i * to_row);
+        return;
+    }
+    std::int64_t i = 0;
+    for (; i + kTile <= m; i += kTile) {  // a line of the cache that was fetched is used up; in loops of a known length
+        if (from_row == 1)
+            for (std::int64_t j = 0; j < n; ++j)
+                for (std::int64_t k = 0; k < kTile; ++k) to[(i + k) * to_row + j * to_col] = from[i + k + j * from_col];
+        else
+            for (std::int64_t j = 0; j < n; ++j)
+                for (std::int64_t k = 0; k < kTile; ++k) to[(i + k) * to_row + j * to_col] = from[(i + k) * from_row + j * from_col];
+    }
+    for (; i < m; ++i)
+        for (std::int64_t j = 0; j < n; ++j) to[i * to_row + j * to_col] = from[i * from_row + j * from_col];
+}
+
 // The awake seeds of one call as a bank, in memory of its own or where the parameters lie side by side already.
 template <typename T>
 class Gathered {
 public:
     // plan has `columns` numbers a line, the first of them the plan's.
-    Gathered(const Tensor& plan, std::int64_t columns, const std::vector<Tensor>& downs, const std::vector<Tensor>& ups,
-             const std::vector<Tensor>& biases, std::int64_t d_in, std::int64_t d_out)
+    Gathered(const Array& plan, std::int64_t columns, const std::vector<Array>& all, std::int64_t d_in, std::int64_t d_out)
         : d_in_(d_in), d_out_(d_out) {
-        const auto count = static_cast<std::int64_t>(downs.size());
-        expect(plan.dtype() == shim::api.int32 && plan.contiguous() && plan.dim() == 2 && plan.size(0) == count &&
-                   plan.size(1) == columns,
+        expect(plan.kind() == Kind::int32 && plan.contiguous() && plan.dim() == 2 && plan.size(1) == columns,
                "the plan must be int32 and have a line for each seed");
-        expect(ups.size() == downs.size() && (biases.empty() || biases.size() == downs.size()),
-               "every seed needs a way down and one up, and all of them biases or none");
-        for (std::int64_t s = 0; s < count; ++s) add(plan.data<std::int32_t>() + s * columns, static_cast<std::size_t>(s), downs, ups, biases);
-        join_down(downs);
-        join_up(ups);
-        join_bias(biases);
+        const Weights weights(all, plan.size(0));
+        seeds.reserve(static_cast<std::size_t>(plan.size(0)));
+        sources.reserve(static_cast<std::size_t>(plan.size(0)));
+        for (std::int64_t s = 0; s < plan.size(0); ++s) add(plan.data<std::int32_t>() + s * columns, static_cast<std::size_t>(s), weights);
+        join_down(weights.down);
+        join_up(weights.up);
+        join_bias(weights.bias);
     }
 
     bool awake() const { return !sources.empty(); }
@@ -65,10 +112,9 @@ public:
     const T *down = nullptr, *up = nullptr, *bias = nullptr;
 
 private:
-    void add(const std::int32_t* line, std::size_t s, const std::vector<Tensor>& downs, const std::vector<Tensor>& ups,
-             const std::vector<Tensor>& biases) {
-        const Tensor &down = downs[s], &up = ups[s];
-        expect(down.dtype() == shim::dtype_of<T>() && up.dtype() == shim::dtype_of<T>(), "weights must have the dtype of h");
+    void add(const std::int32_t* line, std::size_t s, const Weights& weights) {
+        const Array &down = weights.down[s], &up = weights.up[s];
+        expect(down.kind() == kind_of<T> && up.kind() == kind_of<T>, "weights must have the dtype of h");
         expect(down.dim() == 2 && down.size(1) == d_in_ && up.dim() == 2 && up.size(1) == down.size(0), "weights do not fit x and h");
         if (line[kCode] == 0 || line[kRank] == 0) return;
         const std::int64_t rank = line[kRank], begin = line[kBegin], end = line[kEnd];
@@ -77,9 +123,9 @@ private:
         expect(up.size(0) == d_out_ || up.size(0) == end - begin, "a way up has as many features as the layer or as its seed");
         const bool has_bias = line[kBiased] != 0;
         if (has_bias) {
-            expect(!biases.empty(), "the plan has a bias, but there are none");
-            expect(biases[s].dtype() == shim::dtype_of<T>() && biases[s].dim() == 1 && biases[s].size(0) >= rank && biases[s].contiguous(),
-                   "a bias does not fit");
+            expect(weights.biased, "the plan has a bias, but there are none");
+            const Array& bias = weights.bias[s];
+            expect(bias.kind() == kind_of<T> && bias.dim() == 1 && bias.size(0) >= rank && bias.contiguous(), "a bias does not fit");
         }
         sources.push_back({s, rows, rank, begin, end, up.size(0) == d_out_ ? 0 : -begin, has_bias});
         seeds.push_back({static_cast<std::int64_t>(s), rows, rows + rank, begin, end, line[kReplace] != 0, static_cast<Act>(line[kCode] - 1)});
@@ -87,50 +133,45 @@ private:
         biased = biased || has_bias;
     }
 
-    void join_down(const std::vector<Tensor>& downs) {
+    void join_down(const Array* downs) {
         bool joined = true;
         const T* base = sources.empty() ? nullptr : downs[sources[0].seed].data<T>();
         for (const Source& s : sources) {
-            const Tensor& t = downs[s.seed];
+            const Array& t = downs[s.seed];
             joined = joined && t.stride(1) == 1 && (t.stride(0) == d_in_ || s.rank == 1) && t.template data<T>() == base + s.row0 * d_in_;
         }
         down = base;
         if (joined) return;
-        down_.resize(static_cast<std::size_t>(rows * d_in_));
+        down_ = Store<T>(rows * d_in_);
         for (const Source& s : sources) {
-            const Tensor& t = downs[s.seed];
-            for (std::int64_t r = 0; r < s.rank; ++r) {
-                const T* from = t.template data<T>() + r * t.stride(0);
-                T* to = down_.data() + (s.row0 + r) * d_in_;
-                for (std::int64_t k = 0; k < d_in_; ++k) to[k] = from[k * t.stride(1)];
-            }
+            const Array& t = downs[s.seed];
+            copy(t.template data<T>(), t.stride(0), t.stride(1), down_.data() + s.row0 * d_in_, d_in_, 1, s.rank, d_in_);
         }
         down = down_.data();
     }
 
-    void join_up(const std::vector<Tensor>& ups) {
+    void join_up(const Array* ups) {
         bool joined = true;
         const T* base = sources.empty() ? nullptr : ups[sources[0].seed].data<T>();
         for (const Source& s : sources) {
-            const Tensor& t = ups[s.seed];
+            const Array& t = ups[s.seed];
             joined = joined && t.size(0) == d_out_ && t.stride(0) == 1 && (t.stride(1) == d_out_ || s.rank == 1) &&
                      t.template data<T>() == base + s.row0 * d_out_;
         }
         up = base;
         if (joined) return;
-        up_.assign(static_cast<std::size_t>(rows * d_out_), T(0));
+        const bool narrow = std::any_of(sources.begin(), sources.end(), [&](const Source& s) { return s.end - s.begin < d_out_; });
+        up_ = Store<T>(rows * d_out_);
+        if (narrow) std::fill_n(up_.data(), rows * d_out_, T(0));
         for (const Source& s : sources) {
-            const Tensor& t = ups[s.seed];
-            for (std::int64_t r = 0; r < s.rank; ++r) {
-                const T* from = t.template data<T>() + r * t.stride(1);
-                T* to = up_.data() + (s.row0 + r) * d_out_;
-                for (std::int64_t j = s.begin; j < s.end; ++j) to[j] = from[(j + s.origin) * t.stride(0)];
-            }
+            const Array& t = ups[s.seed];
+            copy(t.template data<T>() + (s.begin + s.origin) * t.stride(0), t.stride(1), t.stride(0),
+                 up_.data() + s.row0 * d_out_ + s.begin, d_out_, 1, s.rank, s.end - s.begin);
         }
         up = up_.data();
     }
 
-    void join_bias(const std::vector<Tensor>& biases) {
+    void join_bias(const Array* biases) {
         if (!biased) return;
         bias_.assign(static_cast<std::size_t>(rows), T(0));
         for (const Source& s : sources)
@@ -139,7 +180,8 @@ private:
     }
 
     std::int64_t d_in_, d_out_;
-    std::vector<T> down_, up_, bias_;
+    Store<T> down_, up_;
+    std::vector<T> bias_;
 };
 
 // How many parts a call of n rows is worked on in.
@@ -211,8 +253,8 @@ void blame(const Gathered<T>& gathered, const T* x, const T* h, const T* y, cons
 }
 
 struct Shapes {
-    Shapes(const Tensor& x, const Tensor& h) {
-        expect(x.dim() >= 1 && h.dim() == x.dim() && x.dtype() == h.dtype() &&
+    Shapes(const Array& x, const Array& h) {
+        expect(x.dim() >= 1 && h.dim() == x.dim() && x.kind() == h.kind() &&
                    std::equal(x.sizes().begin(), x.sizes().end() - 1, h.sizes().begin()),
                "x and h must have one dtype and agree in all but the last dimension");
         d_in = x.last();
@@ -222,42 +264,56 @@ struct Shapes {
     std::int64_t n, d_in, d_out;
 };
 
-const float* alphas(const Tensor& alpha, std::size_t seeds) {
-    expect(alpha.dtype() == shim::api.float32 && alpha.dim() == 1 && alpha.contiguous() &&
-               alpha.size(0) >= static_cast<std::int64_t>(seeds),
-           "alpha must hold a float32 for each seed");
-    return alpha.data<float>();
+// Where a line's seed is among alphas and flags.
+std::int64_t row_of(const Array& plan, std::int64_t line, std::int64_t first_row) {
+    return first_row + plan.data<std::int32_t>()[line * kColumns + kRow];
 }
 
-// The plan and the alphas as they took effect, for the backward: after a fault every seed sleeps.
-Tensor kept(const Tensor& plan, const float* alpha, bool contained) {
-    const std::int64_t count = plan.size(0);
-    Tensor made = Tensor::empty<std::int32_t>({count, kKept});
-    for (std::int64_t s = 0; s < count; ++s) {
-        std::int32_t* line = made.data<std::int32_t>() + s * kKept;
+// The seeds' alphas, by lines of the plan.
+std::vector<float> alphas(const Array& alpha, const Array& plan, std::int64_t first_row) {
+    expect(alpha.kind() == Kind::float32 && alpha.dim() == 1 && alpha.contiguous(), "alpha must be a row of float32");
+    std::vector<float> factors(static_cast<std::size_t>(plan.size(0)));
+    for (std::size_t s = 0; s < factors.size(); ++s) {
+        const std::int64_t row = row_of(plan, static_cast<std::int64_t>(s), first_row);
+        expect(0 <= row && row < alpha.size(0), "a line of the plan has no alpha");
+        factors[s] = alpha.data<float>()[row];
+    }
+    return factors;
+}
+
+// What took effect, for the backward: the plan with the alphas; after a fault every seed sleeps.
+void note_effect(const Array& plan, const std::vector<float>& alpha, bool contained, const Array& effect) {
+    for (std::int64_t s = 0; s < plan.size(0); ++s) {
+        std::int32_t* line = effect.data<std::int32_t>() + s * kEffect;
         std::copy_n(plan.data<std::int32_t>() + s * kColumns, static_cast<std::int64_t>(kColumns), line);
-        std::memcpy(line + kAlpha, alpha + s, sizeof(float));
+        std::memcpy(line + kAlpha, &alpha[static_cast<std::size_t>(s)], sizeof(float));
         if (contained) line[kCode] = 0;
     }
-    return made;
+}
+
+bool same_sizes(const Array& a, const Array& b) {
+    return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
 }
 
 template <typename T>
-void forward(Value* stack, const Tensor& x, const Tensor& h, const Tensor& alpha, const Tensor& plan,
-             const std::vector<Tensor>& downs, const std::vector<Tensor>& ups, const std::vector<Tensor>& biases) {
+void forward(const Array& x, const Array& h, const Array& alpha, const Array& flags, const Array& plan,
+             const std::vector<Array>& weights, std::int64_t first_row, const Array& y, const Array& effect) {
     const Shapes shape(x, h);
-    const float* factors = alphas(alpha, downs.size());
-    const Gathered<T> seeds(plan, kColumns, downs, ups, biases, shape.d_in, shape.d_out);
+    const Gathered<T> seeds(plan, kColumns, weights, shape.d_in, shape.d_out);
+    expect(flags.kind() == Kind::uint8 && flags.dim() == 1 && flags.contiguous() && flags.count() == alpha.count(),
+           "flags must be uint8, one for each alpha");
+    const std::vector<float> factors = alphas(alpha, plan, first_row);
+    expect(y.kind() == h.kind() && same_sizes(y, h) && y.contiguous(), "y must be contiguous and as h");
+    expect(effect.kind() == Kind::int32 && effect.dim() == 2 && effect.size(0) == plan.size(0) && effect.size(1) == kEffect &&
+               effect.contiguous(),
+           "effect must be int32, a line for each of the plan and one column more");
     std::vector<T> x_store, h_store;
     const T *from_x = x.dense(&x_store), *from_h = h.dense(&h_store);
-    Tensor y = Tensor::empty<T>(h.sizes());
-    Tensor faults = Tensor::empty<std::uint8_t>({static_cast<std::int64_t>(downs.size())});
-    std::fill_n(faults.data<std::uint8_t>(), downs.size(), std::uint8_t(0));
     bool contained = !seeds.awake();
     if (seeds.awake() && shape.n > 0) {
         const Bank bank = seeds.bank();
         std::vector<T> table(bank.table_size());
-        bank.coefficients(factors, table.data());
+        bank.coefficients(factors.data(), table.data());
         std::atomic<bool> finite{true};
         const std::int64_t work = shape.n * seeds.rows * (shape.d_in + shape.d_out);
         in_parts(shape.n, parts(shape.n, work), [&](std::int64_t, std::int64_t first, std::int64_t rows) {
@@ -266,45 +322,33 @@ void forward(Value* stack, const Tensor& x, const Tensor& h, const Tensor& alpha
                 finite = false;
         });
         if (!finite) {
-            std::uint8_t* flags = faults.data<std::uint8_t>();
-            blame(seeds, from_x, from_h, y.data<T>(), factors, shape.n, shape.d_in, shape.d_out, flags);
-            contained = std::any_of(flags, flags + downs.size(), [](std::uint8_t flag) { return flag != 0; });
+            std::vector<std::uint8_t> faults(factors.size());
+            blame(seeds, from_x, from_h, y.data<T>(), factors.data(), shape.n, shape.d_in, shape.d_out, faults.data());
+            for (std::size_t s = 0; s < faults.size(); ++s) {
+                if (faults[s] == 0) continue;
+                contained = true;
+                flags.data<std::uint8_t>()[row_of(plan, static_cast<std::int64_t>(s), first_row)] = 1;
+            }
         }
     }
     if (contained) std::copy_n(from_h, shape.n * shape.d_out, y.data<T>());
-    Tensor effect = kept(plan, factors, contained);
-    stack[0] = y.release();
-    stack[1] = faults.release();
-    stack[2] = effect.release();
+    note_effect(plan, factors, contained, effect);
 }
 
-// A gradient's memory, laid out as its parameter's: an optimizer then reads and writes both in order.
+// 0 where nothing else is written: in what the seeds leave of their memory. `grads` are those of all weights.
 template <typename T>
-Tensor like_parameter(const Tensor& t, bool wanted) {
-    if (!wanted) return Tensor::empty<T>({0});
-    return t.dim() == 2 && t.size(0) > 1 && t.size(1) > 1 && t.stride(0) < t.stride(1)
-               ? Tensor::empty<T>(t.sizes(), {1, t.size(0)})
-               : Tensor::empty<T>(t.sizes());
-}
-
-// 0 where nothing else is written: in what the seeds leave of their memory.
-template <typename T>
-void clear(const Gathered<T>& seeds, bool counts, std::vector<Tensor>& gdowns, std::vector<Tensor>& gups,
-           std::vector<Tensor>& gbiases) {
-    std::vector<bool> full(gdowns.size(), false), full_up(gdowns.size(), false), full_bias(gdowns.size(), false);
+void clear(const Gathered<T>& seeds, bool counts, std::int64_t count, const Array* grads, std::size_t size) {
+    std::vector<bool> full(size, false);
     if (counts)
         for (const Source& s : seeds.sources) {
-            full[s.seed] = s.rank == gdowns[s.seed].size(0);
-            full_up[s.seed] = full[s.seed] && s.end - s.begin == gups[s.seed].size(0);
-            full_bias[s.seed] = full[s.seed] && s.biased;
+            const std::size_t up = s.seed + static_cast<std::size_t>(count), bias = up + static_cast<std::size_t>(count);
+            const bool whole = s.rank == grads[s.seed].size(0);
+            full[s.seed] = whole;
+            full[up] = whole && s.end - s.begin == grads[up].size(0);
+            if (s.biased) full[bias] = whole;
         }
-    const auto zero = [](std::vector<Tensor>& grads, const std::vector<bool>& written) {
-        for (std::size_t i = 0; i < grads.size(); ++i)
-            if (!written[i]) std::fill_n(grads[i].template data<T>(), grads[i].count(), T(0));
-    };
-    zero(gdowns, full);
-    zero(gups, full_up);
-    zero(gbiases, full_bias);
+    for (std::size_t i = 0; i < size; ++i)
+        if (!full[i]) std::fill_n(grads[i].template data<T>(), grads[i].count(), T(0));
 }
 
 template <typename T>
@@ -328,36 +372,38 @@ struct Flat {
 };
 
 template <typename T>
-void scatter(Flat<T>& flat, const Gathered<T>& seeds, std::int64_t d_in, std::int64_t d_out, std::vector<Tensor>& gdowns,
-             std::vector<Tensor>& gups, std::vector<Tensor>& gbiases) {
+void scatter(Flat<T>& flat, const Gathered<T>& seeds, std::int64_t d_in, std::int64_t d_out, std::int64_t count, const Array* grads) {
     for (const Source& s : seeds.sources) {
-        Tensor &down = gdowns[s.seed], &up = gups[s.seed];
-        for (std::int64_t r = 0; r < s.rank; ++r) {
-            const T* from = flat.down(0) + (s.row0 + r) * d_in;
-            for (std::int64_t k = 0; k < d_in; ++k) down.data<T>()[r * down.stride(0) + k * down.stride(1)] = from[k];
-            from = flat.up(0) + (s.row0 + r) * d_out;
-            for (std::int64_t j = s.begin; j < s.end; ++j) up.data<T>()[(j + s.origin) * up.stride(0) + r * up.stride(1)] = from[j];
-        }
-        if (s.biased) std::copy_n(flat.bias(0) + s.row0, s.rank, gbiases[s.seed].template data<T>());
+        const Array &down = grads[s.seed], &up = grads[s.seed + static_cast<std::size_t>(count)];
+        copy(flat.down(0) + s.row0 * d_in, d_in, 1, down.data<T>(), down.stride(0), down.stride(1), s.rank, d_in);
+        copy(flat.up(0) + s.row0 * d_out + s.begin, d_out, 1, up.data<T>() + (s.begin + s.origin) * up.stride(0), up.stride(1),
+             up.stride(0), s.rank, s.end - s.begin);
+        if (s.biased) std::copy_n(flat.bias(0) + s.row0, s.rank, grads[s.seed + 2 * static_cast<std::size_t>(count)].template data<T>());
     }
 }
 
 template <typename T>
-void backward(Value* stack, const Tensor& gy, const Tensor& x, const Tensor& effect, const std::vector<Tensor>& downs,
-              const std::vector<Tensor>& ups, const std::vector<Tensor>& biases, bool want_x, bool want_h, bool want_weights) {
+void backward(const Array& gy, const Array& x, const Array& effect, const std::vector<Array>& weights, bool want_x, bool want_h,
+              bool want_weights, const std::vector<Array>& found) {
     const Shapes shape(x, gy);
-    const Gathered<T> seeds(effect, kKept, downs, ups, biases, shape.d_in, shape.d_out);
-    std::vector<float> factors(downs.size());
+    const Gathered<T> seeds(effect, kEffect, weights, shape.d_in, shape.d_out);
+    const std::int64_t count = effect.size(0);
+    std::vector<float> factors(static_cast<std::size_t>(count));
     for (std::size_t s = 0; s < factors.size(); ++s)
-        std::memcpy(&factors[s], effect.data<std::int32_t>() + s * kKept + kAlpha, sizeof(float));
+        std::memcpy(&factors[s], effect.data<std::int32_t>() + s * kEffect + kAlpha, sizeof(float));
     std::vector<T> x_store, gy_store;
     const T *from_x = x.dense(&x_store), *from_gy = gy.dense(&gy_store);
-    Tensor gx = want_x ? Tensor::empty<T>(x.sizes()) : Tensor::empty<T>({0});
-    Tensor gh = want_h ? Tensor::empty<T>(gy.sizes()) : Tensor::empty<T>({0});
-    std::vector<Tensor> gdowns, gups, gbiases;
-    for (const Tensor& t : downs) gdowns.push_back(like_parameter<T>(t, want_weights));
-    for (const Tensor& t : ups) gups.push_back(like_parameter<T>(t, want_weights));
-    for (const Tensor& t : biases) gbiases.push_back(like_parameter<T>(t, want_weights));
+    // For x, h and the weights, as far as they are wanted.
+    const std::size_t first_weight = (want_x ? 1 : 0) + (want_h ? 1 : 0);
+    expect(found.size() == first_weight + (want_weights ? weights.size() : 0), "there must be as many gradients as are wanted");
+    for (std::size_t i = 0; i < found.size(); ++i) {
+        const Array& of = i >= first_weight ? weights[i - first_weight] : i == 0 && want_x ? x : gy;
+        expect(found[i].kind() == gy.kind() && same_sizes(found[i], of) && (i >= first_weight || found[i].contiguous()),
+               "a gradient must be as what it is of");
+    }
+    T* gx = want_x ? found[0].template data<T>() : nullptr;
+    T* gh = want_h ? found[first_weight - 1].template data<T>() : nullptr;
+    const Array* grads = found.data() + first_weight;
     bool counts = seeds.awake() && shape.n > 0;
     const Bank bank = seeds.bank();
     std::vector<T> table(bank.table_size());
@@ -373,56 +419,40 @@ void backward(Value* stack, const Tensor& gy, const Tensor& x, const Tensor& eff
         Flat<T> flat(seeds, shape.d_in, shape.d_out, want_weights ? number : 0);
         in_parts(shape.n, number, [&](std::int64_t part, std::int64_t first, std::int64_t rows) {
             bank.backward(from_x + first * shape.d_in, from_gy + first * shape.d_out, seeds.down, seeds.up, seeds.bias, table.data(),
-                          rows, want_x ? gx.data<T>() + first * shape.d_in : nullptr,
-                          want_h ? gh.data<T>() + first * shape.d_out : nullptr, want_weights ? flat.down(part) : nullptr,
-                          want_weights ? flat.up(part) : nullptr, want_weights ? flat.bias(part) : nullptr);
+                          rows, want_x ? gx + first * shape.d_in : nullptr, want_h ? gh + first * shape.d_out : nullptr,
+                          want_weights ? flat.down(part) : nullptr, want_weights ? flat.up(part) : nullptr,
+                          want_weights ? flat.bias(part) : nullptr);
         });
         if (want_weights) {
-            clear(seeds, true, gdowns, gups, gbiases);
+            clear(seeds, true, count, grads, weights.size());
             flat.add_up(number);
-            scatter(flat, seeds, shape.d_in, shape.d_out, gdowns, gups, gbiases);
+            scatter(flat, seeds, shape.d_in, shape.d_out, count, grads);
         }
     } else {
-        if (want_weights) clear(seeds, false, gdowns, gups, gbiases);
-        if (want_x) std::fill_n(gx.data<T>(), gx.count(), T(0));
-        if (want_h) std::copy_n(from_gy, shape.n * shape.d_out, gh.data<T>());
+        if (want_weights) clear(seeds, false, count, grads, weights.size());
+        if (want_x) std::fill_n(gx, x.count(), T(0));
+        if (want_h) std::copy_n(from_gy, shape.n * shape.d_out, gh);
     }
-    stack[0] = gx.release();
-    stack[1] = gh.release();
-    stack[2] = shim::list_of(gdowns);
-    stack[3] = shim::list_of(gups);
-    stack[4] = shim::list_of(gbiases);
 }
 
 }  // namespace
 
-const char* const kForwardSchema =
-    "(Tensor x, Tensor h, Tensor alpha, Tensor plan, Tensor[] downs, Tensor[] ups, Tensor[] biases) -> "
-    "(Tensor y, Tensor faults, Tensor effect)";
-const char* const kBackwardSchema =
-    "(Tensor gy, Tensor x, Tensor effect, Tensor[] downs, Tensor[] ups, Tensor[] biases, bool want_x, bool want_h, "
-    "bool want_weights) -> (Tensor gx, Tensor gh, Tensor[] gdowns, Tensor[] gups, Tensor[] gbiases)";
-
-void seeds_forward(Value* stack, std::uint64_t, std::uint64_t) {
-    const Tensor x(stack[0]), h(stack[1]), alpha(stack[2]), plan(stack[3]);
-    const std::vector<Tensor> downs = shim::tensors(stack[4]), ups = shim::tensors(stack[5]), biases = shim::tensors(stack[6]);
-    if (h.dtype() == shim::api.float32)
-        forward<float>(stack, x, h, alpha, plan, downs, ups, biases);
-    else if (h.dtype() == shim::api.float64)
-        forward<double>(stack, x, h, alpha, plan, downs, ups, biases);
+void seeds_forward(const Array& x, const Array& h, const Array& alpha, const Array& flags, const Array& plan,
+                   const std::vector<Array>& weights, std::int64_t first_row, const Array& y, const Array& effect) {
+    if (h.kind() == Kind::float32)
+        forward<float>(x, h, alpha, flags, plan, weights, first_row, y, effect);
+    else if (h.kind() == Kind::float64)
+        forward<double>(x, h, alpha, flags, plan, weights, first_row, y, effect);
     else
         expect(false, "on a CPU h must be float32 or float64");
 }
 
-void seeds_backward(Value* stack, std::uint64_t, std::uint64_t) {
-    const Tensor gy(stack[0]), x(stack[1]), effect(stack[2]);
-    const std::vector<Tensor> downs = shim::tensors(stack[3]), ups = shim::tensors(stack[4]), biases = shim::tensors(stack[5]);
-    const bool want_x = shim::from_value<bool>(stack[6]), want_h = shim::from_value<bool>(stack[7]),
-               want_weights = shim::from_value<bool>(stack[8]);
-    if (gy.dtype() == shim::api.float32)
-        backward<float>(stack, gy, x, effect, downs, ups, biases, want_x, want_h, want_weights);
-    else if (gy.dtype() == shim::api.float64)
-        backward<double>(stack, gy, x, effect, downs, ups, biases, want_x, want_h, want_weights);
+void seeds_backward(const Array& gy, const Array& x, const Array& effect, const std::vector<Array>& weights, bool want_x, bool want_h,
+                    bool want_weights, const std::vector<Array>& grads) {
+    if (gy.kind() == Kind::float32)
+        backward<float>(gy, x, effect, weights, want_x, want_h, want_weights, grads);
+    else if (gy.kind() == Kind::float64)
+        backward<double>(gy, x, effect, weights, want_x, want_h, want_weights, grads);
     else
         expect(false, "on a CPU gy must be float32 or float64");
 }

@@ -32,7 +32,7 @@ struct ExchangeApi {
 
 constexpr std::uint32_t kDlpackMajor = 1;
 constexpr std::int32_t kDlpackCpu = 1;
-constexpr std::uint8_t kDlpackFloat = 2;
+constexpr std::uint8_t kDlpackInt = 0, kDlpackUnsigned = 1, kDlpackFloat = 2;
 
 // What torch has, given once.
 struct Torch {

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.execution.fused_host import FusedHost, tune
@@ -49,6 +50,7 @@ class HostForwards(nn.Module):
         self.__dict__["_grafts"] = self.grafts
         self._binding = HostBinding(host, fast_path)
         self._in_place = bool(getattr(host, "inplace", False))
+        self._linear = host._parameters if type(host) is nn.Linear and self._binding.untouched else None
         self._fused_host: FusedHost | None = None
         self._counters = _Counters()
         self._observer: Observer | None = None
@@ -78,7 +80,26 @@ class HostForwards(nn.Module):
                     self._counters.executions += 1
                     return y
         # A host that works in place would overwrite what its seeds are to read.
-        return self._blend(input, self._binding.base(input.clone() if self._in_place else input))
+        h = self._traced_host(input) if _tracing() else None
+        if h is None:
+            h = self._binding.base(input.clone() if self._in_place else input)
+        if _tracing():
+            y = self._grafts.as_operation(input, h)
+            if y is not None:
+                return y
+        return self._blend(input, h)
+
+    def _traced_host(self, input: Tensor) -> Tensor | None:
+        """The host's output, if it is a plain Linear.
+
+        A graph that came to the host in two ways, through the network and from here, would ask before every call
+        whether they still lead to one object, and all that lies on them.
+        """
+        linear = self._linear
+        if linear is None or "weight" not in linear or "bias" not in linear:  # parametrized, pruned, ...
+            return None
+        weight = linear["weight"]
+        return None if weight is None else F.linear(input, weight, linear["bias"])
 
     def _awake_attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         h, weights = self._binding.base(query, *args, **kwargs)

@@ -39,6 +39,9 @@ class KasminaStateLayout:
         layer_index: Which layer of it.
         num_seeds: Number of rows.
         first_row: The lattice's row of seed 0.
+        alphas: The lattice's ``alpha_blend``, of which this layer's is a part. A graph that reads several layers' seeds
+            takes this one tensor in, and not one for each.
+        faults: Its ``fault_flags``.
 
     Raises:
         ValueError: ``num_seeds`` is less than 1.
@@ -57,6 +60,8 @@ class KasminaStateLayout:
     fallback_active: Tensor
     health_sample: Tensor
     fault_flags: Tensor
+    alphas: Tensor
+    faults: Tensor
 
     def __init__(self, num_seeds: int, device: torch.device | str = "cpu") -> None:
         if num_seeds < 1:
@@ -84,6 +89,7 @@ class KasminaStateLayout:
         rows = slice(self.first_row, self.first_row + self.num_seeds)
         for name in FIELDS:
             setattr(self, name, getattr(self.lattice, name)[rows])
+        self.alphas, self.faults = self.lattice.alpha_blend, self.lattice.fault_flags
         self._host: Mapping[str, Array] = MappingProxyType(
             {name: array[rows] for name, array in self.lattice._mirror.fields.items()}
         )

@@ -40,10 +40,15 @@ class _State:
     """The part of a layer's state that a graft set reads and writes, of one seed."""
 
     num_seeds: int = 1
+    first_row: int = 0
 
     def __init__(self, alpha_blend: Tensor, fault_flags: Tensor) -> None:
-        self.alpha_blend = alpha_blend
-        self.fault_flags = fault_flags
+        self.hold(alpha_blend, fault_flags)
+
+    def hold(self, alpha_blend: Tensor, fault_flags: Tensor) -> None:
+        """Be these from now on."""
+        self.alpha_blend = self.alphas = alpha_blend
+        self.fault_flags = self.faults = fault_flags
 
 
 class LowRankGraft(KeepsTypes):
@@ -229,7 +234,8 @@ class LowRankGraft(KeepsTypes):
         super()._apply(fn, recurse)
         self._grafts._forget_bank()
         state = self._grafts.state_layout
-        state.alpha_blend, state.fault_flags = self.alpha, self.faults
+        assert isinstance(state, _State)
+        state.hold(self.alpha, self.faults)
         return self
 
 

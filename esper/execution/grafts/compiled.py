@@ -6,11 +6,12 @@ loop over memory. The operation does all of it in one pass, as eager code does, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.execution.grafts.bank_kernel import bank_eligible
 from esper.execution.grafts.seed import BoundSeed
@@ -26,47 +27,79 @@ _DTYPES = (torch.float32, torch.float64)
 class Sheet:
     """Seeds that run as the operation.
 
+    This is all that a traced layer reads of them: whatever it reads is compared again before every call of its graph.
+
     Attributes:
-        plan: See :class:`esper.ops.graft.seeds.Plan`; on the CPU.
-        rows: Their rows of alpha.
-        roles: Per seed the names of its parameters: down, up, and the bias or None.
+        plan: See :class:`esper.ops.graft.seeds.Plan`; on the CPU. Not to be written to: like layers share it.
+        first_row: Of the layer, in the tensors of alphas and faults.
+        homes: Where the weights are, in the operation's order: a module's parameters by kind, as they are replaced
+            under ``functional_call``. None for a bias that a seed does not have.
         reads_input: Whether they read what the host read.
+        rows_alone: Whether the features are the last dimension only where there are two.
         replaces: Whether any has mode replace.
     """
 
     plan: Tensor
-    rows: tuple[int, ...]
-    roles: tuple[tuple[str, str, str | None], ...]
+    first_row: int
+    homes: tuple[dict[str, Tensor | None] | None, ...]
     reads_input: bool
+    rows_alone: bool
     replaces: bool
 
 
-def sheet_of(seeds: Sequence[BoundSeed], tensors: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> Sheet | None:
+def sheet_of(
+    seeds: Sequence[BoundSeed], weights: Sequence[nn.Module], dtype: torch.dtype, channel_dim: int, first_row: int
+) -> Sheet | None:
     """How the seeds run as the operation, or None where they do not.
 
     Args:
         seeds: All that are bound.
-        tensors: Their parameters by the blueprints' names.
+        weights: Their parameters.
         dtype: Of the layer.
+        channel_dim: Where the features are: -1, or 1 which is the last dimension of rows alone.
+        first_row: Of the layer, in the tensors of alphas and faults.
     """
     if not 0 < len(seeds) <= SEATS or not compiled_here() or not bank_eligible(seeds, dtype, torch.device("cpu")):
         return None
-    lines, roles = [], []
-    for seed, named in zip(seeds, tensors, strict=True):
-        down, up = seed.family.tensor("down"), seed.family.tensor("up")
-        bias = seed.family.tensor("down", "bias") if "down" in seed.family.biases else None
-        roles.append((down, up, bias))
+    lines = []
+    downs: list[dict[str, Tensor | None] | None] = []
+    ups: list[dict[str, Tensor | None] | None] = []
+    biases: list[dict[str, Tensor | None] | None] = []
+    for seed, module in zip(seeds, weights, strict=True):
+        nodes = [_home(module, seed.family.tensor(role)) for role in ("down", "up")]
+        biased = "down" in seed.family.biases
+        downs.append(nodes[0])
+        ups.append(nodes[1])
+        biases.append(_home(module, seed.family.tensor("down", "bias")) if biased else None)
+        down = nodes[0]["weight"]
+        assert down is not None
         line = [0] * len(Plan)
         line[Plan.CODE] = 1 + ACTIVATIONS.index(seed.family.activation)
-        line[Plan.RANK] = named[down].shape[0]
+        line[Plan.RANK] = down.shape[0]
         line[Plan.BEGIN], line[Plan.END] = seed.place.begin, seed.place.end
         line[Plan.REPLACE] = int(seed.place.replace)
-        line[Plan.BIASED] = int(bias is not None)
-        lines.append(line)
+        line[Plan.BIASED] = int(biased)
+        line[Plan.ROW] = seed.place.index
+        lines.append(tuple(line))
+    return Sheet(
+        _plan_of(tuple(lines)),
+        first_row,
+        (*downs, *ups, *(biases if any(biases) else ())),
+        seeds[0].reads_input,
+        channel_dim != -1,
+        any(seed.place.replace for seed in seeds),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_of(lines: tuple[tuple[int, ...], ...]) -> Tensor:
     with torch.inference_mode(False):
-        plan = torch.tensor(lines, dtype=torch.int32, device="cpu")
-    rows = tuple(seed.place.index for seed in seeds)
-    return Sheet(plan, rows, tuple(roles), seeds[0].reads_input, any(seed.place.replace for seed in seeds))
+        return torch.tensor(lines, dtype=torch.int32, device="cpu")
+
+
+def _home(weights: nn.Module, name: str) -> dict[str, Tensor | None]:
+    home: dict[str, Tensor | None] = weights.get_submodule(name.rpartition(".")[0])._parameters  # type: ignore[assignment]
+    return home
 
 
 def serves(h: Tensor) -> bool:
@@ -85,33 +118,30 @@ def fits(tap: Tensor, h: Tensor, dim: int) -> bool:
     )
 
 
-def run(
-    sheet: Sheet, tensors: Sequence[Mapping[str, Tensor]], x: Tensor, h: Tensor, alpha: Tensor, dim: int
-) -> tuple[Tensor, Tensor] | None:
+def run(sheet: Sheet, x: Tensor, h: Tensor, alpha: Tensor, flags: Tensor) -> Tensor | None:
     """Blend the seeds into ``h``.
 
     Args:
         sheet: From :func:`sheet_of`.
-        tensors: The seeds' parameters.
         x: What the host read.
         h: Its output.
-        alpha: The layer's alphas.
-        dim: Dimension of the features, not negative.
+        alpha: Of all seeds that share a lattice.
+        flags: Their faults, which those of this call are added to.
 
     Returns:
-        y and the faults, or None where these tensors need the traced way.
+        y, or None where these tensors need the traced way.
     """
     tap = x if sheet.reads_input else h
-    if not fits(tap, h, dim) or any(t.dtype is not h.dtype for named in tensors for t in named.values()):
+    if not fits(tap, h, 1 if sheet.rows_alone else h.dim() - 1):
         return None
-    downs = [named[roles[0]] for named, roles in zip(tensors, sheet.roles, strict=True)]
-    ups = [named[roles[1]] for named, roles in zip(tensors, sheet.roles, strict=True)]
-    biases: list[Tensor] = []
-    if any(roles[2] is not None for roles in sheet.roles):
-        biases = [
-            h.new_empty(0) if roles[2] is None else named[roles[2]]
-            for named, roles in zip(tensors, sheet.roles, strict=True)
-        ]
-    if sheet.rows != tuple(range(alpha.shape[0])):
-        alpha = torch.stack([alpha[row] for row in sheet.rows])
-    return blend_seeds(tap, h, alpha, sheet.plan, downs, ups, biases, sheet.replaces)
+    weights = []
+    first_bias = 2 * sheet.plan.shape[0]
+    for i, home in enumerate(sheet.homes):
+        if home is None:
+            weights.append(h.new_empty(0))
+            continue
+        weight = home.get("weight" if i < first_bias else "bias")
+        if weight is None or weight.dtype is not h.dtype:
+            return None
+        weights.append(weight)
+    return blend_seeds(tap, h, alpha, flags, sheet.plan, weights, sheet.first_row, sheet.replaces)

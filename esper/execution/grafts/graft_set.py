@@ -36,6 +36,9 @@ class SeedState(Protocol):
     num_seeds: int
     alpha_blend: Tensor
     fault_flags: Tensor
+    alphas: Tensor
+    faults: Tensor
+    first_row: int
 
 
 class GraftSet(nn.Module):
@@ -181,10 +184,15 @@ class GraftSet(nn.Module):
         return weights
 
     def _changed(self) -> None:
-        self._layout = None
+        self._layout = self._sheet = None
         self._forget_bank()
         if self.spec.is_resolved:
             self._settle()  # now rather than at the next forward, which may be traced by a compiler
+
+    def adopt_state(self, state_layout: SeedState) -> None:
+        """Read and write these rows from now on."""
+        self.state_layout = state_layout
+        self._changed()
 
     def _forget_bank(self) -> None:
         self._bank = self._fast = None
@@ -204,6 +212,9 @@ class GraftSet(nn.Module):
             y, of h's shape, dtype and device.
         """
         if alpha is None:
+            y = self.as_operation(x, h)
+            if y is not None:
+                return y
             alpha = self.state_layout.alpha_blend
         # Asked in this order, a traced graph does not depend on whether an eager call has packed a bank.
         bank = None if _compiling() else self._bank
@@ -221,6 +232,17 @@ class GraftSet(nn.Module):
                 elif not bank.swapped():
                     self._forget_bank()  # moved by `.data =` or the like; packed again at the next call
         return self._general(x, h, alpha)
+
+    def as_operation(self, x: Tensor, h: Tensor) -> Tensor | None:
+        """As :meth:`forward`, as one operation in a graph that is made for a CPU; None where it cannot be one.
+
+        What a traced function looks at becomes a guard, and all guards are checked before each call of the graph. So
+        this is asked before everything else, and looks at little.
+        """
+        if not compiled.serves(h) or fused.serves(h.device) or self._sheet is None:
+            return None
+        state = self.state_layout
+        return compiled.run(self._sheet, x, h, state.alphas, state.faults)
 
     def with_host(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The product of a Linear host and the seeds as one operation, on a GPU; None where they cannot be one.
@@ -281,9 +303,12 @@ class GraftSet(nn.Module):
                 self.misfits[seed_idx] = str(error)
         self._seeds = fitting
         self._layout = BlendLayout([seed.place for seed in fitting.values()], self.spec.d_out)
-        tensors = [self._weights(i).tensors() for i in fitting]
+        weights = [self._weights(i) for i in fitting]
+        tensors = [w.tensors() for w in weights]
         self._plan = fused.plan_of(list(fitting.values()), tensors, self.spec.d_in, self.spec.d_out)
-        self._sheet = compiled.sheet_of(list(fitting.values()), tensors, self._like.dtype)
+        if not self.misfits:
+            first_row, channel_dim = self.state_layout.first_row, self.spec.channel_dim
+            self._sheet = compiled.sheet_of(list(fitting.values()), weights, self._like.dtype, channel_dim, first_row)
         self._runs = fused.runs_of(list(fitting))
 
     def _pack(self) -> Bank | ReservedBank | DeviceBank | None:
@@ -384,11 +409,6 @@ class GraftSet(nn.Module):
         if self._plan is not None and fused.serves(h.device) and not hasattr(h, "device_mesh"):
             tap = x if next(iter(self._seeds.values())).reads_input else h
             done = fused.run(self._plan, named, tap, h, alpha, dim)
-            if done is not None:
-                fused.raise_flags(flags, self._runs, done[1])
-                return done[0]
-        if self._sheet is not None and compiled.serves(h):
-            done = compiled.run(self._sheet, named, x, h, alpha, dim)
             if done is not None:
                 fused.raise_flags(flags, self._runs, done[1])
                 return done[0]

@@ -58,6 +58,7 @@ class ReservedGraftSet(GraftSet):
         self._operation = compiled_here() and state_layout.num_seeds <= SEATS
         with torch.inference_mode(False):
             self.plan = torch.zeros(state_layout.num_seeds, len(Plan), dtype=torch.int32, device=device)
+            self.plan[:, Plan.ROW] = torch.arange(state_layout.num_seeds, dtype=torch.int32, device=device)
 
     def keep_addresses(self) -> None:
         """Tell graphs that are recorded from compiled code that the tensors they read and write stay where they are."""
@@ -77,7 +78,7 @@ class ReservedGraftSet(GraftSet):
         seed = bind_seed(seed_idx, kernel, self.spec, self.state_layout.num_seeds)
         self._announce_write()
         self._memory(seed_idx).fill(seed, kernel.tensors)
-        line = [0] * len(Plan)
+        line = [0] * Plan.ROW  # which stays as it is
         line[Plan.CODE] = 1 + ACTIVATIONS.index(seed.family.activation)
         line[Plan.RANK] = kernel.tensors[seed.family.tensor("down")].shape[0]
         line[Plan.BEGIN], line[Plan.END] = seed.place.begin, seed.place.end
@@ -86,7 +87,7 @@ class ReservedGraftSet(GraftSet):
         self._write(seed_idx, line)
 
     def _drop(self, seed_idx: int) -> None:
-        self._write(seed_idx, [0] * len(Plan))
+        self._write(seed_idx, [0] * Plan.ROW)
         self._announce_write()
         self._memory(seed_idx).empty()
 
@@ -96,7 +97,9 @@ class ReservedGraftSet(GraftSet):
 
     def _write(self, seed_idx: int, line: list[int]) -> None:
         with torch.inference_mode(False):
-            self.plan[seed_idx].copy_(torch.tensor(line, dtype=torch.int32, device="cpu"), non_blocking=True)
+            self.plan[seed_idx, : Plan.ROW].copy_(
+                torch.tensor(line, dtype=torch.int32, device="cpu"), non_blocking=True
+            )
 
     def _memory(self, seed_idx: int) -> ReservedWeights:
         weights = self._modules[f"seed{seed_idx}"]
@@ -119,6 +122,10 @@ class ReservedGraftSet(GraftSet):
             return h
         return super().forward(x, h, alpha)
 
+    def as_operation(self, x: Tensor, h: Tensor) -> Tensor | None:
+        """Always None: whether seeds are bound must not be looked at, see :meth:`_traced`."""
+        return None
+
     def _traced(self, x: Tensor, h: Tensor, alpha: Tensor | None = None) -> Tensor:
         if h.numel() == 0:
             return h
@@ -133,15 +140,14 @@ class ReservedGraftSet(GraftSet):
             tap = sample_strided(tap, geometry.stride)
         memory = [self._memory(i).whole() for i in range(self.state_layout.num_seeds)]
         downs, biases, ups = zip(*memory, strict=True)
-        flags = self.state_layout.fault_flags
-        alpha = self.state_layout.alpha_blend if alpha is None else alpha
-        dim = self._dim(h)
+        state, dim = self.state_layout, self._dim(h)
         plain = compiled.fits(tap, h, dim) and all(type(t) is nn.Parameter and t.dtype is h.dtype for t in downs)
-        if self._operation and plain and compiled.serves(h):
-            y, blamed = blend_seeds(tap, h, alpha, self.plan, downs, ups, biases, replaces=True)
-        else:
-            weights = torch.cat(downs), torch.cat(biases), torch.cat(ups, 1)
-            y, blamed = reserved_blend(tap, h, weights, self.plan, alpha, dim, kinds)
+        if self._operation and plain and compiled.serves(h) and (alpha is None or alpha is state.alpha_blend):
+            every = [*downs, *ups, *biases]
+            return blend_seeds(tap, h, state.alphas, state.faults, self.plan, every, state.first_row, replaces=True)
+        weights = torch.cat(downs), torch.cat(biases), torch.cat(ups, 1)
+        alpha, flags = state.alpha_blend if alpha is None else alpha, state.fault_flags
+        y, blamed = reserved_blend(tap, h, weights, self.plan, alpha, dim, kinds)
         with torch.no_grad():
             flags.copy_(torch.maximum(flags, blamed.to(flags.dtype)))
         return y

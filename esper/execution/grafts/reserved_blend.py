@@ -43,7 +43,7 @@ def reserved_blend(
         tap: What the seeds read, ``d_tap`` features along ``dim``.
         h: The host's output, ``d_out`` features along ``dim``, otherwise of the tap's shape.
         weights: down ``[S R, d_tap]``, bias ``[S R]``, up ``[d_out, S R]``, seeds side by side.
-        plan: int32 ``[S, 6]``, see :class:`Plan`.
+        plan: int32 ``[S, 7]``, see :class:`Plan`.
         alpha: float32 ``[S]``.
         dim: Dimension of the features, not negative.
         activations: Those that awake seeds have; a graph that is to serve all seeds names all.
@@ -59,7 +59,7 @@ def reserved_blend(
     with torch.no_grad():
         if torch.compiler.is_compiling():
             plan, alpha = _as_it_is_now(plan), _as_it_is_now(alpha)
-        code, used, _, _, _, has_bias = plan.unbind(1)
+        code, used, _, _, _, has_bias, _ = plan.unbind(1)
         share, host = _coefficients(plan, alpha.to(wide), weights[2].shape[0])
         # [S, R]: rows that a kernel occupies and that count. What lies behind a closed row is never read: memory of a
         # sleeping seed may hold anything, NaN too. It gets no gradient either, so padding stays 0 whatever act(0) is.
@@ -95,7 +95,7 @@ def _as_it_is_now(t: Tensor) -> Tensor:
 
 def _coefficients(plan: Tensor, alpha: Tensor, features: int) -> tuple[Tensor, Tensor]:
     """Each seed's coefficient ``[S, d_out]`` and the host's factor ``[d_out]`` (docs/grafts.md has the formula)."""
-    code, _, begin, end, replace, _ = plan.unbind(1)
+    code, _, begin, end, replace, _, _ = plan.unbind(1)
     feature = torch.arange(features, device=plan.device)
     inside = (feature >= begin[:, None]) & (feature < end[:, None])
     replaces = (replace != 0)[:, None]

@@ -17,24 +17,27 @@ import torch
 from torch import Tensor
 
 from esper.ops import native
+from esper.ops.graft.inductor import call_directly, offer
 from esper.ops.graft.variants import ACTIVATION_CODES
 from esper.ops.registry import Backend, BackendUnavailableError, define, implements, route, unavailable
 
 __all__ = [
     "ACTIVATIONS",
-    "KEPT",
+    "ALPHA",
     "Plan",
     "blend_seeds",
     "check_seeds",
     "compiled_here",
-    "gradient_like",
+    "gradients_for",
     "graft_seeds",
     "graft_seeds_backward",
+    "groups_of",
+    "results_for",
 ]
 
 
 class Plan(IntEnum):
-    """Columns of a plan, int32 ``[S, 6]``; a line of zeros is a seed that sleeps."""
+    """Columns of a plan, int32 ``[S, 7]``; a line of zeros is a seed that sleeps."""
 
     #: 0 while the seed sleeps, else 1 + the activation's place in :data:`ACTIVATIONS`.
     CODE = 0
@@ -48,37 +51,40 @@ class Plan(IntEnum):
     REPLACE = 4
     #: 1 where the kernel has a bias.
     BIASED = 5
+    #: Its place in its layer.
+    ROW = 6
 
 
-#: Columns of what a forward keeps: the plan, and alpha.
-KEPT = len(Plan) + 1
+#: The column that what took effect has beyond the plan's: the bits of alpha.
+ALPHA = len(Plan)
 
 #: What a seed's code stands for, from 1.
 ACTIVATIONS: tuple[str | None, ...] = tuple(ACTIVATION_CODES)
 
 
-def check_seeds(
-    x: Tensor,
-    h: Tensor,
-    alpha: Tensor,
-    plan: Tensor,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    biases: Sequence[Tensor],
-) -> None:
+def groups_of(weights: Sequence[Tensor], seeds: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Ways down, ways up and biases.
+
+    Raises:
+        ValueError: the list is not made of two or three for each seed.
+    """
+    if len(weights) not in (2 * seeds, 3 * seeds):
+        raise ValueError(
+            f"{len(weights)} weights for {seeds} seeds: each has a way down and one up, and all a bias or none"
+        )
+    return list(weights[:seeds]), list(weights[seeds : 2 * seeds]), list(weights[2 * seeds :])
+
+
+def check_seeds(x: Tensor, h: Tensor, plan: Tensor, weights: Sequence[Tensor]) -> None:
     """Raise ValueError unless the tensors fit; ``h`` may be its gradient."""
-    count = len(downs)
     if x.dim() == 0 or x.shape[:-1] != h.shape[:-1] or x.dtype is not h.dtype:
         raise ValueError(
             f"x is {x.dtype} {tuple(x.shape)} and h {h.dtype} {tuple(h.shape)}; "
             "dtype and all but the last dimension must agree"
         )
-    if plan.dtype is not torch.int32 or tuple(plan.shape) != (count, len(Plan)):
-        raise ValueError(f"plan is {plan.dtype} {tuple(plan.shape)}; {count} seeds need int32 {(count, len(Plan))}")
-    if alpha.dtype is not torch.float32 or alpha.dim() != 1 or alpha.shape[0] < count:
-        raise ValueError(f"alpha is {alpha.dtype} {tuple(alpha.shape)}; {count} seeds need as many float32")
-    if len(ups) != count or len(biases) not in (0, count):
-        raise ValueError(f"{count} ways down, {len(ups)} ways up and {len(biases)} biases do not belong together")
+    if plan.dtype is not torch.int32 or plan.dim() != 2 or plan.shape[1] != len(Plan):
+        raise ValueError(f"plan is {plan.dtype} {tuple(plan.shape)}, not int32 {('seeds', len(Plan))}")
+    downs, ups, _ = groups_of(weights, plan.shape[0])
     for i, (down, up) in enumerate(zip(downs, ups, strict=True)):
         if down.dim() != 2 or up.dim() != 2 or down.shape[1] != x.shape[-1] or up.shape[1] != down.shape[0]:
             raise ValueError(f"seed {i}: down is {tuple(down.shape)} and up {tuple(up.shape)} for x {tuple(x.shape)}")
@@ -88,24 +94,34 @@ def _fake_seeds(
     x: Tensor,
     h: Tensor,
     alpha: Tensor,
+    flags: Tensor,
     plan: Tensor,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    biases: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        h.new_empty(h.shape),
-        torch.empty(len(downs), dtype=torch.uint8, device=h.device),
-        plan.new_empty(plan.shape[0], KEPT),
-    )
+    weights: Sequence[Tensor],
+    first_row: int,
+    y: Tensor,
+    effect: Tensor,
+) -> None:
+    """Everything is written to what is there."""
+    _compiler_is_here()
 
 
-def gradient_like(parameter: Tensor, wanted: bool) -> Tensor:
-    """Memory for a parameter's gradient, laid out as the parameter is; empty if not wanted."""
-    if not wanted:
-        return parameter.new_empty(0)
+def results_for(h: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for y and the effect."""
+    return h.new_empty(h.shape), plan.new_empty(plan.shape[0], len(Plan) + 1)
+
+
+def gradients_for(
+    gy: Tensor, x: Tensor, weights: Sequence[Tensor], want_x: bool, want_h: bool, want_weights: bool
+) -> list[Tensor]:
+    """Memory for the gradients that are wanted."""
+    gx, gh = [x.new_empty(x.shape)] if want_x else [], [gy.new_empty(gy.shape)] if want_h else []
+    return [*gx, *gh, *(gradient_like(t) for t in weights if want_weights)]
+
+
+def gradient_like(parameter: Tensor) -> Tensor:
+    """Memory for a parameter's gradient, laid out as the parameter is: an optimizer then reads both in order."""
     if parameter.dim() == 2 and min(parameter.shape) > 1 and parameter.stride(0) < parameter.stride(1):
-        return parameter.new_empty(parameter.shape[::-1]).t()
+        return parameter.new_empty_strided(parameter.shape, (1, parameter.shape[0]))
     return parameter.new_empty(parameter.shape)
 
 
@@ -113,48 +129,56 @@ def _fake_backward(
     gy: Tensor,
     x: Tensor,
     effect: Tensor,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    weights: Sequence[Tensor],
     want_x: bool,
     want_h: bool,
     want_weights: bool,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    return (
-        x.new_empty(x.shape if want_x else 0),
-        gy.new_empty(gy.shape if want_h else 0),
-        [gradient_like(t, want_weights) for t in downs],
-        [gradient_like(t, want_weights) for t in ups],
-        [gradient_like(t, want_weights) for t in biases],
-    )
+    grads: Sequence[Tensor],
+) -> None:
+    """Everything is written to what is there."""
+    _compiler_is_here()
 
 
-#: y, faults, and what took effect, for the backward.
+def _compiler_is_here() -> None:
+    if torch.compiler.is_compiling():
+        for op in _OPS:
+            assert op.overload is not None
+            call_directly(op.overload)
+
+
+#: The blend into ``y``, and what took effect into ``effect``, for the backward.
 #:
 #: Seed s contributes ``act_s(x @ down_s.T + bias_s) @ up_s.T`` with its coefficient; docs/grafts.md has the formula.
 #:
 #: - ``x``: ``[..., d_in]``, ``h``: ``[..., d_out]``, float32 or float64; nothing rounds in between.
-#: - ``alpha``: float32, one a seed. ``plan``: int32 ``[S, 6]``, see :class:`Plan`.
-#: - ``downs``: ``[R, d_in]`` each, ``ups``: ``[d_out, R]`` or ``[its own features, R]``, ``biases``: ``[R]``, or none
-#:   at all. R may differ from seed to seed and be larger than the plan's rank: what is beyond is not read.
+#: - ``alpha``: float32, of all seeds of a lattice: those of several layers come into a graph as one tensor. ``flags``:
+#:   uint8, as many; that of a seed at fault is set to 1.
+#: - ``plan``: int32 ``[S, 7]``, see :class:`Plan`. Its rows count from ``first_row``, so that like layers share one.
+#: - ``weights``: S ways down, ``[R, d_in]`` each, S ways up, ``[d_out, R]`` or ``[its own features, R]``, and S biases
+#:   ``[R]`` or none at all. R may differ from seed to seed and be larger than the plan's rank: what is beyond is not
+#:   read.
 #:
-#: ``y`` is the blend, or h in full if a seed is at fault; ``faults`` uint8 ``[S]`` says which; ``effect`` int32
-#: ``[S, 7]`` is the plan with the bits of alpha as one more column, and after a fault all seeds asleep.
+#: - ``y``: as h, contiguous: the blend, or h in full if a seed is at fault.
+#: - ``effect``: int32 ``[S, 8]``, the plan with :data:`ALPHA` as one more column; after a fault all seeds sleep in it.
+#:
+#: Whatever comes into a graph, crosses the dispatcher or comes out of an operation costs tenths of a microsecond,
+#: results most of all: a compiler checks their shapes, and allocates faster than an operation can. Hence one list of
+#: weights, results in memory that is given, and tensors that layers share.
 graft_seeds = define(
     "graft_seeds",
-    "(Tensor x, Tensor h, Tensor alpha, Tensor plan, Tensor[] downs, Tensor[] ups, Tensor[] biases) -> "
-    "(Tensor y, Tensor faults, Tensor effect)",
+    "(Tensor x, Tensor h, Tensor alpha, Tensor(a!) flags, Tensor plan, Tensor[] weights, int first_row, Tensor(b!) y, "
+    "Tensor(c!) effect) -> ()",
     doc="a layer's low-rank seeds from their own parameters, for compiled graphs on a CPU",
     fake=_fake_seeds,
     cpu_route=False,
 )
 
-#: Gradients of y for x, h and the parameters, each laid out as its parameter; after a fault gy for h and 0 for the
-#: rest. What is not wanted comes back empty.
+#: Gradients of y into ``grads``, those that are wanted: for x, for h, and for each of the weights. After a fault gy for
+#: h and 0 for the rest.
 graft_seeds_backward = define(
     "graft_seeds_backward",
-    "(Tensor gy, Tensor x, Tensor effect, Tensor[] downs, Tensor[] ups, Tensor[] biases, bool want_x, bool want_h, "
-    "bool want_weights) -> (Tensor gx, Tensor gh, Tensor[] gdowns, Tensor[] gups, Tensor[] gbiases)",
+    "(Tensor gy, Tensor x, Tensor effect, Tensor[] weights, bool want_x, bool want_h, bool want_weights, "
+    "Tensor(a!)[] grads) -> ()",
     doc="gradients of graft_seeds",
     fake=_fake_backward,
     cpu_route=False,
@@ -185,6 +209,8 @@ def _install() -> str:
 
 
 _reason = _install()
+if not _reason:
+    offer(*_OPS)
 for _op in _OPS:
     if _reason:
         route(_op, "CPU")
@@ -206,67 +232,64 @@ class _Seeds(torch.autograd.Function):
         x: Tensor,
         h: Tensor,
         alpha: Tensor,
+        flags: Tensor,
         plan: Tensor,
+        first_row: int,
         replaces: bool,
-        count: int,
         *weights: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         assert graft_seeds.overload is not None
-        groups = _groups(weights, count)
-        y, faults, effect = graft_seeds.overload(x, h, alpha, plan, *groups)
+        y, effect = results_for(h, plan)
+        graft_seeds.overload(x, h, alpha, flags, plan, list(weights), first_row, y, effect)
         ctx.save_for_backward(x, effect, *weights)
-        ctx.count, ctx.replaces = count, replaces
-        ctx.mark_non_differentiable(faults)
-        return y, faults
+        ctx.replaces = replaces
+        return y
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
         x, effect, *weights = ctx.saved_tensors
         want_x, want_h = ctx.needs_input_grad[:2]
-        want_weights = any(ctx.needs_input_grad[6:])
+        want_weights = any(ctx.needs_input_grad[7:])
+        want_h = want_h and ctx.replaces  # without a replace seed h's gradient is y's, faults or not
         assert graft_seeds_backward.overload is not None
-        gx, gh, downs, ups, biases = graft_seeds_backward.overload(
-            gy, x, effect, *_groups(weights, ctx.count), want_x, want_h and ctx.replaces, want_weights
-        )
-        # Without a replace seed h's gradient is y's, faults or not.
-        found = [*downs, *ups, *biases] if want_weights else [None] * len(weights)
-        return gx if want_x else None, gh if ctx.replaces else gy, None, None, None, None, *found
-
-
-def _groups(weights: Sequence[Tensor], count: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    return list(weights[:count]), list(weights[count : 2 * count]), list(weights[2 * count :])
+        found = gradients_for(gy, x, weights, want_x, want_h, want_weights)
+        graft_seeds_backward.overload(gy, x, effect, weights, want_x, want_h, want_weights, found)
+        gx = found.pop(0) if want_x else None
+        gh = found.pop(0) if want_h else gy
+        return gx, gh, None, None, None, None, None, *(found if want_weights else [None] * len(weights))
 
 
 def blend_seeds(
     x: Tensor,
     h: Tensor,
     alpha: Tensor,
+    flags: Tensor,
     plan: Tensor,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    first_row: int,
     replaces: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """:data:`graft_seeds` with a derivative for x, h and the parameters, for code that a compiler traces.
 
     Args:
-        x: As :data:`graft_seeds` has it, like all up to ``biases``.
+        x: As :data:`graft_seeds` has it, like all up to ``first_row``.
         h: See ``x``.
         alpha: See ``x``.
+        flags: See ``x``.
         plan: See ``x``.
-        downs: See ``x``.
-        ups: See ``x``.
-        biases: See ``x``.
+        weights: See ``x``.
+        first_row: See ``x``.
         replaces: Whether any seed may have mode replace; without, h's gradient is y's.
 
     Returns:
-        y and the faults, uint8 ``[S]``.
+        y.
     """
     if x is h:  # a compiler does not follow one tensor in two roles
         x = h.view_as(h)
     if torch.is_grad_enabled():
-        y, faults = _Seeds.apply(x, h, alpha, plan, replaces, len(downs), *downs, *ups, *biases)
-    else:
-        assert graft_seeds.overload is not None
-        y, faults, _ = graft_seeds.overload(x, h, alpha, plan, list(downs), list(ups), list(biases))
-    return y, faults
+        found: Tensor = _Seeds.apply(x, h, alpha, flags, plan, first_row, replaces, *weights)
+        return found
+    assert graft_seeds.overload is not None
+    y, effect = results_for(h, plan)
+    graft_seeds.overload(x, h, alpha, flags, plan, list(weights), first_row, y, effect)
+    return y

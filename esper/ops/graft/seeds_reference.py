@@ -12,7 +12,7 @@ from torch import Tensor
 from esper.ops.graft import reference
 from esper.ops.graft.bank_reference import activate, slope_times
 from esper.ops.graft.layout import BlendLayout, Place
-from esper.ops.graft.seeds import ACTIVATIONS, Plan, check_seeds, gradient_like
+from esper.ops.graft.seeds import ACTIVATIONS, ALPHA, Plan, check_seeds, groups_of
 from esper.ops.registry import implements
 
 __all__: list[str] = []
@@ -30,12 +30,11 @@ class _Seed:
     bias: Tensor | None
 
 
-def _awake(
-    plan: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], biases: Sequence[Tensor], features: int
-) -> list[_Seed]:
+def _awake(plan: Tensor, weights: Sequence[Tensor], features: int) -> list[_Seed]:
+    downs, ups, biases = groups_of(weights, plan.shape[0])
     found = []
     for i, line in enumerate(plan.tolist()):
-        code, rank, begin, end, replace, biased = (line[column] for column in Plan)
+        code, rank, begin, end, replace, biased, _ = (line[column] for column in Plan)
         if code == 0 or rank == 0:
             continue
         up = ups[i][begin:end] if ups[i].shape[0] == features else ups[i]
@@ -57,29 +56,33 @@ def graft_seeds(
     x: Tensor,
     h: Tensor,
     alpha: Tensor,
+    flags: Tensor,
     plan: Tensor,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    biases: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
+    weights: Sequence[Tensor],
+    first_row: int,
+    y: Tensor,
+    effect: Tensor,
+) -> None:
     """See :data:`esper.ops.graft.seeds.graft_seeds`."""
-    check_seeds(x, h, alpha, plan, downs, ups, biases)
+    check_seeds(x, h, plan, weights)
     features, dim = h.shape[-1], h.dim() - 1
-    seeds = _awake(plan, downs, ups, biases, features)
-    faults = torch.zeros(len(downs), dtype=torch.uint8, device=h.device)
-    effect = torch.cat([plan, alpha[: len(downs), None].view(torch.int32)], 1)
+    seeds = _awake(plan, weights, features)
+    rows = plan[:, Plan.ROW].long() + first_row
+    own = alpha[rows]
+    effect.copy_(torch.cat([plan, own[:, None].view(torch.int32)], 1))
+    y.copy_(h)
     if not seeds:
-        return h.clone(memory_format=torch.contiguous_format), faults, effect
+        return
     layout = BlendLayout([seed.place for seed in seeds], features)
     parts = [F.linear(activate(F.linear(x, s.down, s.bias), s.activation), s.up) for s in seeds]
-    y = reference.blend(layout, h, parts, alpha, dim)
+    blended = reference.blend(layout, h, parts, own, dim)
     trusted = [torch.isfinite(x).all(-1, keepdim=True)] * len(seeds)
-    blamed = reference.faults(layout, h, y, parts, trusted, alpha, dim)
-    faults[[seed.index for seed in seeds]] = blamed.to(torch.uint8)
+    blamed = reference.faults(layout, h, blended, parts, trusted, own, dim)
+    flags[rows[[seed.index for seed in seeds]]] |= blamed.to(flags.dtype)
     if blamed.any():
         effect[:, Plan.CODE] = 0
-        y = h.clone()
-    return y.contiguous(), faults, effect
+    else:
+        y.copy_(blended)
 
 
 @implements("graft_seeds_backward", "reference")
@@ -87,23 +90,25 @@ def graft_seeds_backward(
     gy: Tensor,
     x: Tensor,
     effect: Tensor,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    weights: Sequence[Tensor],
     want_x: bool,
     want_h: bool,
     want_weights: bool,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    grads: Sequence[Tensor],
+) -> None:
     """See :data:`esper.ops.graft.seeds.graft_seeds_backward`."""
-    plan, alpha = effect[:, : len(Plan)], effect[:, len(Plan)].contiguous().view(torch.float32)
-    check_seeds(x, gy, alpha, plan, downs, ups, biases)
+    plan, alpha = effect[:, : len(Plan)], effect[:, ALPHA].contiguous().view(torch.float32)
+    check_seeds(x, gy, plan, weights)
     features = gy.shape[-1]
-    seeds = _awake(plan, downs, ups, biases, features)
+    seeds = _awake(plan, weights, features)
     layout = BlendLayout([seed.place for seed in seeds], features)
     flat_x, flat_gy = x.reshape(-1, x.shape[-1]), gy.reshape(-1, features)
     numbers: list[float] = alpha.tolist()
     gx, gh = torch.zeros_like(flat_x), flat_gy.clone()
-    grads = [[gradient_like(t, want_weights).zero_() for t in group] for group in (downs, ups, biases)]
+    out = list(grads)
+    out_x = out.pop(0) if want_x else None
+    out_h = out.pop(0) if want_h else None
+    gdowns, gups, gbiases = groups_of([t.zero_() for t in out], plan.shape[0]) if want_weights else ([], [], [])
     live: set[int] = set()
     for begin, end in layout.segments:
         host, pairs = layout.numbers(numbers, (begin, end))
@@ -126,17 +131,13 @@ def graft_seeds_backward(
         gx += back @ seed.down
         if want_weights:
             rank, place = seed.down.shape[0], seed.place
-            grads[0][seed.index][:rank] = back.t() @ flat_x
-            whole = grads[1][seed.index]
+            gdowns[seed.index][:rank] = back.t() @ flat_x
+            whole = gups[seed.index]
             own = whole[place.begin : place.end] if whole.shape[0] == features else whole
             own[:, :rank] = gup
             if seed.bias is not None:
-                grads[2][seed.index][:rank] = back.sum(0)
-    empty = gy.new_empty(0)
-    return (
-        gx.view(x.shape) if want_x else empty,
-        gh.view(gy.shape) if want_h else empty.clone(),
-        grads[0],
-        grads[1],
-        grads[2],
-    )
+                gbiases[seed.index][:rank] = back.sum(0)
+    if out_x is not None:
+        out_x.copy_(gx.view(x.shape))
+    if out_h is not None:
+        out_h.copy_(gh.view(gy.shape))

@@ -34,8 +34,10 @@ class State:
 
     def __init__(self, alphas: Sequence[float]) -> None:
         self.num_seeds = len(alphas)
-        self.alpha_blend = torch.tensor(alphas, dtype=torch.float32)
-        self.fault_flags = torch.zeros(len(alphas), dtype=torch.uint8)
+        self.first_row = 2
+        self.alphas = torch.tensor([torch.nan, torch.nan, *alphas, torch.nan], dtype=torch.float32)
+        self.faults = torch.zeros(len(self.alphas), dtype=torch.uint8)
+        self.alpha_blend, self.fault_flags = self.alphas[2:-1], self.faults[2:-1]
 
 
 def kernel(

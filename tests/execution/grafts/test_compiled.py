@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from torch import Tensor, nn
+from torch._inductor import lowering
 
+import esper
+from esper.core.model_wrapper import MorphableModel
 from esper.execution.grafts import GraftSet, compiled
 from esper.ops import registry
+from esper.ops.graft import inductor
 
 from .helpers import gradients, graft_set, kernel, parameters
 
@@ -180,3 +187,124 @@ def test_a_backend_without_the_operation_wakes_seeds_all_the_same(backend: str) 
         grafts = layer()
     x, h = rows(5)
     assert not torch.equal(grafts(x, h), h)
+
+
+@pytest.fixture
+def no_cached_code() -> Iterator[None]:
+    """Code that another version wrote for the same graph would be found again."""
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+
+
+def test_compiled_code_calls_it_without_the_dispatcher(monkeypatch: pytest.MonkeyPatch, no_cached_code: None) -> None:
+    called: list[str] = []
+    for packet in (torch.ops.esper.graft_seeds, torch.ops.esper.graft_seeds_backward):
+
+        def recorded(*args: Any, name: str = packet.__name__, function: Any = packet.direct) -> None:
+            called.append(name)
+            function(*args)
+
+        monkeypatch.setattr(packet, "direct", recorded)
+    grafts, (x, h) = layer(), rows(5)
+    y = torch.compile(grafts, fullgraph=True)(x, h)
+    y.sum().backward()
+    assert called == ["graft_seeds", "graft_seeds_backward"]
+    torch.testing.assert_close(y, grafts(x, h), rtol=0, atol=1e-13)
+
+
+def test_another_inductor_writes_the_operation(monkeypatch: pytest.MonkeyPatch, no_cached_code: None) -> None:
+    """What is asked of Inductor is not public; where it is gone, graphs are as they were."""
+    op = torch.ops.esper.graft_seeds.default
+    known = dict(lowering.lowerings)
+    inductor.call_directly.cache_clear()
+    try:
+        lowering.lowerings.pop(op, None)
+        with monkeypatch.context() as gone:
+            gone.delattr(lowering, "register_lowering")
+            assert not inductor.call_directly(op)
+        monkeypatch.delattr(torch.ops.esper.graft_seeds, "direct")  # nobody may call it
+        grafts, (x, h) = layer(), rows(5)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(grafts, fullgraph=True)(x, h), grafts(x, h), rtol=0, atol=1e-13)
+    finally:
+        inductor.call_directly.cache_clear()
+        lowering.lowerings.clear()
+        lowering.lowerings.update(known)
+
+
+def grown(count: int = 3) -> MorphableModel:
+    """A network of Linear layers, the second of two seeds awake in each."""
+    torch.manual_seed(0)
+    model = esper.wrap(nn.Sequential(*(nn.Linear(D_OUT, D_OUT) for _ in range(count))), seeds_per_layer=2)
+    for one in model.kasmina_layers.values():
+        one.grafts.bind(1, kernel("lowrank", D_OUT, D_OUT, dtype=torch.float32, rank=3))
+        one._refresh()
+        one.state_layout.alpha_blend[1] = 0.5
+    return model
+
+
+#: Of three layers: each is a sum of some 30 terms of size 1, in another order.
+CLOSE = {"rtol": 0, "atol": 512 * torch.finfo(torch.float32).eps}
+
+
+def test_layers_share_what_comes_into_their_graph() -> None:
+    """Whatever comes in is checked before every call: so of a model's lattice, and of like layers, it comes once."""
+    model, x, taken = grown(), torch.randn(4, D_OUT), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        taken.append(sum(t.dtype in (torch.int32, torch.uint8) or t.shape == (6,) for t in inputs))
+        return graph.forward
+
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(x), expected, **CLOSE)
+    assert taken == [3]  # the plan, all alphas, all flags
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_reads_its_own_weights_alphas_and_flags(how: Callable[[MorphableModel], MorphableModel]) -> None:
+    model, x = grown(), torch.randn(4, D_OUT)
+    twin = how(model)
+    last = list(twin.kasmina_layers.values())[-1]
+    with torch.no_grad():
+        for parameter in parameters(last.grafts):
+            parameter.mul_(2.0)
+    last.state_layout.alpha_blend[1] = 0.9
+    for one in (model, twin):
+        torch.testing.assert_close(torch.compile(one, fullgraph=True)(x), one(x), **CLOSE)
+    with torch.no_grad():
+        parameters(last.grafts)[0].fill_(torch.nan)
+    torch._dynamo.reset()
+    torch.compile(twin, fullgraph=True)(x)
+    assert twin.lattice.fault_flags.tolist() == [0, 0, 0, 0, 0, 1]
+    assert not model.lattice.fault_flags.any()
+
+
+def test_the_callers_weights_count_under_functional_call() -> None:
+    grafts, (x, h) = layer(), rows(5)
+    others = {name: torch.randn_like(p) for name, p in grafts.named_parameters()}
+    run = torch.compile(lambda x, h: torch.func.functional_call(grafts, others, (x, h)), fullgraph=True)
+    expected = torch.func.functional_call(grafts, others, (x, h))
+    assert not torch.allclose(expected, grafts(x, h))
+    torch.testing.assert_close(run(x, h), expected, rtol=0, atol=1e-12)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2.0 * weight
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_host_whose_weight_is_made_is_asked_itself(when: str) -> None:
+    """The graph multiplies with a plain Linear's own parameters; here they are not the weight."""
+    model, x = grown(), torch.randn(4, D_OUT)
+    run = torch.compile(model, fullgraph=True)
+    if when == "after":
+        run(x)
+    host = next(iter(model.kasmina_layers.values())).default_transform
+    plain = model(x)
+    torch.nn.utils.parametrize.register_parametrization(host, "weight", Doubled())
+    expected = model(x)
+    assert not torch.allclose(expected, plain)
+    torch.testing.assert_close(run(x), expected, **CLOSE)
