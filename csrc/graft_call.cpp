@@ -255,10 +255,8 @@ bool setup(const pybind11::type& tensor, const pybind11::object& functorch, cons
            const pybind11::object& jit, const pybind11::dict& forward_ad, const pybind11::object& grad_enabled,
            const pybind11::object& empty_like, const pybind11::object& as_strided,
            const pybind11::object& split) {
-    const pybind11::object capsule = pybind11::getattr(tensor, "__dlpack_c_exchange_api__", pybind11::none());
-    if (capsule.is_none() || !PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return false;
-    auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (api == nullptr || api->major != kDlpackMajor || api->borrow == nullptr) return false;
+    const ExchangeApi* api = exchange_api(tensor.ptr());
+    if (api == nullptr) return false;
     // Kept for the life of the process, as the module is.
     torch_.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
     torch_.functorch = functorch.inc_ref().ptr();

@@ -23,7 +23,10 @@ using esper::Kind;
 using esper::Numbers;
 using namespace esper::torch_view;
 
+// Given once, and kept for the life of the process.
 PyObject *forward_operation = nullptr, *backward_operation = nullptr;
+PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
+const ExchangeApi* exchange = nullptr;
 
 // Not a tensor that can be read: the operation shall say what is wrong with it, or serve it.
 struct Unreadable {};
@@ -37,8 +40,9 @@ Kind kind_of_dlpack(const DlTensor& t) {
 
 Array read(PyObject* object) {
     DlTensor t;
-    if (torch_.api == nullptr || !PyObject_TypeCheck(object, torch_.tensor)) throw Unreadable();
-    if (torch_.api->borrow(object, &t) != 0) {
+    // Of other types nobody knows what they are: a fake tensor has no memory.
+    if (!Py_IS_TYPE(object, tensor_type) && !Py_IS_TYPE(object, parameter_type)) throw Unreadable();
+    if (exchange->borrow(object, &t) != 0) {
         PyErr_Clear();
         throw Unreadable();
     }
@@ -114,8 +118,14 @@ PyMethodDef functions[] = {
      "graft_seeds_backward, past the dispatcher."},
 };
 
-// The two functions; `forward` and `backward` are the operations for whatever they cannot read.
-pybind11::tuple direct(const pybind11::object& forward, const pybind11::object& backward) {
+// The two functions; `forward` and `backward` are the operations for whatever they cannot read, and what is given back where
+// torch has no exchange table.
+pybind11::tuple direct(const pybind11::type& tensor, const pybind11::type& parameter, const pybind11::object& forward,
+                       const pybind11::object& backward) {
+    exchange = exchange_api(tensor.ptr());
+    if (exchange == nullptr) return pybind11::make_tuple(forward, backward);
+    tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+    parameter_type = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
     forward_operation = forward.inc_ref().ptr();
     backward_operation = backward.inc_ref().ptr();
     const auto make = [](PyMethodDef* def) { return pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(def, nullptr)); };

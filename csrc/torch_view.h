@@ -43,6 +43,17 @@ struct Torch {
 
 inline Torch torch_;
 
+// torch's exchange table, or null where it has none of a version that is understood.
+inline const ExchangeApi* exchange_api(PyObject* tensor_type) {
+    PyObject* capsule = PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__");
+    const ExchangeApi* api = nullptr;
+    if (capsule != nullptr && PyCapsule_IsValid(capsule, "dlpack_exchange_api"))
+        api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+    PyErr_Clear();
+    Py_XDECREF(capsule);
+    return api == nullptr || api->major != kDlpackMajor || api->borrow == nullptr ? nullptr : api;
+}
+
 struct View {
     void* data;
     std::int64_t rows, last;

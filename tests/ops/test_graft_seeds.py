@@ -9,6 +9,8 @@ number of rows.
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -462,6 +464,30 @@ def test_called_directly_it_is_the_same(
         direct[1](case.gy, case.x, effect, weights, *wants, grads)
         for got, want in zip(grads, case.backward("cpu", effect, wants), strict=True):
             assert torch.equal(got, want)
+
+
+_PLAIN_CALL = """
+import torch
+from esper.ops import native
+from esper.ops.graft import seeds
+
+called = []
+record = lambda *args: called.append(args)
+forward, backward = native.load().direct_seeds(torch.Tensor, torch.nn.Parameter, record, record)
+x, h, gy = torch.randn(3, 5, 4)
+plan = torch.tensor([[1, 2, 0, 4, 0, 0, 0]], dtype=torch.int32)
+weights = [torch.nn.Parameter(torch.randn(2, 4)), torch.nn.Parameter(torch.randn(4, 2))]
+y, effect = seeds.results_for(h, plan)
+forward(x, h, torch.ones(1), torch.zeros(1, dtype=torch.uint8), plan, weights, 0, y, effect)
+torch.testing.assert_close(y, h + x @ weights[0].t() @ weights[1].t())
+backward(gy, x, effect, weights, True, False, True, seeds.gradients_for(gy, x, weights, True, False, True))
+assert not called
+"""
+
+
+def test_in_a_fresh_process_it_reads_plain_tensors_itself() -> None:
+    """Nothing has run before, and nothing goes to the operation: that would be right too, and as slow as before."""
+    subprocess.run([sys.executable, "-c", _PLAIN_CALL], check=True, timeout=120)
 
 
 def test_called_directly_faults_are_raised(direct: tuple[Any, Any]) -> None:

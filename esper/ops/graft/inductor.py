@@ -27,7 +27,7 @@ def offer(forward: Op, backward: Op) -> None:
     ops = [op.overload for op in (forward, backward)]
     module = native.load()
     make = getattr(module, "direct_seeds", None)
-    functions = ops if make is None else make(*ops)
+    functions = ops if make is None else make(torch.Tensor, torch.nn.Parameter, *ops)
     for name, function in zip((forward.name, backward.name), functions, strict=True):
         setattr(getattr(torch.ops.esper, name), _NAME, function)
 

@@ -271,6 +271,7 @@ def test_a_copy_reads_its_own_weights_alphas_and_flags(how: Callable[[MorphableM
         for parameter in parameters(last.grafts):
             parameter.mul_(2.0)
     last.state_layout.alpha_blend[1] = 0.9
+    last.default_transform.weight = nn.Parameter(torch.randn(D_OUT, D_OUT))
     for one in (model, twin):
         torch.testing.assert_close(torch.compile(one, fullgraph=True)(x), one(x), **CLOSE)
     with torch.no_grad():
