@@ -355,8 +355,8 @@ template <typename T>
 struct Flat {
     Flat(const Gathered<T>& seeds, std::int64_t d_in, std::int64_t d_out, std::int64_t parts)
         : size(seeds.rows * (d_in + d_out + (seeds.bias ? 1 : 0))), up_at(seeds.rows * d_in), bias_at(up_at + seeds.rows * d_out),
-          biased(seeds.bias != nullptr), store(new T[static_cast<std::size_t>(parts * size)]) {}
-    T* down(std::int64_t part) { return store.get() + part * size; }
+          biased(seeds.bias != nullptr), store(parts * size) {}
+    T* down(std::int64_t part) { return store.data() + part * size; }
     T* up(std::int64_t part) { return down(part) + up_at; }
     T* bias(std::int64_t part) { return biased ? down(part) + bias_at : nullptr; }
 
@@ -368,7 +368,7 @@ struct Flat {
 
     std::int64_t size, up_at, bias_at;
     bool biased;
-    std::unique_ptr<T[]> store;  // not set to 0 first: every number is written
+    Store<T> store;  // every number is written
 };
 
 template <typename T>

@@ -62,32 +62,36 @@ class HostForwards(nn.Module):
     # -- the forwards that may shadow the host's ---------------------------------------------------
 
     def _awake_forward(self, input: Tensor) -> Tensor:
-        if not _tracing():
-            fast = self._grafts._fast
-            if fast is not None and not self._in_place:
-                # What `_blend` and `GraftSet.forward` do in the plain case, without their calls: 0.3 us of five.
-                h = self._binding.base(input)
-                counters = self._counters
-                if (counters.executions + 1) % LATENCY_PERIOD:
-                    y = fast(input, h, self.state_layout.alpha_blend)
-                    if y is not None:
-                        counters.executions += 1
-                        return y
-                return self._blend(input, h)
-            if self._fused_host is not None:
-                y = self._fused_host(input)
-                if y is not None:
-                    self._counters.executions += 1
-                    return y
-        # A host that works in place would overwrite what its seeds are to read.
-        h = self._traced_host(input) if _tracing() else None
-        if h is None:
-            h = self._binding.base(input.clone() if self._in_place else input)
         if _tracing():
-            y = self._grafts.as_operation(input, h)
+            return self._traced_forward(input)
+        fast = self._grafts._fast
+        if fast is not None and not self._in_place:
+            # What `_blend` and `GraftSet.forward` do in the plain case, without their calls: 0.3 us of five.
+            h = self._binding.base(input)
+            counters = self._counters
+            if (counters.executions + 1) % LATENCY_PERIOD:
+                y = fast(input, h, self.state_layout.alpha_blend)
+                if y is not None:
+                    counters.executions += 1
+                    return y
+            return self._blend(input, h)
+        if self._fused_host is not None:
+            y = self._fused_host(input)
             if y is not None:
+                self._counters.executions += 1
                 return y
-        return self._blend(input, h)
+        return self._blend(input, self._host_output(input))
+
+    def _host_output(self, input: Tensor) -> Any:
+        # A host that works in place would overwrite what its seeds are to read.
+        return self._binding.base(input.clone() if self._in_place else input)
+
+    def _traced_forward(self, input: Tensor) -> Tensor:
+        h = self._traced_host(input)
+        if h is None:
+            h = self._host_output(input)
+        y = self._grafts.as_operation(input, h)
+        return self._grafts.forward(input, h) if y is None else y
 
     def _traced_host(self, input: Tensor) -> Tensor | None:
         """The host's output, if it is a plain Linear.

@@ -325,7 +325,7 @@ class KasminaLayer(HostForwards):
     def adopt_state(self, state_layout: KasminaStateLayout) -> None:
         """Keep the seeds' state in other rows from now on; they must hold what the present ones hold."""
         self.state_layout = state_layout
-        self.grafts.adopt_state(state_layout)
+        self.grafts.state_layout = state_layout
 
     def _drop_graft(self, seed_idx: int) -> None:
         if seed_idx in self.grafts.bound:

@@ -417,6 +417,24 @@ def test_gradients_that_do_not_fit_are_refused(change: Any, match: str) -> None:
         graft_seeds_backward.overload(case.gy, case.x, effect, case.weights, *wants, grads)
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda c: setattr(c, "alpha", c.alpha.double()), "alpha is"),
+        (lambda c: setattr(c, "flags", c.flags[:1]), "flags are"),
+        (lambda c: c.plan[1].__setitem__(Plan.ROW, 2), "in rows"),
+        (lambda c: c.plan[1].__setitem__(Plan.ROW, -2), "in rows"),
+        (lambda c: c.ups.pop(), "3 weights for 2 seeds"),
+    ],
+)
+def test_the_reference_refuses_it_too(change: Any, match: str) -> None:
+    """A row of -1 would be the last seed's to PyTorch."""
+    case = Case(PLAIN)
+    change(case)
+    with pytest.raises(ValueError, match=match):
+        case.forward("reference")
+
+
 def test_halves_are_refused() -> None:
     case = Case(PLAIN, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="float32 or float64"):

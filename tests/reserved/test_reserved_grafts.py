@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from esper.blueprints import Blueprint, Node
 from esper.execution.grafts import GraftSet, Reservation, ReservationError, ReservedGraftSet
 from esper.execution.grafts.reserved_blend import ACTIVATIONS
 from esper.execution.hosts import describe_host
@@ -219,6 +220,30 @@ def test_padding_stays_zero_in_training(kind: str | None, optimizer: Any, way: W
         assert torch.count_nonzero(padding) == 0, name
     for name, parameter in grafts.named_parameters():
         assert name.startswith("seed1") or torch.count_nonzero(parameter) == 0, name
+
+
+@WAYS
+def test_nodes_may_have_any_names(way: Way) -> None:
+    """The memory has names of its own."""
+    nodes = (
+        Node("x", "input"),
+        Node("squeeze", "linear", ("x",), {"out": "rank", "bias": True}),
+        Node("grow", "linear", ("squeeze",), {"out": "d_out", "bias": False}),
+        Node("y", "output", ("grow",)),
+    )
+    host, named = linear(), kernel(Blueprint("named", nodes, parameters={"rank": 3}), D_IN, D_OUT)
+    assert set(named.tensors) == {"squeeze.weight", "squeeze.bias", "grow.weight"}
+    x, h = rows(host, 5, D_IN)
+    kernels, alphas = {1: named}, [0.0, 0.4, 0.0, 0.0]
+    elastic, grafts = graft_set(host, alphas, kernels), reserved(host, alphas, kernels)
+    expected, y = elastic(x, h), way(grafts, x, h)
+    close: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}  # as in `compare`
+    torch.testing.assert_close(y, expected, **close)
+    theirs, own = elastic.seed_parameters(1), grafts.seed_parameters(1)
+    names = {"down.weight": "squeeze.weight", "down.bias": "squeeze.bias", "up.weight": "grow.weight"}
+    for mine, other in names.items():
+        (got,), (want,) = gradients(y, [own[mine]]), gradients(expected, [theirs[other]])
+        torch.testing.assert_close(got[: want.shape[0]].sum(), want.sum(), **close)
 
 
 def test_nothing_moves() -> None:

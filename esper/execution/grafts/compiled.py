@@ -31,7 +31,6 @@ class Sheet:
 
     Attributes:
         plan: See :class:`esper.ops.graft.seeds.Plan`; on the CPU. Not to be written to: like layers share it.
-        first_row: Of the layer, in the tensors of alphas and faults.
         homes: Where the weights are, in the operation's order: a module's parameters by kind, as they are replaced
             under ``functional_call``. None for a bias that a seed does not have.
         reads_input: Whether they read what the host read.
@@ -40,7 +39,6 @@ class Sheet:
     """
 
     plan: Tensor
-    first_row: int
     homes: tuple[dict[str, Tensor | None] | None, ...]
     reads_input: bool
     rows_alone: bool
@@ -48,7 +46,7 @@ class Sheet:
 
 
 def sheet_of(
-    seeds: Sequence[BoundSeed], weights: Sequence[nn.Module], dtype: torch.dtype, channel_dim: int, first_row: int
+    seeds: Sequence[BoundSeed], weights: Sequence[nn.Module], dtype: torch.dtype, channel_dim: int
 ) -> Sheet | None:
     """How the seeds run as the operation, or None where they do not.
 
@@ -57,7 +55,6 @@ def sheet_of(
         weights: Their parameters.
         dtype: Of the layer.
         channel_dim: Where the features are: -1, or 1 which is the last dimension of rows alone.
-        first_row: Of the layer, in the tensors of alphas and faults.
     """
     if not 0 < len(seeds) <= SEATS or not compiled_here() or not bank_eligible(seeds, dtype, torch.device("cpu")):
         return None
@@ -83,7 +80,6 @@ def sheet_of(
         lines.append(tuple(line))
     return Sheet(
         _plan_of(tuple(lines)),
-        first_row,
         (*downs, *ups, *(biases if any(biases) else ())),
         seeds[0].reads_input,
         channel_dim != -1,
@@ -118,7 +114,7 @@ def fits(tap: Tensor, h: Tensor, dim: int) -> bool:
     )
 
 
-def run(sheet: Sheet, x: Tensor, h: Tensor, alpha: Tensor, flags: Tensor) -> Tensor | None:
+def run(sheet: Sheet, x: Tensor, h: Tensor, alpha: Tensor, flags: Tensor, first_row: int) -> Tensor | None:
     """Blend the seeds into ``h``.
 
     Args:
@@ -127,6 +123,7 @@ def run(sheet: Sheet, x: Tensor, h: Tensor, alpha: Tensor, flags: Tensor) -> Ten
         h: Its output.
         alpha: Of all seeds that share a lattice.
         flags: Their faults, which those of this call are added to.
+        first_row: Where the layer's are among them.
 
     Returns:
         y, or None where these tensors need the traced way.
@@ -144,4 +141,4 @@ def run(sheet: Sheet, x: Tensor, h: Tensor, alpha: Tensor, flags: Tensor) -> Ten
         if weight is None or weight.dtype is not h.dtype:
             return None
         weights.append(weight)
-    return blend_seeds(tap, h, alpha, flags, sheet.plan, weights, sheet.first_row, sheet.replaces)
+    return blend_seeds(tap, h, alpha, flags, sheet.plan, weights, first_row, sheet.replaces)

@@ -189,11 +189,6 @@ class GraftSet(nn.Module):
         if self.spec.is_resolved:
             self._settle()  # now rather than at the next forward, which may be traced by a compiler
 
-    def adopt_state(self, state_layout: SeedState) -> None:
-        """Read and write these rows from now on."""
-        self.state_layout = state_layout
-        self._changed()
-
     def _forget_bank(self) -> None:
         self._bank = self._fast = None
         self._bank_tried = False
@@ -242,7 +237,7 @@ class GraftSet(nn.Module):
         if not compiled.serves(h) or fused.serves(h.device) or self._sheet is None:
             return None
         state = self.state_layout
-        return compiled.run(self._sheet, x, h, state.alphas, state.faults)
+        return compiled.run(self._sheet, x, h, state.alphas, state.faults, state.first_row)
 
     def with_host(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The product of a Linear host and the seeds as one operation, on a GPU; None where they cannot be one.
@@ -306,10 +301,11 @@ class GraftSet(nn.Module):
         weights = [self._weights(i) for i in fitting]
         tensors = [w.tensors() for w in weights]
         self._plan = fused.plan_of(list(fitting.values()), tensors, self.spec.d_in, self.spec.d_out)
-        if not self.misfits:
-            first_row, channel_dim = self.state_layout.first_row, self.spec.channel_dim
-            self._sheet = compiled.sheet_of(list(fitting.values()), weights, self._like.dtype, channel_dim, first_row)
+        self._sheet = None if self.misfits else self._sheet_of(weights)
         self._runs = fused.runs_of(list(fitting))
+
+    def _sheet_of(self, weights: list[SeedWeights]) -> compiled.Sheet | None:
+        return compiled.sheet_of(list(self._seeds.values()), weights, self._like.dtype, self.spec.channel_dim)
 
     def _pack(self) -> Bank | ReservedBank | DeviceBank | None:
         seeds = list(self._seeds.values())

@@ -16,7 +16,7 @@ from esper.execution.grafts.graft_set import GraftSet, SeedState
 from esper.execution.grafts.reservation import Reservation, ReservedWeights
 from esper.execution.grafts.reserved_bank import ReservedBank, readable
 from esper.execution.grafts.reserved_blend import reserved_blend
-from esper.execution.grafts.seed import bind_seed
+from esper.execution.grafts.seed import SeedWeights, bind_seed
 from esper.execution.hosts import HostSpec
 from esper.ops.graft.seeds import ACTIVATIONS, Plan, blend_seeds, compiled_here
 from esper.ops.graft.variants import SEATS
@@ -122,9 +122,8 @@ class ReservedGraftSet(GraftSet):
             return h
         return super().forward(x, h, alpha)
 
-    def as_operation(self, x: Tensor, h: Tensor) -> Tensor | None:
-        """Always None: whether seeds are bound must not be looked at, see :meth:`_traced`."""
-        return None
+    def _sheet_of(self, weights: list[SeedWeights]) -> None:
+        """None: which seeds are bound must not be looked at; :meth:`_traced` reads the plan that changes in place."""
 
     def _traced(self, x: Tensor, h: Tensor, alpha: Tensor | None = None) -> Tensor:
         if h.numel() == 0:

@@ -38,7 +38,7 @@ def call_directly(op: Any) -> bool:
 
     Not when the package is imported: it would bring in Inductor, which takes seconds.
     """
-    if not hasattr(native.load(), "direct_seeds"):
+    if not hasattr(getattr(getattr(torch.ops, op.namespace), op._opname), _NAME):
         return False
     try:
         from torch._inductor import ir, lowering

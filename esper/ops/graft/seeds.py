@@ -26,6 +26,7 @@ __all__ = [
     "ALPHA",
     "Plan",
     "blend_seeds",
+    "check_rows",
     "check_seeds",
     "compiled_here",
     "gradients_for",
@@ -73,6 +74,17 @@ def groups_of(weights: Sequence[Tensor], seeds: int) -> tuple[list[Tensor], list
             f"{len(weights)} weights for {seeds} seeds: each has a way down and one up, and all a bias or none"
         )
     return list(weights[:seeds]), list(weights[seeds : 2 * seeds]), list(weights[2 * seeds :])
+
+
+def check_rows(alpha: Tensor, flags: Tensor, plan: Tensor, first_row: int) -> None:
+    """Raise ValueError unless every line of the plan has an alpha and a flag."""
+    if alpha.dtype is not torch.float32 or alpha.dim() != 1:
+        raise ValueError(f"alpha is {alpha.dtype} {tuple(alpha.shape)}, not a row of float32")
+    if flags.dtype is not torch.uint8 or flags.shape != alpha.shape:
+        raise ValueError(f"flags are {flags.dtype} {tuple(flags.shape)}, not uint8 {tuple(alpha.shape)}")
+    rows = [first_row + row for row in plan[:, Plan.ROW].tolist()]
+    if not all(0 <= row < alpha.shape[0] for row in rows):
+        raise ValueError(f"the plan's seeds are in rows {rows}, of {alpha.shape[0]}")
 
 
 def check_seeds(x: Tensor, h: Tensor, plan: Tensor, weights: Sequence[Tensor]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from esper.ops.graft import reference
 from esper.ops.graft.bank_reference import activate, slope_times
 from esper.ops.graft.layout import BlendLayout, Place
-from esper.ops.graft.seeds import ACTIVATIONS, ALPHA, Plan, check_seeds, groups_of
+from esper.ops.graft.seeds import ACTIVATIONS, ALPHA, Plan, check_rows, check_seeds, groups_of
 from esper.ops.registry import implements
 
 __all__: list[str] = []
@@ -65,6 +65,7 @@ def graft_seeds(
 ) -> None:
     """See :data:`esper.ops.graft.seeds.graft_seeds`."""
     check_seeds(x, h, plan, weights)
+    check_rows(alpha, flags, plan, first_row)
     features, dim = h.shape[-1], h.dim() - 1
     seeds = _awake(plan, weights, features)
     rows = plan[:, Plan.ROW].long() + first_row
