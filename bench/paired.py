@@ -79,15 +79,16 @@ def compare(
     turns: int = 1,
     seconds: float | None = 30.0,
     warmup: int = 3,
+    settle: bool = True,
     seed: int = 0,
     clock: Callable[[], int] = time.perf_counter_ns,
     path: str | os.PathLike[str] | None = None,
 ) -> dict[str, Ratio]:
     """Time all candidates against one of them.
 
-    Each timing follows one untimed call of the same candidate, so that nobody pays for what the one before left in the
-    caches. Garbage collection is off while blocks run and done between rounds. CUDA is waited for before and after
-    each block, where it is in use.
+    Each timing follows one untimed call of the same candidate (``settle``), so that nobody pays for what the one before
+    left in the caches. Garbage collection is off while blocks run and done between rounds. CUDA is waited for before
+    and after each block, where it is in use.
 
     Args:
         candidates: Callables by name; each is called many times and must leave things as it found them. One that keeps
@@ -100,6 +101,8 @@ def compare(
         seconds: Fewer rounds (never under 31, or ``rounds`` if that is less) are run when this time would be exceeded;
             None for no limit.
         warmup: Calls of each candidate before anything is timed.
+        settle: Whether each timing follows an untimed call. Calls of many seconds can do without: what the one before
+            left in the caches is gone in milliseconds.
         seed: Of the order of candidates and of the bootstrap.
         clock: Nanoseconds, rising.
         path: A JSON file to write the result to.
@@ -128,10 +131,10 @@ def compare(
     if inner is None:
         inner = max(1, round(BLOCK_SECONDS * 1e9 / max(1.0, min(rough.values()))))
     if seconds is not None:
-        round_seconds = sum(rough.values()) * (inner + 1) * turns * 1e-9
+        round_seconds = sum(rough.values()) * (inner + settle) * turns * 1e-9
         rounds = min(rounds, max(31, int(seconds / max(round_seconds, 1e-9))))
 
-    times = _rounds(candidates, rounds, inner, turns, random.Random(seed), clock, wait)
+    times = _rounds(candidates, rounds, inner, turns, settle, random.Random(seed), clock, wait)
     ratios = {
         name: _ratio(mine, times[baseline], inner * turns, seed) for name, mine in times.items() if name != baseline
     }
@@ -213,6 +216,7 @@ def _rounds(
     rounds: int,
     inner: int,
     turns: int,
+    settle: bool,
     order: random.Random,
     clock: Callable[[], int],
     wait: Callable[[], None],
@@ -230,7 +234,8 @@ def _rounds(
                 for name in names:
                     call = candidates[name]
                     getattr(call, "resume", _nothing)()
-                    call()
+                    if settle:
+                        call()
                     spent[name] += _block(call, inner, clock, wait)
                     getattr(call, "pause", _nothing)()
             for name, nanoseconds in spent.items():

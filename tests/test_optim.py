@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +37,9 @@ class Grafts:
     @property
     def bound(self) -> tuple[int, ...]:
         return tuple(self.seeds)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for seed in self.seeds.values() for p in seed.values()]
 
     def seed_parameters(self, seed_idx: int) -> dict[str, nn.Parameter]:
         return dict(self.seeds[seed_idx])
@@ -374,7 +379,7 @@ def test_bad_arguments_say_what_is_wrong() -> None:
         attach(optimizer, growing, lr=float("nan"))
     with pytest.raises(ValueError, match="'betas'"):
         attach(optimizer, growing, betas=(0.9, 0.99))
-    assert esper.optim._BY_OPTIMIZER.get(optimizer, []) == []
+    assert esper.optim.attachment._BY_OPTIMIZER.get(optimizer, []) == []
     with pytest.raises(TypeError, match="model is a Linear; expected what"):
         attach(optimizer, nn.Linear(2, 2))  # type: ignore[arg-type]
 
@@ -449,3 +454,109 @@ def test_an_optimizer_around_the_optimizer(before: bool) -> None:
     scheduler.step()
     assert [group["lr"] for group in outer.param_groups] == [0.025, 0.025]
     assert parameter in inner.state
+
+
+def test_an_optimizer_of_another_model_is_warned_of() -> None:
+    growing = model()
+    original = copy.deepcopy(growing.host)
+    with pytest.warns(UserWarning, match=r"no parameter of this model.*model\.parameters\(\)"):
+        attach(torch.optim.SGD(original.parameters(), lr=0.1), growing)
+    growing.host.requires_grad_(False)  # seeds on a frozen network, beside whatever else is trained
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(torch.optim.SGD(original.parameters(), lr=0.1), growing)
+
+
+@pytest.fixture
+def reserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], esper.MorphableModel]:
+    monkeypatch.setenv("ESPER_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("ESPER_REGISTRY", str(tmp_path / "registry"))
+    host = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    return lambda: esper.wrap(host, reserve_rank=2, seeds_per_layer=2, telemetry_enabled=False)
+
+
+def _wake(grown: esper.MorphableModel, layer: str, seed_idx: int) -> None:
+    kernel = esper.compile("lowrank", d_in=4, d_out=4, rank=2, registry=None)
+    assert asyncio.run(grown.load_kernel(layer, seed_idx, kernel, alpha=0.5))
+
+
+def _step(grown: esper.MorphableModel, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    grown(torch.ones(3, 4)).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("own_group", [False, True])
+def test_reserved_memory_goes_back_to_its_place(
+    reserved: Callable[[], esper.MorphableModel], named: bool, own_group: bool
+) -> None:
+    grown = reserved()
+
+    def optimizer_of(grown: esper.MorphableModel) -> torch.optim.Optimizer:
+        pairs = list(grown.named_parameters())
+        seeds = {id(p) for layer in grown.kasmina_layers.values() for p in layer.grafts.parameters()}
+        split = [[pair for pair in pairs if (id(pair[1]) in seeds) == kind] for kind in (False, True)]
+        chosen = split if own_group else [pairs]
+        groups = [{"params": part if named else [p for _, p in part]} for part in chosen]
+        optimizer = torch.optim.Adam(groups, lr=0.01)
+        attach(optimizer, grown)
+        return optimizer
+
+    optimizer = optimizer_of(grown)
+
+    def places() -> list[list[int]]:
+        return [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+
+    def names() -> list[list[str] | None]:
+        return [group.get("param_names") for group in optimizer.param_groups]
+
+    fresh, fresh_names = places(), names()
+    state = copy.deepcopy(optimizer.state_dict())
+    for layer, seed_idx in (("2", 1), ("0", 0), ("0", 1)):
+        _wake(grown, layer, seed_idx)
+    _step(grown, optimizer)
+    assert len(optimizer.param_groups) == len(fresh) + 3
+    for layer, seed_idx in (("0", 0), ("2", 1), ("0", 1)):  # not in the order in which they came
+        grown.cull(layer, seed_idx)
+    assert (places(), names()) == (fresh, fresh_names)
+    _step(grown, optimizer)
+    optimizer.load_state_dict(state)  # of before any seed woke
+    trained = copy.deepcopy(optimizer.state_dict())
+    again = optimizer_of(reserved())  # as a run that is taken up again has it
+    again.load_state_dict(trained)
+    grown.close()
+
+
+def test_reserved_memory_that_was_not_in_the_optimizer_stays_out(
+    reserved: Callable[[], esper.MorphableModel],
+) -> None:
+    grown = reserved()
+    optimizer = torch.optim.Adam(grown.wrapped_model[0].parameters(), lr=0.01)
+    attach(optimizer, grown)
+    _wake(grown, "0", 0)
+    assert len(optimizer.param_groups) == 2
+    grown.cull("0", 0)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2]
+    grown.close()
+
+
+def test_what_is_loaded_lies_as_the_parameter_does() -> None:
+    growing = model()
+    with torch.no_grad():
+        weight = growing.host[0].weight
+        weight.data = weight.t().contiguous().t()
+    optimizer = torch.optim.Adam(growing.host.parameters(), lr=0.01)
+    attachment = attach(optimizer, growing)
+    train(growing, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    assert state["state"][0]["exp_avg"].stride() == weight.stride()
+    for kept in state["state"].values():
+        kept.update({key: value.contiguous() for key, value in kept.items()})
+    optimizer.load_state_dict(state)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert optimizer.state[weight][key].stride() == weight.stride()
+        assert torch.equal(optimizer.state[weight][key], state["state"][0][key])
+    attachment.detach()
+    optimizer.load_state_dict(state)  # nobody looks after it any more
+    assert optimizer.state[weight]["exp_avg"].is_contiguous()

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from esper.contracts.bus import Bus
@@ -84,7 +85,8 @@ def wrap(
         BusError: nothing answers at the bus's URL, or it refuses; the message says what to check.
     """
     _check_arguments(model, seeds_per_layer, reserve_rank, reserve_tap, monitor_budget)
-    body = copy.deepcopy(model) if preserve_original else model
+    with torch.inference_mode(False):  # a copy that is made in inference mode could not be trained
+        body = copy.deepcopy(model) if preserve_original else model
     targets = find_targets(body, target_layers)
     if not targets:
         wanted = "Linear or Conv2d" if target_layers is None else ", ".join(map(_describe, target_layers))

@@ -134,6 +134,14 @@ def test_what_is_refused(names: str, baseline: str, options: dict[str, int], com
         compare({n: lambda: None for n in names}, baseline, **options)
 
 
+def test_long_calls_do_without_the_untimed_one() -> None:
+    world = World()
+    slow = {n: world.candidate(n, 1_000_000_000) for n in "ab"}
+    ratio = compare(slow, "a", rounds=5, warmup=1, settle=False, clock=world.clock)["b"]
+    assert world.calls.count("a") == world.calls.count("b") == 1 + 5
+    assert (ratio.rounds, ratio.inner) == (5, 1)
+
+
 def test_turns_of_a_round_are_added_up_and_cancel_drift() -> None:
     world = World()
     candidates = {"bare": world.candidate("bare", 100_000), "slower": world.candidate("slower", 103_000)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -192,3 +194,74 @@ def test_second_derivatives(model: esper.MorphableModel) -> None:
     (slope,) = torch.autograd.grad(loss_of(model(x)), x, create_graph=True)
     slope.square().sum().backward()
     assert all(torch.isfinite(g).all() for g in gradients(model).values())
+
+
+def test_batches_of_gradients(model: esper.MorphableModel) -> None:
+    x = X.clone().requires_grad_()
+    y = model(x)
+    inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
+    generator = torch.Generator().manual_seed(2)
+    directions = torch.randn(3, *y.shape, generator=generator)
+    together = torch.autograd.grad(y, inputs, directions, is_grads_batched=True, retain_graph=True, allow_unused=True)
+    for i, direction in enumerate(directions):
+        alone = torch.autograd.grad(y, inputs, direction, retain_graph=True, allow_unused=True)
+        for batch, gradient in zip(together, alone, strict=True):
+            assert (batch is None) == (gradient is None)
+            if batch is not None:
+                torch.testing.assert_close(batch[i], gradient, rtol=1e-5, atol=1e-6)
+    through = torch.func.vmap(lambda d: torch.autograd.grad(y, x, d, retain_graph=True)[0])(directions)
+    torch.testing.assert_close(through, together[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("find", [torch.autograd.functional.jacobian, torch.autograd.functional.hessian])
+def test_vectorized_derivatives(model: esper.MorphableModel, find: Callable[..., Tensor]) -> None:
+    function = model if find is torch.autograd.functional.jacobian else lambda x: loss_of(model(x))
+    torch.testing.assert_close(find(function, X, vectorize=True), find(function, X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_seeds_that_wake_during_an_evaluation_can_be_trained(guard: Callable[[], Any]) -> None:
+    host = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    with guard():
+        grown = esper.wrap(host, telemetry_enabled=False)
+        for seed_idx, name in enumerate(("lowrank", "gated", "dense", "elementwise")):
+            kernel = esper.compile(name, d_in=8, d_out=8, registry=None)
+            done = grown.request_kernel("0", seed_idx, kernel, alpha=0.4)
+            until = time.monotonic() + 60
+            while not done.done() and time.monotonic() < until:
+                grown.step()
+                time.sleep(0.001)
+            assert done.result(timeout=0), grown.get_layer_stats("0")
+        grown(X)
+    optimizer = torch.optim.SGD(grown.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in grown.parameters()]
+    for _ in range(2):  # what starts at zero holds its partner's gradient at zero for a step
+        optimizer.zero_grad()
+        loss_of(grown(X)).backward()
+        optimizer.step()
+    assert all(not torch.equal(p, b) for p, b in zip(grown.parameters(), before, strict=True))
+    grown.close()
+
+
+def _train_in_another_process(grown: nn.Module) -> None:
+    optimizer = torch.optim.SGD(grown.parameters(), lr=0.1)
+    loss_of(grown(X)).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_processes_that_share_memory_train_the_same_seeds(model: esper.MorphableModel, packed: bool) -> None:
+    if packed:
+        model(X)
+    model.share_memory()
+    model(X)
+    assert all(p.is_shared() for p in model.parameters())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    child = multiprocessing.get_context("fork").Process(target=_train_in_another_process, args=(model,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    loss_of(model(before["first.0.bias"].expand(6, 8))).backward()  # what this process computes with is what it holds
+    trained = gradients(model)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(trained)

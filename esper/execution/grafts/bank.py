@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from esper.execution.grafts import bank_kernel
-from esper.execution.grafts.bank_kernel import BankKernel
+from esper.execution.grafts.bank_kernel import BankKernel, batched
 from esper.execution.grafts.seed import BoundSeed, SeedWeights
 from esper.ops import native
 
@@ -81,6 +81,8 @@ class _Run(torch.autograd.Function):
         _, want_x, want_h, want_weights = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return (None, *bank.differentiable_backward(bank.weights, x, gy, table, want_x, want_h, want_weights))
+        if batched(gy):
+            return (None, *bank.differentiable_backward(bank.buffer, x, gy, table, want_x, want_h, want_weights))
         return (None, *bank.backward(bank.buffer, x, gy, table, want_x, want_h, want_weights))
 
 

@@ -11,6 +11,7 @@ so that z = x @ down.T and y = h + (c * z) @ up need no gathering. Small product
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -22,7 +23,7 @@ from esper.execution.grafts.seed import BoundSeed
 from esper.execution.grafts.watched import Watched
 from esper.ops import native
 
-__all__ = ["BankKernel", "bank_eligible"]
+__all__ = ["BankKernel", "bank_eligible", "batched"]
 
 _ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "tanh": 4, "sigmoid": 5, "silu": 6}
 _DTYPES = {torch.float32: "GraftBankF32", torch.float64: "GraftBankF64"}
@@ -38,6 +39,13 @@ _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _jit: Callable[[], object] = torch._C._get_tracing_state
 _forward_ad = torch.autograd.forward_ad
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
+_is_legacy_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
+
+def batched(t: Tensor) -> bool:
+    """Whether ``t`` stands for many tensors, as gradients do in ``jacobian(vectorize=True)``; it has no memory then."""
+    return _is_batched(t) or _is_legacy_batched(t)
 
 
 def bank_eligible(seeds: Sequence[BoundSeed], dtype: torch.dtype, device: torch.device) -> bool:
@@ -236,7 +244,7 @@ class BankKernel(Watched):
     def differentiable_backward(
         self, flat: Tensor, x: Tensor, gy: Tensor, table: bytes, want_x: bool, want_h: bool, want_weights: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The same from differentiable operations, for gradients of gradients (``create_graph=True``).
+        """The same from PyTorch's operations, for gradients of gradients (``create_graph=True``) and batches of them.
 
         ``flat`` is the buffer as a function of what it was made of.
         """
@@ -278,8 +286,6 @@ class BankKernel(Watched):
 
     def _activate(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         """act(pre) and act'(pre), both differentiable in pre."""
-        if not pre.requires_grad:
-            pre = pre.detach().requires_grad_()
         actives, slopes = [], []
         row = 0
         for seed, rank in zip(self.seeds, self.ranks, strict=True):
@@ -289,8 +295,9 @@ class BankKernel(Watched):
                 actives.append(z)
                 slopes.append(torch.ones_like(z))
                 continue
-            active = interpret.activate(seed.family.activation, z)
-            (slope,) = torch.autograd.grad(active, z, torch.ones_like(active), create_graph=True)
+            # Not autograd.grad, which under functorch's transforms cannot be asked for.
+            activate = functools.partial(interpret.activate, seed.family.activation)
+            active, pull, *_ = torch.func.vjp(activate, z)
             actives.append(active)
-            slopes.append(slope)
+            slopes.append(pull(torch.ones_like(active))[0])
         return torch.cat(actives, 1), torch.cat(slopes, 1)

@@ -125,10 +125,12 @@ class GraftSet(nn.Module):
                 :attr:`misfits` with the reason at the first forward, and its fault flag is raised.
         """
         self._check(seed_idx, kernel)
-        self._hold(seed_idx, kernel, dtype, device)
-        self._kernels[seed_idx] = kernel
-        self.misfits.pop(seed_idx, None)
-        self._changed()
+        # A seed may wake in the middle of an evaluation, and no optimizer may write to what is made in inference mode.
+        with torch.inference_mode(False):
+            self._hold(seed_idx, kernel, dtype, device)
+            self._kernels[seed_idx] = kernel
+            self.misfits.pop(seed_idx, None)
+            self._changed()
 
     def unbind(self, seed_idx: int) -> None:
         """Drop a seed's kernel and parameters; one that is not bound is left as it is."""
@@ -149,10 +151,13 @@ class GraftSet(nn.Module):
         self, seed_idx: int, kernel: LoadedKernel, dtype: torch.dtype | None, device: torch.device | None
     ) -> None:
         """Make the seed's parameters."""
+        # That of a chunk keeps memory of its own in a bank, and lies there as it comes.
+        whole = kernel.blueprint.scope == "layer" or self.state_layout.num_seeds == 1
         weights = SeedWeights(
             kernel.tensors,
             self._like.dtype if dtype is None else dtype,
             self.state_layout.alpha_blend.device if device is None else device,
+            kernel.family.tensor("up") if whole and "up" in kernel.family.roles else None,
         )
         weights.train(self.training)
         setattr(self, f"seed{seed_idx}", weights)
@@ -324,6 +329,8 @@ class GraftSet(nn.Module):
         same = all(p.dtype is dtype and p.device.type == "cpu" and type(p) is nn.Parameter for p in parameters)
         if self.spec.channel_dim != -1 or not same or not bank_eligible(seeds, dtype, torch.device("cpu")):
             return None
+        if any(p.is_shared() for p in parameters):
+            return None  # other processes train them where they are, see `share_memory`
         d_tap = self.spec.d_in if seeds[0].reads_input else self.spec.d_out
         assert d_tap is not None and self.spec.d_out is not None
         return Bank(seeds, weights, d_tap, self.spec.d_out, dtype)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper.execution.grafts.bank_kernel import BankKernel
+from esper.execution.grafts.bank_kernel import BankKernel, batched
 from esper.execution.grafts.reservation import ReservedWeights
 from esper.execution.grafts.seed import BoundSeed
 
@@ -50,6 +50,9 @@ class _Run(torch.autograd.Function):
                 )
             gx, gh, grad = bank.differentiable_backward(flat, x, gy, table, want_x, want_h, any(wanted))
             found: Sequence[Tensor | None] = [None] * len(wanted) if grad is None else bank.parted(grad, wanted)
+        elif batched(gy):
+            gx, gh, grad = bank.differentiable_backward(weights, x, gy, table, want_x, want_h, any(wanted))
+            found = [None] * len(wanted) if grad is None else bank.parted(grad, wanted)
         else:
             gx, gh, grad = bank.backward(weights, x, gy, table, want_x, want_h, any(wanted))
             found = [None] * len(wanted) if grad is None else bank.scattered(grad, parameters, wanted)
@@ -132,17 +135,19 @@ class ReservedBank(BankKernel):
 
     def parted(self, flat: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
         """What :meth:`scattered` gives, differentiable in ``flat``."""
-        down = flat[: self.up_at].view(self.rows, self.d_in)
-        up = flat[self.up_at : self.bias_at].view(self.rows, self.d_out)
+        down = flat.narrow(0, 0, self.up_at).view(self.rows, self.d_in)
+        up = flat.narrow(0, self.up_at, self.rows * self.d_out).view(self.rows, self.d_out)
         found: list[Tensor | None] = []
         row = 0
         for seed, rank, biased in zip(self.seeds, self.ranks, self._biases, strict=True):
             begin, end = seed.place.begin, seed.place.end
             rest = self._reserved - rank
-            found.append(F.pad(down[row : row + rank], (0, 0, 0, rest)))
-            found.append(F.pad(up[row : row + rank, begin:end].t(), (0, rest, begin, self.d_out - end)))
+            # Not by indexing, which knows no batched gradients where a slice takes everything.
+            own = up.narrow(0, row, rank).narrow(1, begin, end - begin).t()
+            found.append(F.pad(down.narrow(0, row, rank), (0, 0, 0, rest)))
+            found.append(F.pad(own, (0, rest, begin, self.d_out - end)))
             if biased:
-                found.append(F.pad(flat[self.bias_at + row : self.bias_at + row + rank], (0, rest)))
+                found.append(F.pad(flat.narrow(0, self.bias_at + row, rank), (0, rest)))
             row += rank
         return [grad if want else None for grad, want in zip(found, wanted, strict=True)]
 

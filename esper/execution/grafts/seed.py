@@ -22,15 +22,27 @@ __all__ = ["BoundSeed", "SeedWeights", "bind_seed"]
 
 
 class SeedWeights(nn.Module):
-    """The parameters of one seed, named as its blueprint names them: ``<node>.weight`` and ``<node>.bias``."""
+    """The parameters of one seed, named as its blueprint names them: ``<node>.weight`` and ``<node>.bias``.
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    Args:
+        tensors: Their values, which are copied.
+        dtype: Of the parameters.
+        device: Of the parameters.
+        by_columns: Name of a matrix that lies in memory column by column. A bank wants ``up`` so, and a parameter must
+            lie from the start as it will: what an optimizer keeps beside it is laid out like it when it is first
+            stepped, and fused optimizers walk both from end to end.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, by_columns: str | None = None
+    ) -> None:
         super().__init__()
         for name, tensor in tensors.items():
             node, _, kind = name.rpartition(".")
             if node not in self._modules:
                 self.add_module(node, nn.Module())
-            own = tensor.detach().to(device=device, dtype=dtype, copy=True)
+            stride = (1, tensor.shape[0]) if name == by_columns else None
+            own = _copy(tensor.detach(), dtype, device, stride)
             self._modules[node].register_parameter(kind, nn.Parameter(own))  # type: ignore[union-attr]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -42,6 +54,12 @@ class SeedWeights(nn.Module):
             for kind, tensor in module._parameters.items()
             if tensor is not None
         }
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype, device: torch.device, stride: tuple[int, int] | None) -> Tensor:
+    if stride is None:
+        return tensor.to(device=device, dtype=dtype, copy=True)
+    return torch.empty_strided(tensor.shape, stride, dtype=dtype, device=device).copy_(tensor)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -233,9 +234,15 @@ def test_references_are_counted() -> None:
     objects = [x, h, weight, grafts._bank, grafts._bank.buffer, *parameters(grafts), None, True, False]
     for _ in range(3):
         grafts(x, h).backward(weight)
-    before = [sys.getrefcount(o) for o in objects]
-    for _ in range(100):
-        grafts(x, h).backward(weight)
-        grafts(x, h).sum().backward()
-    after = [sys.getrefcount(o) for o in objects]
-    assert all(abs(a - b) < 20 for a, b in zip(after, before, strict=True)), (before, after)
+    gc.collect()  # what earlier tests left behind holds None and True too
+    gc.disable()
+    try:
+        before = [sys.getrefcount(o) for o in objects]
+        for _ in range(100):
+            grafts(x, h).backward(weight)
+            grafts(x, h).sum().backward()
+        after = [sys.getrefcount(o) for o in objects]
+    finally:
+        gc.enable()
+    # One too many or too few a call would be a hundred; threads of earlier tests may come and go meanwhile.
+    assert all(abs(a - b) < 50 for a, b in zip(after, before, strict=True)), (before, after)

@@ -208,7 +208,7 @@ def test_alpha_one_in_mode_replace_is_the_seed(name):
 def test_a_fault_is_contained(name, value, grads):
     grafts, d_in, d_out = _layer(name, alphas=(0.3, 0.5, 0.2))
     with torch.no_grad():
-        list(grafts.seed_parameters(1).values())[-1].view(-1)[0] = value
+        list(grafts.seed_parameters(1).values())[-1][..., 0] = value
     x, h = _tensor(4, d_in), _tensor(4, d_out)
     for run in (grafts, grafts._traced):
         grafts.state_layout.fault_flags.zero_()
@@ -382,7 +382,7 @@ def test_compiled_fullgraph_goes_through_the_operation_and_never_recompiles(name
             torch.testing.assert_close(got, want, rtol=8 * tolerance, atol=8 * tolerance)
     assert not grafts.state_layout.fault_flags.any()
     with torch.no_grad():
-        parameters(grafts)[0].view(-1)[0] = torch.nan
+        parameters(grafts)[0][..., 0] = torch.nan
     grafts.state_layout.alpha_blend.fill_(0.5)
     with torch._dynamo.config.patch(error_on_recompile=True):
         y = compiled(x)

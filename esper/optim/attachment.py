@@ -1,31 +1,32 @@
-"""Optimizers that follow a growing network.
-
-:func:`attach` binds a ``torch.optim`` optimizer to a wrapped model. From then on every seed that wakes joins the
-optimizer as one parameter group of its own, and every seed that is culled leaves it together with its state. What the
-optimizer had learnt about all other parameters (momenta, second moments, step counts) is not touched, and learning-rate
-schedulers that were built for fewer groups are brought along.
-"""
+"""The bond between an optimizer and a model that grows."""
 
 from __future__ import annotations
 
-import gc
+import warnings
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, cast
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from esper.optim.groups import (
+    SEED_KEY,
+    Place,
+    check_options,
+    drop_from_groups,
+    innermost,
+    lay_out_as_parameters,
+    match_groups_by_seed,
+    places_of,
+    put_back,
+    untagged_group_of,
+)
+from esper.optim.schedulers import extend_lists, find_schedulers, shrink_lists
+
 __all__ = ["Attachment", "GrowingModel", "attach"]
-
-#: Key in a parameter group that names the seed whose parameters it holds: ``"<layer>#<seed index>"``.
-SEED_KEY = "esper_seed"
-
-#: Per-group lists that schedulers keep beside ``optimizer.param_groups``; the first kind scales with the learning rate.
-_RATE_LISTS = ("base_lrs", "max_lrs", "_last_lr")
-_PLAIN_LISTS = ("lr_lambdas", "min_lrs", "base_momentums", "max_momentums")
 
 #: Group options measured in learning rates, which a rate of one's own rescales (OneCycleLR and SWALR keep theirs here).
 _RATE_OPTIONS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -39,6 +40,9 @@ class _Grafts(Protocol):
     @property
     def bound(self) -> Iterable[int]:
         """Seeds that are awake."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Those of awake seeds and, where memory is reserved, of sleeping ones."""
 
     def seed_parameters(self, seed_idx: int) -> dict[str, nn.Parameter]:
         """Parameters of one awake seed."""
@@ -67,6 +71,8 @@ class GrowingModel(Protocol):
 
 _BY_OPTIMIZER: weakref.WeakKeyDictionary[Optimizer, list[Attachment]] = weakref.WeakKeyDictionary()
 _BY_MODEL: weakref.WeakKeyDictionary[GrowingModel, list[weakref.ref[Attachment]]] = weakref.WeakKeyDictionary()
+#: Where the parameters were in an optimizer's groups before the first attachment: by id.
+_PLACES: weakref.WeakKeyDictionary[Optimizer, dict[int, Place]] = weakref.WeakKeyDictionary()
 
 
 def attach(
@@ -89,7 +95,10 @@ def attach(
     seeds of a host without parameters (an activation), or of one that no attached optimizer trains, go to the first.
 
     ``optimizer.load_state_dict`` matches groups of seeds by their tag, so the order in which seeds were woken does not
-    matter; a state whose seeds are not those of the model is refused with their names.
+    matter; a state whose seeds are not those of the model is refused with their names. What it brings for a parameter
+    is laid out in memory as the parameter is, whatever file format it went through.
+
+    Reserved memory that the optimizer trained while it slept goes back to its place when the seed is culled.
 
     Args:
         optimizer: Any optimizer of ``torch.optim`` with parameter groups (not LBFGS, which has one group only), or one
@@ -115,15 +124,17 @@ def attach(
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
     if not hasattr(model, "on_growth"):
         raise TypeError(f"model is a {type(model).__name__}; expected what esper.wrap gave")
-    optimizer = _innermost(optimizer)
+    optimizer = innermost(optimizer)
     if isinstance(optimizer, LBFGS):
         raise ValueError("LBFGS keeps all parameters in one group and cannot take new ones; use SGD, AdamW or another")
     if lr is not None and not 0.0 <= lr < float("inf"):
         raise ValueError(f"lr={lr!r}: expected a finite learning rate of at least 0")
-    _check_options(optimizer, group_options)
+    check_options(optimizer, group_options)
     for existing in _BY_OPTIMIZER.get(optimizer, []):
         if existing.model is model:
             return existing
+    _warn_of_another_model(optimizer, model)
+    _PLACES.setdefault(optimizer, places_of(optimizer))
     attachment = Attachment(optimizer, model, lr=lr, layers=layers, schedulers=schedulers, options=group_options)
     _BY_OPTIMIZER.setdefault(optimizer, []).append(attachment)
     _BY_MODEL.setdefault(model, []).append(weakref.ref(attachment))
@@ -153,7 +164,10 @@ class Attachment:
         self._schedulers: list[weakref.ref[LRScheduler]] | None = None
         if schedulers is not None:
             self._schedulers = [weakref.ref(scheduler) for scheduler in schedulers]
-        self._load_hook = optimizer.register_load_state_dict_pre_hook(_match_groups_by_seed)
+        self._load_hooks = (
+            optimizer.register_load_state_dict_pre_hook(match_groups_by_seed),
+            optimizer.register_load_state_dict_post_hook(lay_out_as_parameters),
+        )
         self._follower = weakref.ref(_Follower(self, model))
         weakref.finalize(optimizer, _stop, self._follower).atexit = False
 
@@ -170,7 +184,8 @@ class Attachment:
     def detach(self) -> None:
         """Stop following the model. Groups that have joined stay; calling it again does nothing."""
         _stop(self._follower)
-        self._load_hook.remove()
+        for hook in self._load_hooks:
+            hook.remove()
         optimizer, model = self.optimizer, self.model
         if optimizer is not None and self in _BY_OPTIMIZER.get(optimizer, []):
             _BY_OPTIMIZER[optimizer].remove(self)
@@ -193,19 +208,19 @@ class Attachment:
                     optimizer.state.pop(parameter, None)
             self._bound(layer, seed_idx, parameters)
         else:
-            self._unbound(parameters)
+            self._unbound(layer, parameters)
 
     def _bound(self, layer: str, seed_idx: int, parameters: Mapping[str, nn.Parameter]) -> None:
         optimizer = self.optimizer
         if optimizer is None or not self._claims(layer, parameters):
             return
         template = optimizer.param_groups[0]
-        mixed = _untagged_group_of(optimizer, parameters.values())
+        mixed = untagged_group_of(optimizer, parameters.values())
         if mixed is not None:
             # The optimizer was built over all parameters of a model that had grown already. In a group of their own
             # they can leave later, and a saved optimizer state finds them whatever the order of the parameters.
             template = mixed
-            _drop_from_groups(optimizer, parameters.values())
+            drop_from_groups(optimizer, parameters.values())
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         new = [(name, p) for name, p in parameters.items() if id(p) not in held]
         if not new:
@@ -216,22 +231,32 @@ class Attachment:
         group["params"] = [(f"{layer}#{seed_idx}.{name}", p) for name, p in new] if named else [p for _, p in new]
         optimizer.add_param_group(group)
         for scheduler in self._live_schedulers(optimizer):
-            _extend_lists(scheduler, before, ratio)
+            extend_lists(scheduler, before, ratio)
 
-    def _unbound(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        optimizer = self.optimizer
-        if optimizer is None:
+    def _unbound(self, layer: str, parameters: Mapping[str, nn.Parameter]) -> None:
+        optimizer, model = self.optimizer, self.model
+        if optimizer is None or model is None:
             return
-        for parameter in parameters.values():
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        mine = [p for p in parameters.values() if id(p) in held]
+        for parameter in mine:
             optimizer.state.pop(parameter, None)
         before = len(optimizer.param_groups)
-        emptied = _drop_from_groups(optimizer, parameters.values())
+        emptied = drop_from_groups(optimizer, mine)
+        # Reserved memory outlives its seeds. An optimizer made anew over the model has all of it in its groups, and one
+        # that has trained for long must look the same, or neither could load the other's state.
+        lasting = {id(p) for p in model.kasmina_layers[layer].grafts.parameters()}
+        places = _PLACES[optimizer]
+        put_back(optimizer, [p for p in mine if id(p) in lasting], places)
+        for parameter in mine:
+            if id(parameter) not in lasting:
+                places.pop(id(parameter), None)
         if not emptied:
             return
         for index in reversed(emptied):
             del optimizer.param_groups[index]
         for scheduler in self._live_schedulers(optimizer):
-            _shrink_lists(scheduler, before, emptied)
+            shrink_lists(scheduler, before, emptied)
 
     def _claims(self, layer: str, parameters: Mapping[str, nn.Parameter]) -> bool:
         """Whether this optimizer is the one that trains the seed (see :func:`attach` for the rule)."""
@@ -281,7 +306,7 @@ class Attachment:
         # unless it was given one floor per group; it then says so, and needs to be named in `schedulers`.
         if all("initial_lr" not in group for group in optimizer.param_groups):
             return []
-        return list(_find_schedulers(optimizer))
+        return list(find_schedulers(optimizer))
 
 
 class _Follower:
@@ -311,108 +336,11 @@ def _attachments_of(model: GrowingModel | None) -> list[Attachment]:
     return [attachment for ref in refs if (attachment := ref()) is not None and attachment.optimizer is not None]
 
 
-def _check_options(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
-    known = set(optimizer.param_groups[0]) - {"params", "param_names", "initial_lr", SEED_KEY}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        names = ", ".join(map(repr, unknown))
-        raise ValueError(f"{type(optimizer).__name__} has no group option {names}; it has {', '.join(sorted(known))}")
-
-
-def _untagged_group_of(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> dict[str, Any] | None:
-    """A group not made here that holds some of ``parameters`` among others, or None."""
-    wanted = {id(p) for p in parameters}
-    for group in optimizer.param_groups:
-        inside = [id(p) in wanted for p in group["params"]]
-        if SEED_KEY not in group and any(inside) and not all(inside):
-            return group
-    return None
-
-
-def _drop_from_groups(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> list[int]:
-    """Take ``parameters`` out of their groups; return the indices of seeds' groups that this left empty, ascending."""
-    gone = {id(p) for p in parameters}
-    emptied: list[int] = []
-    for index, group in enumerate(optimizer.param_groups):
-        keep = [i for i, p in enumerate(group["params"]) if id(p) not in gone]
-        if len(keep) == len(group["params"]):
-            continue
-        group["params"] = [group["params"][i] for i in keep]
-        if "param_names" in group:
-            group["param_names"] = [group["param_names"][i] for i in keep]
-        if not keep and SEED_KEY in group:
-            emptied.append(index)
-    return emptied
-
-
-def _find_schedulers(optimizer: Optimizer) -> Iterator[LRScheduler]:
-    """Every live scheduler of ``optimizer``: torch keeps no reference from an optimizer to its schedulers."""
-    seen: set[int] = set()
-    for referrer in gc.get_referrers(optimizer):
-        owners = [referrer]
-        # Once a scheduler's __dict__ has been asked for, the dict and not the scheduler refers to the optimizer.
-        if type(referrer) is dict and referrer.get("optimizer") is optimizer:
-            owners = gc.get_referrers(referrer)
-        for owner in owners:
-            # type(), not isinstance(): lazy proxies among these objects would otherwise resolve themselves.
-            if not issubclass(type(owner), (LRScheduler, Optimizer)) or id(owner) in seen:
-                continue
-            if getattr(owner, "optimizer", None) is optimizer:
-                seen.add(id(owner))
-                # An optimizer around this one has schedulers of its own over the same groups.
-                found = [owner] if issubclass(type(owner), LRScheduler) else _find_schedulers(cast(Optimizer, owner))
-                yield from cast(Iterable[LRScheduler], found)
-
-
-def _innermost(optimizer: Optimizer) -> Optimizer:
-    """What an optimizer around another one (accelerate's) hands on to: groups, state and hooks are its."""
-    inner = getattr(optimizer, "optimizer", None)
-    return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
-
-
-def _extend_lists(scheduler: LRScheduler, groups_before: int, ratio: float) -> None:
-    for name in (*_RATE_LISTS, *_PLAIN_LISTS):
-        values = getattr(scheduler, name, None)
-        if not isinstance(values, (list, tuple)) or len(values) != groups_before:
-            continue
-        first = values[0]
-        if isinstance(first, torch.Tensor):
-            first = first.clone()
-        setattr(scheduler, name, [*values, first * ratio if name in _RATE_LISTS else first])
-
-
-def _shrink_lists(scheduler: LRScheduler, groups_before: int, removed: Container[int]) -> None:
-    for name in (*_RATE_LISTS, *_PLAIN_LISTS):
-        values = getattr(scheduler, name, None)
-        if isinstance(values, (list, tuple)) and len(values) == groups_before:
-            setattr(scheduler, name, [value for index, value in enumerate(values) if index not in removed])
-
-
-def _match_groups_by_seed(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
-    """Load-time hook: bring the saved groups into the optimizer's own order, seeds by tag and the rest in sequence."""
-    saved_groups: list[dict[str, Any]] = state["param_groups"]
-    saved: dict[str, list[dict[str, Any]]] = {}
-    for group in saved_groups:
-        if SEED_KEY in group:
-            saved.setdefault(group[SEED_KEY], []).append(group)
-    tags = [group.get(SEED_KEY) for group in optimizer.param_groups]
-    # One optimizer may follow two models with layers of one name; equal tags then keep their sequence.
-    missing = [tag for tag in tags if tag is not None and len(saved.get(tag, [])) < tags.count(tag)]
-    surplus = [tag for tag, groups in saved.items() if len(groups) > tags.count(tag)]
-    if missing or surplus:
-        raise ValueError(
-            "this optimizer state belongs to a model with other seeds awake: "
-            + "; ".join(
-                text
-                for text in (
-                    f"it has none for {', '.join(missing)}" if missing else "",
-                    f"it has {', '.join(surplus)}, which the model has not" if surplus else "",
-                )
-                if text
-            )
-            + ". Rebuild the grown model first (esper.load), then attach, then load the optimizer's state."
+def _warn_of_another_model(optimizer: Optimizer, model: GrowingModel) -> None:
+    trainable = {id(p) for p in getattr(model, "parameters", list)() if p.requires_grad}
+    if trainable and trainable.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+        warnings.warn(
+            "the optimizer has no parameter of this model, so it trains none of what the model is now. esper.wrap "
+            "copies the network unless preserve_original=False is given: make the optimizer from model.parameters()",
+            stacklevel=3,
         )
-    rest = iter([group for group in saved_groups if SEED_KEY not in group])
-    ordered = [saved[tag].pop(0) if tag is not None else next(rest, None) for tag in tags]
-    # A different number of plain groups is left for torch to refuse in its own words.
-    return {**state, "param_groups": [group for group in ordered if group is not None] + list(rest)}
