@@ -242,7 +242,8 @@ class EventKind(StrEnum):
     #: A load was asked for.
     SEED_LOADING = "seed_loading"
     SEED_WOKEN = "seed_woken"
-    #: A load came to nothing; the seed is dormant, or in ERROR_RECOVERY when the kernel was bad.
+    #: A load came to nothing; the seed is dormant, or in ERROR_RECOVERY when the kernel was bad. Where a command to the
+    #: seed has overtaken the load, that command is told next.
     SEED_REFUSED = "seed_refused"
     #: Put back to sleep.
     SEED_UNLOADED = "seed_unloaded"

@@ -195,8 +195,7 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
     def _on_due(self, clock: Clock) -> None:
         clock.due = NEVER
         if self._consensus is None:
-            while self._fetched:
-                self._commit(self._fetched.popleft())
+            self._commit_ready()
         else:
             clock.due = self._consensus.round(clock.steps)
             self._fetched.clear()  # a fetch is looked at when all ranks look at theirs
@@ -233,7 +232,7 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
     # -- seeds -------------------------------------------------------------------------------------
 
     async def unload_kernel(self, layer_name: str, seed_idx: int) -> bool:
-        """Put a seed to sleep and drop its kernel; False when it was dormant already.
+        """Put a seed to sleep and drop its kernel, or give up its load; False when it was dormant already.
 
         Raises:
             ValueError: unknown layer or bad seed index.
@@ -242,7 +241,7 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
         return await self.layer(layer_name).unload_kernel(seed_idx)
 
     def cull(self, layer_name: str, seed_idx: int, *, cooldown_steps: int = 0) -> None:
-        """Remove a seed that does not help.
+        """Remove a seed that does not help. A load under way comes to nothing.
 
         Args:
             layer_name: The layer's dotted name.
@@ -260,7 +259,7 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
         self._clock.due = 0
 
     def fossilize(self, layer_name: str, seed_idx: int) -> None:
-        """Keep a seed for good.
+        """Keep a seed for good. A load under way comes to nothing.
 
         Raises:
             ValueError: unknown layer or bad seed index.
@@ -367,7 +366,7 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
         self.monitor.close()
         for layer in self.kasmina_layers.values():
             for seed_idx in range(layer.num_seeds):
-                if layer.state_layout.state_of(seed_idx) is _State.LOADING:
+                if seed_idx in layer.loading or layer.state_layout.state_of(seed_idx) is _State.LOADING:
                     layer.refuse(seed_idx, "the model was closed while it was loading", bad=False)
         # Whoever waits for a request hears of it now, not when a registry that hangs has timed out.
         for item in self._requested:

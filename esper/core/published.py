@@ -86,6 +86,7 @@ class Published:
     def _on_lifecycle(
         self, kind: EventKind, layer_name: str, seed_idx: int, artifact_id: str | None, reason: str | None
     ) -> None:
+        self._touch()  # the next step answers a request that came to nothing
         if self._publisher is not None:
             self._publisher.event(
                 kind, layer_name=layer_name, seed_idx=seed_idx, artifact_id=artifact_id, reason=reason

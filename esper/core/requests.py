@@ -14,7 +14,7 @@ from esper.contracts.errors import ArtifactError
 from esper.core.clock import Clock
 from esper.core.consensus import Consensus, Refusal, several_ranks
 from esper.execution import background
-from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kasmina_layer import KasminaLayer, Load
 from esper.execution.kernel_executor import LoadedKernel
 from esper.execution.state_layout import Lattice
 
@@ -33,6 +33,7 @@ class Fetched:
     artifact_id: str
     alpha: float
     ramp_steps: int
+    load: Load
     fetch: Future[LoadedKernel | None]
     outcome: Future[bool]
 
@@ -95,8 +96,10 @@ class KernelRequests(nn.Module):
         seed wakes on all of them at the same step, or on none.
 
         Returns:
-            A future with the result of :meth:`load_kernel`; it is done after the :attr:`step` that committed. Do not
-            wait for it in the thread that trains.
+            A future with the result of :meth:`load_kernel`; it is done after the :attr:`step` that committed. A seed
+            that is unloaded, culled or fossilized meanwhile stays so: the future is then False, after the next
+            :attr:`step` (on several ranks when all of them have their fetch behind them). Do not wait for it in the
+            thread that trains.
 
         Raises:
             As :meth:`load_kernel`, at once.
@@ -104,10 +107,10 @@ class KernelRequests(nn.Module):
         if self._closed:
             raise RuntimeError("the model is closed")
         layer = self.layer(layer_name)
-        layer.begin_load(seed_idx, alpha)
+        load = layer.begin_load(seed_idx, alpha, artifact_id)
         outcome: Future[bool] = Future()
         fetch = background.submit(layer.fetch(seed_idx, artifact_id))
-        item = Fetched(layer, seed_idx, artifact_id, alpha, ramp_steps, fetch, outcome)
+        item = Fetched(layer, seed_idx, artifact_id, alpha, ramp_steps, load, fetch, outcome)
         self._requested.add(item)
         if self._consensus is not None:
             self._consensus.expect(item)
@@ -127,32 +130,43 @@ class KernelRequests(nn.Module):
         fetch.add_done_callback(hand_over)
         return outcome
 
+    def _commit_ready(self) -> None:
+        """Settle what a command has overtaken, and what has been fetched."""
+        for item in [item for item in self._requested if item.load.ended]:
+            self._commit(item)
+        while self._fetched:
+            self._commit(self._fetched.popleft())
+
     def _commit(self, item: Fetched, refusal: Refusal | None = None) -> None:
-        layer, seed_idx = item.layer, item.seed_idx
+        if item not in self._requested:
+            return  # close() has cancelled it and put its seed back to sleep, or a command has overtaken it
         self._requested.discard(item)
-        if self._closed:
-            return  # close() has cancelled it and put its seed back to sleep
+        layer, seed_idx, load = item.layer, item.seed_idx, item.load
         if refusal is not None:
             item.fetch.cancel()
-            done = layer.refuse(seed_idx, refusal.reason, bad=refusal.bad)
+            done = layer.refuse(seed_idx, refusal.reason, bad=refusal.bad, load=load)
             if not item.outcome.done():
                 item.outcome.set_result(done)
             return
         # It runs already where the ranks have agreed on it.
         if not item.outcome.running() and not item.outcome.set_running_or_notify_cancel():
-            layer.refuse(seed_idx, f"{item.artifact_id}: the request was cancelled", bad=False)
+            layer.refuse(seed_idx, f"{item.artifact_id}: the request was cancelled", bad=False, load=load)
+            return
+        if load.ended:
+            item.fetch.cancel()
+            item.outcome.set_result(False)
             return
         try:
             kernel = item.fetch.result(timeout=0)
             if kernel is None:
                 reason = layer.kernel_cache.last_error(item.artifact_id) or "not to be had"
-                done = layer.refuse(seed_idx, f"{item.artifact_id}: {reason}", bad=False)
+                done = layer.refuse(seed_idx, f"{item.artifact_id}: {reason}", bad=False, load=load)
             else:
-                done = layer.commit(seed_idx, kernel, alpha=item.alpha, ramp_steps=item.ramp_steps)
+                done = layer.commit(seed_idx, kernel, alpha=item.alpha, ramp_steps=item.ramp_steps, load=load)
         except ArtifactError as error:
-            done = layer.refuse(seed_idx, f"{item.artifact_id}: {error}", bad=True)
+            done = layer.refuse(seed_idx, f"{item.artifact_id}: {error}", bad=True, load=load)
         except (Exception, CancelledError) as error:
-            done = layer.refuse(seed_idx, f"{item.artifact_id}: {type(error).__name__}: {error}", bad=False)
+            done = layer.refuse(seed_idx, f"{item.artifact_id}: {type(error).__name__}: {error}", bad=False, load=load)
         item.outcome.set_result(done)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from torch import nn
@@ -20,7 +21,7 @@ from esper.execution.kernel_executor import LoadedKernel
 from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
 from esper.execution.state_layout import KasminaStateLayout
 
-__all__ = ["GrowthEvent", "KasminaLayer"]
+__all__ = ["GrowthEvent", "KasminaLayer", "Load"]
 
 GrowthEvent = Literal["bound", "unbound"]
 GrowthCallback = Callable[[GrowthEvent, str, int, dict[str, nn.Parameter]], None]
@@ -28,6 +29,19 @@ GrowthCallback = Callable[[GrowthEvent, str, int, dict[str, nn.Parameter]], None
 LifecycleCallback = Callable[[EventKind, str, int, str | None, str | None], None]
 
 _State = SeedLifecycleState
+
+
+@dataclass(eq=False, slots=True)
+class Load:
+    """A load under way, from :meth:`KasminaLayer.begin_load` until it is committed or refused.
+
+    Attributes:
+        artifact_id: What is loaded.
+        ended: Whether a command to the seed has overtaken it: its kernel must not wake the seed any more.
+    """
+
+    artifact_id: str
+    ended: bool = False
 
 
 class KasminaLayer(HostForwards):
@@ -133,6 +147,7 @@ class KasminaLayer(HostForwards):
         self._stand_by(host, fast_path)
         self._artifacts: dict[int, str] = {}
         self._failures: dict[int, str] = {}
+        self._loads: dict[int, Load] = {}
         self._growth_callbacks: list[GrowthCallback] = []
         self._on_lifecycle: LifecycleCallback | None = None
         self._forwards: Callable[[], int] | None = None
@@ -166,25 +181,25 @@ class KasminaLayer(HostForwards):
 
         Returns:
             True when the seed is awake with the new kernel. False when the artifact is not to be had (the seed is as
-            before, dormant if it was) or is bad (the seed is in ERROR_RECOVERY); :meth:`get_layer_stats` then holds
-            the reason.
+            before, dormant if it was) or is bad (the seed is in ERROR_RECOVERY), or when the seed was unloaded, culled
+            or fossilized meanwhile (it stays so); :meth:`get_layer_stats` then holds the reason.
 
         Raises:
             ValueError: bad seed index, or alpha is NaN.
-            LifecycleError: the seed is fossilized, or already loading.
+            LifecycleError: the seed is fossilized, culled, or already loading.
         """
-        self.begin_load(seed_idx, alpha)
+        load = self.begin_load(seed_idx, alpha, artifact_id)
         try:
             kernel = await self.fetch(seed_idx, artifact_id)
         except ArtifactError as error:
-            return self.refuse(seed_idx, f"{artifact_id}: {error}", bad=True)
+            return self.refuse(seed_idx, f"{artifact_id}: {error}", bad=True, load=load)
         except BaseException as error:
-            self.refuse(seed_idx, f"{artifact_id}: {type(error).__name__}: {error}", bad=False)
+            self.refuse(seed_idx, f"{artifact_id}: {type(error).__name__}: {error}", bad=False, load=load)
             raise
         if kernel is None:
             reason = self.kernel_cache.last_error(artifact_id) or "not to be had"
-            return self.refuse(seed_idx, f"{artifact_id}: {reason}", bad=False)
-        return self.commit(seed_idx, kernel, alpha=alpha, ramp_steps=ramp_steps)
+            return self.refuse(seed_idx, f"{artifact_id}: {reason}", bad=False, load=load)
+        return self.commit(seed_idx, kernel, alpha=alpha, ramp_steps=ramp_steps, load=load)
 
     async def fetch(self, seed_idx: int, artifact_id: str) -> LoadedKernel | None:
         """A kernel for a seed of this layer, on the layer's device, with all compiled that it will launch there.
@@ -198,7 +213,7 @@ class KasminaLayer(HostForwards):
         return kernel
 
     async def unload_kernel(self, seed_idx: int) -> bool:
-        """Put a seed to sleep and drop its kernel; False when it was dormant already.
+        """Put a seed to sleep and drop its kernel, or give up its load; False when it was dormant already.
 
         Raises:
             ValueError: bad seed index.
@@ -229,23 +244,58 @@ class KasminaLayer(HostForwards):
             last = self.num_seeds - 1
             raise ValueError(f"Invalid seed index {seed_idx!r}: layer '{self.layer_name}' has seeds 0 to {last}")
 
-    def begin_load(self, seed_idx: int, alpha: float = 0.0) -> None:
-        """Check that a kernel may be loaded into the seed, and mark a sleeping one LOADING."""
+    def begin_load(self, seed_idx: int, alpha: float = 0.0, artifact_id: str = "kernel") -> Load:
+        """Check that a kernel may be loaded into the seed, and mark a sleeping one LOADING.
+
+        The load that is returned goes to :meth:`commit` or :meth:`refuse`, one of which must follow.
+
+        Raises:
+            ValueError: bad seed index, or alpha is NaN.
+            LifecycleError: the seed is fossilized, culled, or already loading. In every case nothing was changed.
+        """
         self.check_seed(seed_idx)
         if math.isnan(alpha):
             raise ValueError(f"alpha is NaN (layer '{self.layer_name}', seed {seed_idx})")
         state = self.state_layout.state_of(seed_idx)
-        if state in (_State.LOADING, _State.FOSSILIZED):
+        if state is _State.FOSSILIZED:
             raise LifecycleError(
-                f"layer '{self.layer_name}', seed {seed_idx} is {state.name}: "
-                + ("wait for the load under way" if state is _State.LOADING else "a fossilized seed keeps its kernel")
+                f"layer '{self.layer_name}', seed {seed_idx} is FOSSILIZED: a fossilized seed keeps its kernel"
+            )
+        if state is _State.LOADING or seed_idx in self._loads:
+            raise LifecycleError(
+                f"layer '{self.layer_name}', seed {seed_idx} is {state.name}: wait for the load under way"
             )
         if seed_idx not in self.grafts.bound:
             self.state_layout.transition_seed_state(seed_idx, _State.LOADING)
             self._tell(EventKind.SEED_LOADING, seed_idx)
+        load = self._loads[seed_idx] = Load(artifact_id)
+        return load
 
-    def commit(self, seed_idx: int, kernel: LoadedKernel, *, alpha: float, ramp_steps: int = 0) -> bool:
-        """Wake a seed with a kernel that is here; False, and ERROR_RECOVERY, when it does not fit."""
+    @property
+    def loading(self) -> tuple[int, ...]:
+        """Indices of the seeds that a load is under way for, ascending; an awake one keeps its kernel until then."""
+        return tuple(sorted(self._loads))
+
+    def commit(
+        self, seed_idx: int, kernel: LoadedKernel, *, alpha: float, ramp_steps: int = 0, load: Load | None = None
+    ) -> bool:
+        """Wake a seed with a kernel that is here.
+
+        Args:
+            seed_idx: Which seed.
+            kernel: What to run.
+            alpha: As for :meth:`load_kernel`.
+            ramp_steps: As for :meth:`load_kernel`.
+            load: The load that this ends. None is a command of its own, which overtakes a load under way.
+
+        Returns:
+            False when the kernel does not fit (the seed is in ERROR_RECOVERY), or a command has overtaken the load
+            (the seed is left as it is).
+        """
+        if load is None:
+            self._overtake(seed_idx, "given another kernel")
+        elif not self._finish(seed_idx, load):
+            return False
         self._drop_graft(seed_idx)
         # On a GPU the kernel may still be on its way; the stream that trains waits for it here, the thread does not.
         kernel.wait_on_current_stream()
@@ -275,8 +325,20 @@ class KasminaLayer(HostForwards):
         self._tell(EventKind.SEED_WOKEN, seed_idx, kernel.artifact_id)
         return True
 
-    def refuse(self, seed_idx: int, reason: str, *, bad: bool) -> bool:
-        """Put on record why a load came to nothing; always False."""
+    def refuse(self, seed_idx: int, reason: str, *, bad: bool, load: Load | None = None) -> bool:
+        """Put on record why a load came to nothing; always False.
+
+        Args:
+            seed_idx: Which seed.
+            reason: In words.
+            bad: Whether the kernel is bad (the seed goes to ERROR_RECOVERY) rather than not to be had.
+            load: The load that this ends; nothing changes if a command has overtaken it. None ends the one under way.
+        """
+        if load is None:
+            if (load := self._loads.pop(seed_idx, None)) is not None:
+                load.ended = True
+        elif not self._finish(seed_idx, load):
+            return False
         self._failures[seed_idx] = reason
         layout = self.state_layout
         if bad:
@@ -290,9 +352,13 @@ class KasminaLayer(HostForwards):
         return False
 
     def release(self, seed_idx: int, state: SeedLifecycleState) -> None:
-        """Move a seed to a sleeping state and drop its kernel; an illegal move raises and changes nothing."""
+        """Move a seed to a sleeping state and drop its kernel; an illegal move raises and changes nothing.
+
+        A load under way comes to nothing.
+        """
         self.check_seed(seed_idx)
         self.state_layout.transition_seed_state(seed_idx, state)
+        self._overtake(seed_idx, "culled" if state is _State.CULLED else "unloaded")
         artifact = self._artifacts.get(seed_idx)
         self._drop_graft(seed_idx)
         self._refresh()
@@ -300,9 +366,10 @@ class KasminaLayer(HostForwards):
         self._tell(kind, seed_idx, artifact)
 
     def fossilize(self, seed_idx: int) -> None:
-        """Keep a seed for good: it stays awake at its alpha and is never unloaded."""
+        """Keep a seed for good: it stays awake at its alpha, is never unloaded, and gets no other kernel."""
         self.check_seed(seed_idx)
         self.state_layout.transition_seed_state(seed_idx, _State.FOSSILIZED)
+        self._overtake(seed_idx, "fossilized")
         self._tell(EventKind.SEED_FOSSILIZED, seed_idx, self._artifacts.get(seed_idx))
 
     def on_fault_limit(self, seed_idx: int) -> None:
@@ -317,6 +384,24 @@ class KasminaLayer(HostForwards):
     def failure_of(self, seed_idx: int) -> str | None:
         """Why the seed's last load or kernel failed; None when none did. Reads no device memory."""
         return self._failures.get(seed_idx)
+
+    def _overtake(self, seed_idx: int, what: str) -> None:
+        """A command was given to the seed: the load under way, if there is one, comes to nothing."""
+        load = self._loads.pop(seed_idx, None)
+        if load is not None:
+            load.ended = True
+            reason = self._failures[seed_idx] = f"{load.artifact_id}: the seed was {what} while it was loading"
+            self._tell(EventKind.SEED_REFUSED, seed_idx, None, reason)
+
+    def _finish(self, seed_idx: int, load: Load) -> bool:
+        """Take a load off those under way; whether it may still change the seed."""
+        state = self.state_layout.state_of(seed_idx)
+        # Not by a command of this layer: by a state_dict, or by hand.
+        if not load.ended and state in (_State.CULLED, _State.FOSSILIZED):
+            self._overtake(seed_idx, state.name.lower())
+        if self._loads.get(seed_idx) is load:
+            del self._loads[seed_idx]
+        return not load.ended
 
     def _tell(self, kind: EventKind, seed_idx: int, artifact_id: str | None = None, reason: str | None = None) -> None:
         if self._on_lifecycle is not None:
@@ -379,8 +464,9 @@ class KasminaLayer(HostForwards):
         return f"{self.layer_name!r}, num_seeds={self.num_seeds}, awake={list(self.grafts.bound)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but what belongs to this process: observers, callbacks, events of a GPU."""
+        """Everything but what belongs to this process: observers, callbacks, loads under way, events of a GPU."""
         state = dict(self.__dict__)
+        state["_loads"] = {}
         state["_observer"] = None
         state["_cuda_timing"] = None
         state["_growth_callbacks"] = []

@@ -275,6 +275,32 @@ def cancelled_on_one_rank(rank: int) -> dict[str, Any]:
     return found
 
 
+def commands_while_loading(rank: int) -> dict[str, Any]:
+    """An awake seed is fossilized, and a sleeping one unloaded and asked again, while rank 1 still fetches."""
+    run = Run(rank, "ddp", Instrumented(seconds=0.3 * rank))
+    model = run.model
+    woken = model.request_kernel("0", 1, kernel(0))
+    while not woken.done():
+        run.watch()
+        time.sleep(0.02)
+    futures = [model.request_kernel("0", 1, kernel(1)), model.request_kernel("2", 0, kernel(2))]
+    run.watch()
+    model.fossilize("0", 1)
+    asyncio.run(model.unload_kernel("2", 0))
+    futures.append(model.request_kernel("2", 0, kernel(3)))
+    for _ in range(40):
+        run.watch()
+        time.sleep(0.02)
+    found = run.report() | {
+        "done": [future.result(timeout=0) for future in futures],
+        "artifacts": [model.get_layer_stats(layer)["artifacts"] for layer in ("0", "2")],
+        "wanted": [{1: kernel(0)}, {0: kernel(3)}],
+        "error": model.get_layer_stats("0")["errors"].get(1),
+    }
+    run.close()
+    return found
+
+
 def watched(rank: int) -> dict[str, Any]:
     """The monitor samples on each rank by its own clock; what reaches the lattice is the same on all."""
     run = Run(rank, "ddp", telemetry=True)

@@ -111,6 +111,15 @@ def test_a_request_that_one_rank_cancels_is_refused_on_all(ranks: Ranks) -> None
     assert results[0]["states"][-1] == "DORMANT"
 
 
+def test_commands_given_while_loading_stand_on_all(ranks: Ranks) -> None:
+    results = ranks.run(scenarios.commands_while_loading)
+    same(results, "parameters", "crc", "states", "plans", "done", "artifacts", "error")
+    assert results[0]["done"] == [False, False, True]
+    assert results[0]["artifacts"] == results[0]["wanted"]
+    assert results[0]["states"][-1] == "FOSSILIZED"
+    assert "fossilized while it was loading" in results[0]["error"]
+
+
 def test_samples_and_latencies_reach_all_lattices_alike(ranks: Ranks) -> None:
     results = ranks.run(scenarios.watched)
     same(results, "crc", "states", "health", "done")
