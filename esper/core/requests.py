@@ -75,7 +75,7 @@ class KernelRequests(nn.Module):
             "errors".
 
         Raises:
-            ValueError: unknown layer, bad seed index, or alpha is NaN.
+            ValueError: unknown layer, bad seed index, alpha is NaN, or ``ramp_steps`` is no whole number of at least 0.
             LifecycleError: the seed is fossilized, culled, or already loading.
             RuntimeError: the model is trained by several ranks.
         """
@@ -107,7 +107,7 @@ class KernelRequests(nn.Module):
         if self._closed:
             raise RuntimeError("the model is closed")
         layer = self.layer(layer_name)
-        load = layer.begin_load(seed_idx, alpha, artifact_id)
+        load = layer.begin_load(seed_idx, alpha, artifact_id, ramp_steps=ramp_steps)
         outcome: Future[bool] = Future()
         fetch = background.submit(layer.fetch(seed_idx, artifact_id))
         item = Fetched(layer, seed_idx, artifact_id, alpha, ramp_steps, load, fetch, outcome)

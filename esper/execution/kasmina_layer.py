@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -185,10 +186,10 @@ class KasminaLayer(HostForwards):
             or fossilized meanwhile (it stays so); :meth:`get_layer_stats` then holds the reason.
 
         Raises:
-            ValueError: bad seed index, or alpha is NaN.
+            ValueError: bad seed index, alpha is NaN, or ``ramp_steps`` is no whole number of at least 0.
             LifecycleError: the seed is fossilized, culled, or already loading.
         """
-        load = self.begin_load(seed_idx, alpha, artifact_id)
+        load = self.begin_load(seed_idx, alpha, artifact_id, ramp_steps=ramp_steps)
         try:
             kernel = await self.fetch(seed_idx, artifact_id)
         except ArtifactError as error:
@@ -244,18 +245,25 @@ class KasminaLayer(HostForwards):
             last = self.num_seeds - 1
             raise ValueError(f"Invalid seed index {seed_idx!r}: layer '{self.layer_name}' has seeds 0 to {last}")
 
-    def begin_load(self, seed_idx: int, alpha: float = 0.0, artifact_id: str = "kernel") -> Load:
+    def begin_load(
+        self, seed_idx: int, alpha: float = 0.0, artifact_id: str = "kernel", *, ramp_steps: int = 0
+    ) -> Load:
         """Check that a kernel may be loaded into the seed, and mark a sleeping one LOADING.
 
         The load that is returned goes to :meth:`commit` or :meth:`refuse`, one of which must follow.
 
         Raises:
-            ValueError: bad seed index, or alpha is NaN.
+            ValueError: bad seed index, alpha is NaN, or ``ramp_steps`` is no whole number of at least 0.
             LifecycleError: the seed is fossilized, culled, or already loading. In every case nothing was changed.
         """
         self.check_seed(seed_idx)
         if math.isnan(alpha):
             raise ValueError(f"alpha is NaN (layer '{self.layer_name}', seed {seed_idx})")
+        if not _is_count(ramp_steps):
+            raise ValueError(
+                f"ramp_steps is a whole number of at least 0, got {ramp_steps!r} "
+                f"(layer '{self.layer_name}', seed {seed_idx})"
+            )
         state = self.state_layout.state_of(seed_idx)
         if state is _State.FOSSILIZED:
             raise LifecycleError(
@@ -289,20 +297,40 @@ class KasminaLayer(HostForwards):
             load: The load that this ends. None is a command of its own, which overtakes a load under way.
 
         Returns:
-            False when the kernel does not fit (the seed is in ERROR_RECOVERY), or a command has overtaken the load
-            (the seed is left as it is).
+            False when the kernel does not fit (the seed is in ERROR_RECOVERY), something failed on the way, such as
+            memory that ran out (it is dormant), or a command has overtaken the load (it is left as it is).
         """
         if load is None:
             self._overtake(seed_idx, "given another kernel")
         elif not self._finish(seed_idx, load):
             return False
         self._drop_graft(seed_idx)
-        # On a GPU the kernel may still be on its way; the stream that trains waits for it here, the thread does not.
-        kernel.wait_on_current_stream()
         try:
+            # On a GPU the kernel may still be on its way; the stream that trains waits for it here, the thread does
+            # not.
+            kernel.wait_on_current_stream()
             self.grafts.bind(seed_idx, kernel)
+            self._wake(seed_idx, kernel, alpha, ramp_steps)
+            parameters = self.grafts.seed_parameters(seed_idx)
         except (ShapeMismatchError, ArtifactError) as error:
             return self.refuse(seed_idx, f"{kernel.artifact_id}: {error}", bad=True)
+        except Exception as error:
+            # Nobody has been told of the new parameters, so nobody is told that they go.
+            self.grafts.unbind(seed_idx)
+            self._artifacts.pop(seed_idx, None)
+            self.state_layout.reset_seed(seed_idx)
+            return self.refuse(seed_idx, f"{kernel.artifact_id}: {type(error).__name__}: {error}", bad=False)
+        failure = self._announce("bound", seed_idx, parameters)
+        if failure is not None:
+            # Whoever was to train the new parameters may not have them: better no seed than one that never learns.
+            self.release(seed_idx, _State.DORMANT)
+            self._failures[seed_idx] = f"{kernel.artifact_id}: {failure}"
+            self._tell(EventKind.SEED_REFUSED, seed_idx, kernel.artifact_id, failure)
+            return False
+        self._tell(EventKind.SEED_WOKEN, seed_idx, kernel.artifact_id)
+        return True
+
+    def _wake(self, seed_idx: int, kernel: LoadedKernel, alpha: float, ramp_steps: int) -> None:
         layout = self.state_layout
         if layout.state_of(seed_idx) not in (_State.LOADING, _State.DORMANT):
             layout.reset_seed(seed_idx)
@@ -315,15 +343,6 @@ class KasminaLayer(HostForwards):
         self._artifacts[seed_idx] = kernel.artifact_id
         self._failures.pop(seed_idx, None)
         self._refresh()
-        failure = self._announce("bound", seed_idx, self.grafts.seed_parameters(seed_idx))
-        if failure is not None:
-            # Whoever was to train the new parameters may not have them: better no seed than one that never learns.
-            self.release(seed_idx, _State.DORMANT)
-            self._failures[seed_idx] = f"{kernel.artifact_id}: {failure}"
-            self._tell(EventKind.SEED_REFUSED, seed_idx, kernel.artifact_id, failure)
-            return False
-        self._tell(EventKind.SEED_WOKEN, seed_idx, kernel.artifact_id)
-        return True
 
     def refuse(self, seed_idx: int, reason: str, *, bad: bool, load: Load | None = None) -> bool:
         """Put on record why a load came to nothing; always False.
@@ -474,3 +493,11 @@ class KasminaLayer(HostForwards):
         state["_forwards"] = None
         state["latency_sink"] = None
         return state
+
+
+def _is_count(value: object) -> bool:
+    """Whether it is a whole number of at least 0, numpy's among them."""
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= 0  # type: ignore[arg-type]
+    except TypeError:
+        return False
