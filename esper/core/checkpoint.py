@@ -43,7 +43,7 @@ from esper.core.naming import GRAFT_PREFIX, seeds_prefix
 from esper.execution.grafts.reservation import Tap
 from esper.execution.kernel_executor import LoadedKernel
 from esper.execution.lattice import Lattice
-from esper.execution.lifecycle import AWAKE, SeedLifecycleState
+from esper.execution.lifecycle import AWAKE
 from esper.execution.telemetry.options import TelemetryOptions
 
 __all__ = ["FORMAT_VERSION", "CheckpointError", "load", "save"]
@@ -368,7 +368,3 @@ def _fill(path: Path, model: MorphableModel, tensors: Mapping[str, Tensor]) -> N
         model.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    for layer in model.kasmina_layers.values():
-        for seed_idx in range(layer.num_seeds):
-            if layer.state_layout.state_of(seed_idx) is SeedLifecycleState.LOADING:
-                layer.state_layout.transition_seed_state(seed_idx, SeedLifecycleState.DORMANT)

@@ -447,6 +447,11 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
 
     # -- copying and pickling --
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for layer in self.kasmina_layers.values():
+            layer.forget_loads()
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what belongs to this process: locks, requests under way, callbacks."""
         state = dict(self.__dict__)

@@ -426,6 +426,12 @@ class KasminaLayer(HostForwards):
         if self._on_lifecycle is not None:
             self._on_lifecycle(kind, self.layer_name, seed_idx, artifact_id, reason)
 
+    def forget_loads(self) -> None:
+        """Put to sleep what is LOADING by its state although no load is under way: in a copy, or a loaded state."""
+        for seed_idx in range(self.num_seeds):
+            if seed_idx not in self._loads and self.state_layout.state_of(seed_idx) is _State.LOADING:
+                self.state_layout.transition_seed_state(seed_idx, _State.DORMANT)
+
     def adopt_state(self, state_layout: KasminaStateLayout) -> None:
         """Keep the seeds' state in other rows from now on; they must hold what the present ones hold."""
         self.state_layout = state_layout
@@ -493,6 +499,10 @@ class KasminaLayer(HostForwards):
         state["_forwards"] = None
         state["latency_sink"] = None
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.forget_loads()
 
 
 def _is_count(value: object) -> bool:

@@ -238,6 +238,7 @@ class Seeded(nn.Module):
             layout.lattice.load_state_dict(lattice)
         except (ValueError, KeyError) as error:
             error_msgs.append(f"{marker}lattice: {error}")
+        self.seeds.forget_loads()
 
 
 def step(network: nn.Module) -> None:

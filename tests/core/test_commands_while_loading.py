@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,9 +16,11 @@ import torch
 from torch import nn
 
 import esper
+import esper.nn as enn
 from esper.contracts.errors import ArtifactError
 from esper.contracts.telemetry import EventKind
 from esper.core.model_wrapper import MorphableModel
+from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_executor import LoadedKernel
 from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
 from tests.nn.cases import kernel
@@ -26,17 +30,16 @@ A, B = kernel("lowrank", 8, 8, rank=2), kernel("lowrank", 8, 8, rank=3)
 
 
 class Slow:
-    """The fetches of one layer, each of which ends when the test says so."""
+    """The fetches of all layers, each of which ends when the test says so."""
 
-    def __init__(self, layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.answers: dict[str, asyncio.Future[LoadedKernel | None]] = {}
-        self._layer = layer
-        monkeypatch.setattr(layer, "fetch", self._fetch)
 
-    async def _fetch(self, seed_idx: int, artifact_id: str) -> LoadedKernel | None:
-        loop = asyncio.get_running_loop()
-        answer = self.answers[artifact_id] = loop.create_future()
-        return await answer
+        async def fetch(layer: KasminaLayer, seed_idx: int, artifact_id: str) -> LoadedKernel | None:
+            answer = self.answers[artifact_id] = asyncio.get_running_loop().create_future()
+            return await answer
+
+        monkeypatch.setattr(KasminaLayer, "fetch", fetch)
 
     def give(self, artifact_id: str, answer: LoadedKernel | Exception | None) -> None:
         deadline = time.monotonic() + 30
@@ -63,8 +66,8 @@ def model(tmp_path: Path) -> MorphableModel:
 
 
 @pytest.fixture
-def slow(model: MorphableModel, monkeypatch: pytest.MonkeyPatch) -> Slow:
-    return Slow(model.layer("0"), monkeypatch)
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    return Slow(monkeypatch)
 
 
 def finish(model: MorphableModel, future: Future[bool]) -> bool:
@@ -246,3 +249,72 @@ def test_who_watches_hears_of_the_refusal_before_the_command(
     with pytest.raises(LifecycleError, match="CULLED"):
         model.request_kernel("0", 0, "late")
     assert layer.loading == ()
+
+
+def by_state_dict(model: MorphableModel) -> MorphableModel:
+    again = esper.wrap(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), telemetry_enabled=False)
+    again.load_state_dict(model.state_dict())
+    return again
+
+
+def by_state_dict_of_another(model: MorphableModel) -> MorphableModel:
+    """Into a model that has a wrapper around it, as in distributed training."""
+    again = esper.wrap(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), telemetry_enabled=False)
+    nn.ModuleDict({"module": again}).load_state_dict(nn.ModuleDict({"module": model}).state_dict())
+    return again
+
+
+COPIES: dict[str, Callable[[MorphableModel], MorphableModel]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "state_dict": by_state_dict,
+    "state_dict of a wrapper": by_state_dict_of_another,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_made_while_a_seed_loads_may_load_it(how: str, model: MorphableModel, slow: Slow) -> None:
+    future = model.request_kernel("0", 0, "late")
+    again = COPIES[how](model)
+    layer = again.layer("0")
+    assert layer.state_layout.state_of(0) is State.DORMANT and not layer.loading
+    assert again.lattice.crc() != model.lattice.crc()
+    layer.begin_load(0)
+    # The one that was copied goes on with its own.
+    assert model.layer("0").state_layout.state_of(0) is State.LOADING
+    slow.give("late", B)
+    assert finish(model, future) is True
+    assert not again.graft_parameters()
+
+
+def test_a_state_dict_leaves_loads_that_are_under_way_here(model: MorphableModel, slow: Slow) -> None:
+    asleep = model.state_dict()
+    future = model.request_kernel("0", 0, "late")
+    for state in (model.state_dict(), asleep):
+        model.load_state_dict(state)
+        assert model.layer("0").loading == (0,)
+        with pytest.raises(LifecycleError, match="wait for the load under way"):
+            model.request_kernel("0", 0, "late")
+    slow.give("late", B)
+    assert finish(model, future) is True
+    assert model.layer("0").state_layout.state_of(0) is State.ACTIVE
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_layer_with_seeds_of_its_own_is_copied_while_it_loads(how: str) -> None:
+    layer = enn.SeededLinear(8, 8)
+    layer.seeds.begin_load(1)
+    again = copy.deepcopy(layer) if how == "deepcopy" else pickle.loads(pickle.dumps(layer))
+    assert again.state_layout.state_of(1) is State.DORMANT and not again.seeds.loading
+    assert layer.state_layout.state_of(1) is State.LOADING
+    assert again.seeds.commit(1, A, alpha=0.5)
+
+
+def test_a_layer_with_seeds_of_its_own_takes_a_state_of_one_that_loads() -> None:
+    layers = enn.SeededLinear(8, 8), enn.SeededLinear(8, 8)
+    for layer in layers:
+        assert layer.seeds.commit(0, A, alpha=0.5)
+    layers[0].seeds.begin_load(1)
+    layers[1].load_state_dict(layers[0].state_dict())
+    assert layers[1].state_layout.state_of(1) is State.DORMANT
+    assert layers[1].state_layout.state_of(0) is State.ACTIVE
