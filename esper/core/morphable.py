@@ -17,6 +17,7 @@ from esper.core.naming import GraftTree, HostNames, is_sharded, seeds_prefix
 from esper.core.published import Published
 from esper.core.requests import KernelRequests
 from esper.core.tether import Tether
+from esper.core.unchanged import in_mode_of, unchanged, unobserved
 from esper.core.variants import TwoForwards, Variants
 from esper.execution.grafts import ReservedGraftSet
 from esper.execution.grafts.reservation import Tap
@@ -427,13 +428,20 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
     def compare_with_original(self, x: Tensor) -> dict[str, Any]:
         """How far the grown model's output for ``x`` is from the preserved original's; leaves both as they were.
 
+        Both run in the mode that this model is in (train or eval, module by module) and draw the same random numbers.
+        Their buffers, the generators, counters, samples of the monitor and faults are afterwards what they were.
+
         Raises:
             ValueError: the original was not preserved.
         """
-        if self.original_model is None:
+        original = self.original_model
+        if original is None:
             raise ValueError("No original model to compare with: wrap with preserve_original=True keeps one")
         with torch.no_grad():
-            ours, theirs = self(x), self.original_model(x)
+            with unchanged(self), unobserved(self.kasmina_layers.values(), self.lattice):
+                ours = self._entry(x)
+            with unchanged(original), in_mode_of(self.wrapped_model, original):
+                theirs = original(x)
         difference = (ours - theirs).double()
         return {
             "mse": float(difference.square().mean()),

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from esper.core.naming import GraftTree
+from esper.core.unchanged import unchanged
 from esper.execution.grafts import ReservedGraftSet
 
 if TYPE_CHECKING:
@@ -136,16 +136,11 @@ class TwoForwards(nn.Module):
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Leave gradients, buffers and random numbers as they were."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     for parameter, _ in gradients:
         parameter.grad = None
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else ()):
+        with unchanged(model):
             yield
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
