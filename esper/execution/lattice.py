@@ -71,7 +71,7 @@ class Lattice:
     Args:
         num_layers: Number of layers, at least 0.
         seeds_per_layer: Seeds of each layer, at least 1.
-        device: Where the state lives.
+        device: Where the state lives. The meta device has no values to keep: there it lives on the CPU.
 
     Attributes:
         num_layers: As given.
@@ -117,7 +117,7 @@ class Lattice:
                     "seeds_per_layer": seeds_per_layer,
                     "epoch": 0,
                     "version": 0,
-                    "storage": storage.to(device),
+                    "storage": storage if torch.device(device).type == "meta" else storage.to(device),
                     "pending": False,
                     "changes": [],
                 }
@@ -163,8 +163,8 @@ class Lattice:
         return self.storage.device
 
     def to(self, device: torch.device | str) -> Lattice:
-        """Move in place: the layers' views follow. Waits for the device."""
-        if torch.device(device) != self.device:
+        """Move in place: the layers' views follow. Waits for the device. To the meta device it does not move."""
+        if torch.device(device).type != "meta" and torch.device(device) != self.device:
             with torch.inference_mode(False):
                 self._adopt(self.storage.to(device))
         return self

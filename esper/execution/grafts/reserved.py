@@ -56,6 +56,7 @@ class ReservedGraftSet(GraftSet):
             setattr(self, f"seed{seed_idx}", ReservedWeights(reservation, self._like.dtype, device))
         # For compiled graphs on a CPU; beyond so many seeds it could not say whose a fault is.
         self._operation = compiled_here() and state_layout.num_seeds <= SEATS
+        device = device if device.type != "meta" else torch.device("cpu")  # as the lattice: its numbers are meant
         with torch.inference_mode(False):
             self.plan = torch.zeros(state_layout.num_seeds, len(Plan), dtype=torch.int32, device=device)
             self.plan[:, Plan.ROW] = torch.arange(state_layout.num_seeds, dtype=torch.int32, device=device)
@@ -172,6 +173,8 @@ class ReservedGraftSet(GraftSet):
 
     def _apply(self, fn: Any, recurse: bool = True) -> ReservedGraftSet:
         super()._apply(fn, recurse)
-        # It follows the device, and keeps its type.
-        self.plan = self.plan.to(fn(torch.empty(0, device=self.plan.device)).device)
+        # It follows the device, but not to the meta device, and keeps its type.
+        device = fn(torch.empty(0, device=self.plan.device)).device
+        if device.type != "meta":
+            self.plan = self.plan.to(device)
         return self
