@@ -43,6 +43,7 @@ class KernelRequests(nn.Module):
 
     kasmina_layers: dict[str, KasminaLayer]
     lattice: Lattice
+    wrapped_model: nn.Module
     _clock: Clock
     _closed: bool
     _consensus: Consensus | None
@@ -75,11 +76,12 @@ class KernelRequests(nn.Module):
             "errors".
 
         Raises:
-            ValueError: unknown layer, bad seed index, alpha is NaN, or ``ramp_steps`` is no whole number of at least 0.
+            ValueError: unknown layer, bad seed index, alpha is NaN, or ``ramp_steps`` is no whole number of at least 0;
+                or the network no longer has the module that the layer was wrapped around.
             LifecycleError: the seed is fossilized, culled, or already loading.
             RuntimeError: the model is trained by several ranks.
         """
-        layer = self.layer(layer_name)
+        layer = self._hosted(layer_name)
         if self._consensus is not None:
             raise RuntimeError("load_kernel() would wake the seed on this rank alone; use request_kernel() and step()")
         try:
@@ -106,7 +108,7 @@ class KernelRequests(nn.Module):
         """
         if self._closed:
             raise RuntimeError("the model is closed")
-        layer = self.layer(layer_name)
+        layer = self._hosted(layer_name)
         load = layer.begin_load(seed_idx, alpha, artifact_id, ramp_steps=ramp_steps)
         outcome: Future[bool] = Future()
         fetch = background.submit(layer.fetch(seed_idx, artifact_id))
@@ -129,6 +131,24 @@ class KernelRequests(nn.Module):
 
         fetch.add_done_callback(hand_over)
         return outcome
+
+    def _hosted(self, layer_name: str) -> KasminaLayer:
+        """The layer of that name; ValueError when its host is no part of the network any more."""
+        layer = self.layer(layer_name)
+        host, network = layer.default_transform, self.wrapped_model
+        try:
+            found = network.get_submodule(layer.layer_name)
+        except AttributeError:
+            found = None
+        # A module that was put around the host still calls it.
+        if found is not host and not any(module is host for module in network.modules()):
+            now = "nothing" if found is None else f"another module ({type(found).__name__})"
+            raise ValueError(
+                f"Layer '{layer_name}' was replaced after wrap: the network has {now} in place of the "
+                f"{type(host).__name__} that has these seeds, so a kernel would have no effect. Replace layers before "
+                "esper.wrap, or go on with esper.wrap(esper.export(model))."
+            )
+        return layer
 
     def _commit_ready(self) -> None:
         """Settle what a command has overtaken, and what has been fetched."""
