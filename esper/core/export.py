@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from esper.blueprints.validation import validate
 from esper.contracts.errors import EsperError
 from esper.core.export_fold import ExportedSeed, fold
-from esper.core.export_graph import graft_module, grafted_host
+from esper.core.export_graph import graft_module, grafted_host, with_hooks
 from esper.core.model_wrapper import MorphableModel, grown_model
 from esper.execution.grafts.seed import BoundSeed, bind_seed
 from esper.execution.host_binding import fast_path_ancestors
@@ -39,6 +39,10 @@ def export(model: MorphableModel) -> nn.Module:
 
     Hosts without awake seeds, and hosts whose seeds could be folded, keep their type and their ``state_dict`` keys. A
     Linear host that could not be folded keeps the keys ``weight`` and ``bias``; any other moves to ``<name>.host``.
+
+    Hooks stay, and see what they see in ``model``: a layer's input and its output with the seeds in it. Around a host
+    that could not be folded they stand on an ``nn.Sequential``, which is the ``module`` they are given; the keys then
+    begin with ``<name>.0``. A ``MultiheadAttention`` keeps its own.
 
     Args:
         model: The wrapped model; it is not changed.
@@ -81,7 +85,7 @@ def _replace(
     if isinstance(host, nn.MultiheadAttention):
         plain: nn.Module = GraftedAttention.from_host(host, graft_module(seeds, host_factor))
     else:
-        plain = grafted_host(host, seeds, host_factor, channel_dim)
+        plain = with_hooks(host, grafted_host(host, seeds, host_factor, channel_dim))
     if host is body:
         return plain
     _close_fast_paths(body, host)

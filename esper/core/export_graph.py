@@ -17,7 +17,7 @@ from torch.fx import Node as FxNode
 from esper.blueprints.ir import Node
 from esper.core.export_fold import ExportedSeed, computes_as
 
-__all__ = ["graft_module", "grafted_host"]
+__all__ = ["graft_module", "grafted_host", "with_hooks"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -26,6 +26,17 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "silu": nn.SiLU,
 }
+
+#: What ``nn.Module`` keeps of the hooks that run when it is called, and those of the gradients of such a call.
+_HOOK_TABLES = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 
 
 def grafted_host(host: nn.Module, seeds: Sequence[ExportedSeed], host_factor: Tensor, channel_dim: int) -> GraphModule:
@@ -58,6 +69,23 @@ def grafted_host(host: nn.Module, seeds: Sequence[ExportedSeed], host_factor: Te
         module.register_parameter("bias", None)
     module.train(host.training)
     return module
+
+
+def with_hooks(host: nn.Module, grafted: GraphModule) -> nn.Module:
+    """``grafted`` with the hooks of the host it holds or stands for: around the blend, as in the wrapped model.
+
+    A graph module loses its hooks when it is copied or saved, so they stand on an ``nn.Sequential`` around it. Without
+    hooks the result is ``grafted`` itself.
+    """
+    if not any(getattr(host, table) for table in _HOOK_TABLES):
+        return grafted
+    around = nn.Sequential(grafted)
+    around.training = grafted.training
+    for table in _HOOK_TABLES:
+        getattr(around, table).update(getattr(host, table))
+        getattr(host, table).clear()
+    around._is_full_backward_hook, host._is_full_backward_hook = host._is_full_backward_hook, None
+    return around
 
 
 def graft_module(seeds: Sequence[ExportedSeed], host_factor: Tensor) -> GraphModule:

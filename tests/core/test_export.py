@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import subprocess
 import sys
@@ -187,10 +188,10 @@ def test_attention_and_the_encoder_around_it() -> None:
     attention = plain.get_submodule("layers.0.self_attn")
     assert isinstance(attention, GraftedAttention)
     assert "layers.0.self_attn.in_proj_weight" in plain.state_dict()
-    copy = torch.load(_bytes(plain), weights_only=False)
+    again = torch.load(_bytes(plain), weights_only=False)
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     with torch.no_grad():
-        assert torch.equal(copy(x), plain(x))
+        assert torch.equal(again(x), plain(x))
 
 
 def _bytes(model: nn.Module) -> io.BytesIO:
@@ -265,3 +266,65 @@ def test_an_activation_of_unknown_shape_is_refused() -> None:
     wake(model, "1", 0, "bottleneck", 3, 3, 0.5, rank=2)
     with pytest.raises(ExportError, match="call the model once"):
         export(model)
+
+
+def _double(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output * 2
+
+
+def _plus_input(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output + args[0].sum()
+
+
+def _shift(module: nn.Module, args: Any) -> Any:
+    return (args[0] + 1, *args[1:])
+
+
+HOOKED_HOSTS = ["linear", "relu", "layer norm", "conv"]
+
+
+@pytest.mark.parametrize("seed", [("lowrank", {"rank": 3}), ("bottleneck", {"rank": 3, "activation": "silu"})])
+@pytest.mark.parametrize("hooks", ["after", "before", "both"])
+@pytest.mark.parametrize("host", HOOKED_HOSTS)
+def test_hooks_of_a_layer_stay_around_its_seeds(host: str, hooks: str, seed: tuple[str, dict[str, Any]]) -> None:
+    """They used to be lost, or to see the host's own output."""
+    torch.manual_seed(6)
+    _, make, shape, d_in, d_out = next(entry for entry in HOSTS if entry[0] == host)
+    network = nn.Sequential(make())
+    if hooks != "before":
+        network[0].register_forward_hook(_double)
+        network[0].register_forward_hook(_plus_input, with_kwargs=True, always_call=True)
+    if hooks != "after":
+        network[0].register_forward_pre_hook(_shift)
+    model = wrapped(network, "0")
+    x = torch.randn(shape, dtype=torch.float64)
+    model(x)
+    wake(model, "0", 1, seed[0], d_in, d_out, 0.6, **seed[1])
+    plain = assert_same(model, x)
+    # Copies and files too: a graph module drops its hooks there.
+    assert torch.equal(copy.deepcopy(plain)(x), plain(x))
+    assert torch.equal(torch.load(_bytes(plain), weights_only=False)(x), plain(x))
+    assert len(network[0]._forward_hooks) == (0 if hooks == "before" else 2)
+
+
+def test_hooks_of_attention_and_of_gradients() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.inner(x, x, x)[0])
+
+    network = Attention()
+    network.inner.register_forward_hook(lambda module, args, output: (output[0] * 2, output[1]))
+    network.inner.register_forward_pre_hook(_shift)
+    network.linear.register_full_backward_hook(lambda module, into, out: (into[0] * 3,))
+    model = wrapped(network, "inner", "linear")
+    wake(model, "inner", 0, "bottleneck", 8, 8, 0.5, rank=2)
+    wake(model, "linear", 0, "bottleneck", 8, 8, 0.5, rank=2)
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    plain = assert_same(model, x, esper_free=False)
+    ours, theirs = (torch.autograd.grad(m(x).square().sum(), x)[0] for m in (plain, model))
+    torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
