@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from esper.blueprints.validation import validate
 from esper.contracts.errors import EsperError
-from esper.core.export_fold import ExportedSeed, fold
+from esper.core.export_fold import ExportedSeed, computes_as, fold
 from esper.core.export_graph import graft_module, grafted_host, with_hooks
 from esper.core.model_wrapper import MorphableModel, grown_model
 from esper.execution.grafts.seed import BoundSeed, bind_seed
@@ -52,7 +52,8 @@ def export(model: MorphableModel) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not one that ``esper.wrap`` gave.
-        ExportError: a seed is awake on an activation that has never been called, so that its shape is not known.
+        ExportError: a seed is awake on an activation that has never been called, so that its shape is not known, or on
+            a ``MultiheadAttention`` whose forward is not torch's own.
     """
     twin = copy.deepcopy(grown_model(model, "export"))
     twin.close()
@@ -83,6 +84,12 @@ def _replace(
     if not shared and fold(host, seeds, host_factor):
         return body
     if isinstance(host, nn.MultiheadAttention):
+        if not computes_as(host, nn.MultiheadAttention):
+            raise ExportError(
+                f"layer '{name}' ({type(host).__name__}) has awake seeds and a forward of its own in place of "
+                "MultiheadAttention's, which a module that stands in for it would not have: put its seeds on a layer "
+                "around it or behind it"
+            )
         plain: nn.Module = GraftedAttention.from_host(host, graft_module(seeds, host_factor))
     else:
         plain = with_hooks(host, grafted_host(host, seeds, host_factor, channel_dim))

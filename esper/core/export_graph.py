@@ -45,7 +45,7 @@ def grafted_host(host: nn.Module, seeds: Sequence[ExportedSeed], host_factor: Te
     A Linear's weight and bias stay where they were (``.weight``, ``.bias``); any other host stands under ``host``.
 
     Args:
-        host: The layer.
+        host: The layer; one that works in place does so no longer.
         seeds: Its seeds with a coefficient that is not zero.
         host_factor: float64 ``[features]``, what the host's output is multiplied by.
         channel_dim: Dimension of the features: -1, or 1 for NCHW.
@@ -59,6 +59,8 @@ def grafted_host(host: nn.Module, seeds: Sequence[ExportedSeed], host_factor: Te
         bias = None if host.bias is None else graph.get_attr("bias")
         h = graph.call_function(nn.functional.linear, (x, graph.get_attr("weight"), bias))
     else:
+        if getattr(host, "inplace", False):
+            host.inplace = False  # it would overwrite what its seeds are to read
         root.add_module("host", host)
         h = graph.call_module("host", (x,))
     images = channel_dim == 1 and not isinstance(host, nn.BatchNorm1d)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import subprocess
 import sys
@@ -328,3 +329,28 @@ def test_hooks_of_attention_and_of_gradients() -> None:
     plain = assert_same(model, x, esper_free=False)
     ours, theirs = (torch.autograd.grad(m(x).square().sum(), x)[0] for m in (plain, model))
     torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_an_activation_in_place_leaves_its_seeds_their_input() -> None:
+    model = wrapped(nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True)), "1")
+    x = torch.randn(3, 4, dtype=torch.float64)
+    model(x)
+    wake(model, "1", 0, "bottleneck", 6, 6, 0.5, rank=2)
+    assert_same(model, x)
+
+
+class Tripled(nn.MultiheadAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, weights = super().forward(*args, **kwargs)
+        return output * 3, weights
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_attention_with_a_forward_of_its_own_is_refused(patched: bool) -> None:
+    host: nn.MultiheadAttention = nn.MultiheadAttention(8, 2) if patched else Tripled(8, 2)
+    if patched:
+        host.forward = functools.partial(host.forward, need_weights=False)  # type: ignore[method-assign]
+    model = wrapped(nn.ModuleDict({"inner": host}), "inner")
+    wake(model, "inner", 0, "bottleneck", 8, 8, 0.5, rank=2)
+    with pytest.raises(ExportError, match=r"layer 'inner' \((Tripled|MultiheadAttention)\) .* a forward of its own"):
+        export(model)
