@@ -161,6 +161,8 @@ class KasminaLayer(HostForwards):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("__"):  # how the host is copied, pickled, ... is not how its layer is
+                raise
             host = self.__dict__.get("default_transform") or self.__dict__.get("_modules", {}).get("default_transform")
             if host is None:
                 raise
