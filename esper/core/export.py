@@ -10,6 +10,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from esper.blueprints.validation import validate
 from esper.contracts.errors import EsperError
@@ -38,7 +39,9 @@ def export(model: MorphableModel) -> nn.Module:
     :class:`esper.nn.attention.GraftedAttention`, which unpickling must be able to import.
 
     Hosts without awake seeds, and hosts whose seeds could be folded, keep their type and their ``state_dict`` keys. A
-    Linear host that could not be folded keeps the keys ``weight`` and ``bias``; any other moves to ``<name>.host``.
+    Linear host that could not be folded keeps the keys ``weight`` and ``bias``; any other moves to ``<name>.host``, and
+    so does one whose weight is computed (parametrized, pruned), because nothing can be folded into that: make it a
+    plain one first where that is wanted (``remove_parametrizations``, ``prune.remove``).
 
     Hooks stay, and see what they see in ``model``: a layer's input and its output with the seeds in it. Around a host
     that could not be folded they stand on an ``nn.Sequential``, which is the ``module`` they are given; the keys then
@@ -53,7 +56,7 @@ def export(model: MorphableModel) -> nn.Module:
     Raises:
         TypeError: ``model`` is not one that ``esper.wrap`` gave.
         ExportError: a seed is awake on an activation that has never been called, so that its shape is not known, or on
-            a ``MultiheadAttention`` whose forward is not torch's own.
+            a ``MultiheadAttention`` that is parametrized or whose forward is not torch's own.
     """
     twin = copy.deepcopy(grown_model(model, "export"))
     twin.close()
@@ -85,10 +88,14 @@ def _replace(
         return body
     if isinstance(host, nn.MultiheadAttention):
         if not computes_as(host, nn.MultiheadAttention):
+            reason = (
+                "is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it a plain one"
+                if is_parametrized(host)
+                else "has another forward than MultiheadAttention's; put its seeds on a layer behind it"
+            )
             raise ExportError(
-                f"layer '{name}' ({type(host).__name__}) has awake seeds and a forward of its own in place of "
-                "MultiheadAttention's, which a module that stands in for it would not have: put its seeds on a layer "
-                "around it or behind it"
+                f"layer '{name}' ({type(host).__name__}) has awake seeds and {reason}: the module that stands in for "
+                "an attention layer computes what torch's own does"
             )
         plain: nn.Module = GraftedAttention.from_host(host, graft_module(seeds, host_factor))
     else:

@@ -12,14 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from esper.blueprints import interpret
 from esper.blueprints.ir import Blueprint
 
 __all__ = ["ExportedSeed", "computes_as", "fold", "is_linear"]
+
+#: What a host that is folded into multiplies by and adds.
+_WEIGHTS = ("weight", "bias")
 
 _LINEAR_OPS = frozenset({"input", "output", "linear", "pointwise", "scale", "shift", "add"})
 
@@ -86,8 +91,14 @@ def fold(host: nn.Module, seeds: Sequence[ExportedSeed], host_factor: Tensor) ->
 
 
 def computes_as(host: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``host`` is a ``kind`` whose forward nobody has replaced: only then its weights say what it computes."""
-    return isinstance(host, kind) and type(host).forward is kind.forward and "forward" not in host.__dict__
+    """Whether ``host`` is a ``kind`` whose forward nobody has replaced: only then its weights say what it computes.
+
+    Nor may they be computed from other parameters: parametrized, pruned, normed by a hook. Such a weight is made anew
+    for every call, and what is written into it is lost.
+    """
+    if not isinstance(host, kind) or type(host).forward is not kind.forward or "forward" in host.__dict__:
+        return False
+    return not is_parametrized(host) and all(name in host._parameters for name in _WEIGHTS if hasattr(host, name))
 
 
 def _fold_linear(host: nn.Linear, seeds: Sequence[ExportedSeed], host_factor: Tensor) -> bool:
@@ -105,15 +116,14 @@ def _fold_conv(host: nn.Conv2d, seeds: Sequence[ExportedSeed], host_factor: Tens
     mixing, offset = _on_output(seeds, host_factor)
     if host.groups > 1 and (any(seed.reads_input for seed in seeds) or not _is_diagonal(mixing)):
         return False
-    center = _own_pixel(host)
-    if any(seed.reads_input for seed in seeds) and center is None:
+    row, column = _own_pixel(host) or (-1, -1)
+    if any(seed.reads_input for seed in seeds) and row < 0:
         return False
     weight = torch.einsum("om,mikl->oikl", mixing, host.weight.detach().double().cpu())
     for seed in seeds:
         if seed.reads_input:
-            assert center is not None
             matrix, _ = _affine(seed)
-            weight[seed.begin : seed.end, :, center[0], center[1]] += seed.coefficient[:, None] * matrix
+            weight[seed.begin : seed.end, :, row, column] += seed.coefficient[:, None] * matrix
     _store(host, weight, mixing, offset)
     return True
 
@@ -170,14 +180,12 @@ def _is_diagonal(matrix: Tensor) -> bool:
 
 def _own_pixel(host: nn.Conv2d) -> tuple[int, int] | None:
     """The tap of ``host``'s kernel that reads the pixel that a 1x1 kernel of its stride would; None if none does."""
-    if host.padding == "valid":
-        padding: tuple[int, ...] = (0, 0)
-    elif host.padding == "same":
+    padding: tuple[int, ...] = (0, 0)  # of "valid"
+    if host.padding == "same":
         if any((d * (k - 1)) % 2 for d, k in zip(host.dilation, host.kernel_size, strict=True)):
             return None
         padding = tuple(d * (k - 1) // 2 for d, k in zip(host.dilation, host.kernel_size, strict=True))
-    else:
-        assert not isinstance(host.padding, str)
+    elif not isinstance(host.padding, str):
         padding = tuple(host.padding)
     where = []
     for kernel, pad, dilation in zip(host.kernel_size, padding, host.dilation, strict=True):
@@ -190,10 +198,8 @@ def _own_pixel(host: nn.Conv2d) -> tuple[int, int] | None:
 
 def _store(host: nn.Module, weight: Tensor, mixing: Tensor, offset: Tensor) -> None:
     """Write the folded weight, and the folded bias (made where there was none and one is needed)."""
-    old = host.weight
-    assert isinstance(old, nn.Parameter)
-    bias = host.bias
-    assert bias is None or isinstance(bias, nn.Parameter)
+    old: Any = host._parameters["weight"]
+    bias = host._parameters["bias"]
     constant = offset if bias is None else mixing @ bias.detach().double().cpu() + offset
     with torch.no_grad():
         old.copy_(weight)

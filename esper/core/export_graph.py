@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.fx import Node as FxNode
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from esper.blueprints.ir import Node
 from esper.core.export_fold import ExportedSeed, computes_as
@@ -39,10 +42,15 @@ _HOOK_TABLES = (
 )
 
 
+#: Forward pre-hooks that compute a weight from other parameters of the module they are given.
+_MAKING_WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)
+
+
 def grafted_host(host: nn.Module, seeds: Sequence[ExportedSeed], host_factor: Tensor, channel_dim: int) -> GraphModule:
     """A module of one input in place of ``host``.
 
-    A Linear's weight and bias stay where they were (``.weight``, ``.bias``); any other host stands under ``host``.
+    A Linear's weight and bias stay where they were (``.weight``, ``.bias``); any other host stands under ``host``, and
+    so does a Linear whose weight is computed from other parameters.
 
     Args:
         host: The layer; one that works in place does so no longer.
@@ -59,8 +67,8 @@ def grafted_host(host: nn.Module, seeds: Sequence[ExportedSeed], host_factor: Te
         bias = None if host.bias is None else graph.get_attr("bias")
         h = graph.call_function(nn.functional.linear, (x, graph.get_attr("weight"), bias))
     else:
-        if getattr(host, "inplace", False):
-            host.inplace = False  # it would overwrite what its seeds are to read
+        if host.__dict__.get("inplace"):
+            host.__dict__["inplace"] = False  # it would overwrite what its seeds are to read
         root.add_module("host", host)
         h = graph.call_module("host", (x,))
     images = channel_dim == 1 and not isinstance(host, nn.BatchNorm1d)
@@ -76,16 +84,18 @@ def grafted_host(host: nn.Module, seeds: Sequence[ExportedSeed], host_factor: Te
 def with_hooks(host: nn.Module, grafted: GraphModule) -> nn.Module:
     """``grafted`` with the hooks of the host it holds or stands for: around the blend, as in the wrapped model.
 
-    A graph module loses its hooks when it is copied or saved, so they stand on an ``nn.Sequential`` around it. Without
-    hooks the result is ``grafted`` itself.
+    A graph module loses its hooks when it is copied or saved, so they stand on an ``nn.Sequential`` around it. Hooks of
+    torch's own that make the host's weight stay with the host. Without others the result is ``grafted`` itself.
     """
-    if not any(getattr(host, table) for table in _HOOK_TABLES):
+    making = {key for key, hook in host._forward_pre_hooks.items() if isinstance(hook, _MAKING_WEIGHTS)}
+    moved = {table: [key for key in getattr(host, table) if key not in making] for table in _HOOK_TABLES}
+    if not any(moved.values()):
         return grafted
     around = nn.Sequential(grafted)
     around.training = grafted.training
-    for table in _HOOK_TABLES:
-        getattr(around, table).update(getattr(host, table))
-        getattr(host, table).clear()
+    for table, keys in moved.items():
+        for key in keys:
+            getattr(around, table)[key] = getattr(host, table).pop(key)
     around._is_full_backward_hook, host._is_full_backward_hook = host._is_full_backward_hook, None
     return around
 

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 import esper
 from esper.artifacts.artifact import Artifact
+from esper.core.export import ExportError
 from esper.core.model_wrapper import MorphableModel
 from esper.execution.kernel_executor import LoadedKernel
 from esper.nn import SeededLinear
@@ -122,3 +123,55 @@ def test_python_asks_a_layer_and_not_its_host() -> None:
     for name in ("__deepcopy__", "__len__"):
         with pytest.raises(AttributeError, match=f"'KasminaLayer' object has no attribute '{name}'"):
             getattr(layer, name)
+
+
+@pytest.mark.parametrize("blueprint", ["lowrank", "bottleneck"])
+@pytest.mark.parametrize("kind", [nn.Linear, SeededLinear])
+@pytest.mark.parametrize("change", ALL.values(), ids=ALL)
+def test_an_exported_host_goes_on_computing_its_weight(change: Change, kind: type[nn.Linear], blueprint: str) -> None:
+    model = model_of(kind(6, 6), change)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    model(x), model.eval()
+    wake(model, blueprint)
+    model.wrapped_model[0].register_forward_hook(lambda module, args, output: output * 2)
+    plain = esper.export(model)
+    torch.testing.assert_close(plain(x), model(x), rtol=TOLERANCE, atol=TOLERANCE)
+    assert torch.equal(copy.deepcopy(plain)(x), plain(x))
+    # What the weight is computed from still counts, and is under the host's names.
+    names = {name.removeprefix("0.0.host.") for name, _ in plain.named_parameters() if name.startswith("0.0.host.")}
+    own = {name.removeprefix("0.") for name, _ in model.named_parameters() if name.startswith("0.")}
+    assert names == own
+    before = plain(x)
+    for parameter in plain.get_submodule("0.0.host").parameters():
+        parameter.normal_()
+    assert not torch.equal(plain(x), before)
+
+
+@pytest.mark.parametrize(
+    ("host", "seed"),
+    [
+        (lambda: nn.Conv2d(6, 6, 1), {"rank": 2}),
+        (lambda: nn.LayerNorm(6), {"tap": "output"}),
+    ],
+    ids=["conv", "norm"],
+)
+def test_nothing_is_folded_into_other_pruned_hosts(host: Callable[[], nn.Module], seed: dict[str, Any]) -> None:
+    network = nn.Sequential(host()).double()
+    network[0].weight.normal_()
+    prune.l1_unstructured(network[0], "weight", amount=0.5)
+    model = esper.wrap(network, ["0"], telemetry_enabled=False)
+    blueprint = "lowrank" if "rank" in seed else "elementwise"
+    assert model.layer("0").commit(0, kernel(blueprint, **seed), alpha=0.6)
+    for parameter in model.graft_parameters().values():
+        parameter.normal_()
+    x = torch.randn(2, 6, 4, 6, dtype=torch.float64)
+    torch.testing.assert_close(esper.export(model)(x), model(x), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_parametrized_attention_is_refused_with_what_to_do() -> None:
+    network = nn.ModuleDict({"inner": nn.MultiheadAttention(6, 2)}).double()
+    parametrizations.weight_norm(network["inner"], "in_proj_weight")
+    model = esper.wrap(network, ["inner"], telemetry_enabled=False)
+    assert model.layer("inner").commit(0, kernel("bottleneck", rank=2), alpha=0.6)
+    with pytest.raises(ExportError, match=r"'inner' \(Parametrized.*remove_parametrizations makes it a plain one"):
+        esper.export(model)
