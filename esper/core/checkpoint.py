@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,14 @@ def save(model: MorphableModel, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: ``model`` is not one that ``esper.wrap`` gave.
-        CheckpointError: the host's state holds something that is no tensor (its modules' ``get_extra_state``).
+        CheckpointError: the host's state holds something that is no tensor (its modules' ``get_extra_state``), or a
+            seed is awake without a kernel, or has one and is not awake; the message names it.
         OSError: the file cannot be written; what was there before still is.
     """
     model = grown_model(model, "save")
-    state = _without_padding(model)
+    state = dict(model.state_dict())
+    seeds = _seeds_with_kernels(model, state[f"{_MARKER}lattice.lifecycle_states"].tolist())
+    _keep_only(state, model, seeds)
     foreign = [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)]
     if foreign:
         raise CheckpointError(
@@ -85,7 +88,7 @@ def save(model: MorphableModel, path: str | os.PathLike[str]) -> None:
         layers=tuple(
             LayerRecord(name, type(layer.default_transform).__name__) for name, layer in model.kasmina_layers.items()
         ),
-        seeds=tuple(_seed_records(model)),
+        seeds=tuple(_seed_records(model, seeds)),
         aliases=aliases,
         hashes={name: _sha256(tensor) for name, tensor in tensors.items()},
     )
@@ -166,19 +169,35 @@ def load(
     return model
 
 
-def _without_padding(model: MorphableModel) -> dict[str, Any]:
-    """The model's state; of reserved memory only what seeds occupy, under the names it has in a network that grows."""
-    state = dict(model.state_dict())
-    if not model.reserve_rank:
-        return state
-    for layer_name, layer in model.kasmina_layers.items():
-        prefix = seeds_prefix(layer_name)
-        for name in [name for name in state if name.startswith(prefix)]:
-            del state[name]
-        for seed_idx in layer.grafts.bound:
-            for name, tensor in layer.grafts.seed_tensors(seed_idx).items():
-                state[f"{prefix}{seed_idx}.{name}"] = tensor
-    return state
+def _seeds_with_kernels(model: MorphableModel, states: Sequence[int]) -> list[tuple[str, int]]:
+    """Layer and index of every seed whose kernel goes into the file, checked against the states that go there."""
+    found: list[tuple[str, int]] = []
+    for index, (name, layer) in enumerate(model.kasmina_layers.items()):
+        first = index * layer.num_seeds
+        for seed_idx, number in enumerate(states[first : first + layer.num_seeds]):
+            has_kernel = seed_idx in layer.grafts.bound
+            # A GPU takes a seed at fault out by itself, and the model hears of it at one of its next steps.
+            if has_kernel and number == SeedLifecycleState.ERROR_RECOVERY:
+                continue
+            if has_kernel != (number in AWAKE):
+                state = SeedLifecycleState(number).name
+                raise CheckpointError(
+                    f"layer '{name}', seed {seed_idx} is {state} but has {'a' if has_kernel else 'no'} kernel: its "
+                    "state was written past the model. Unload or reset the seed, then save"
+                )
+            if has_kernel:
+                found.append((name, seed_idx))
+    return found
+
+
+def _keep_only(state: dict[str, Any], model: MorphableModel, seeds: Sequence[tuple[str, int]]) -> None:
+    """Leave of the grafts' entries what ``seeds`` occupy, under the names they have in a network that grows."""
+    prefixes = tuple(map(seeds_prefix, model.kasmina_layers))
+    for key in [key for key in state if key.startswith(prefixes)]:
+        del state[key]
+    for name, seed_idx in seeds:
+        for key, tensor in model.kasmina_layers[name].grafts.seed_tensors(seed_idx).items():
+            state[f"{seeds_prefix(name)}{seed_idx}.{key}"] = tensor
 
 
 def _rank(path: Path, rank: int) -> int:
@@ -194,17 +213,16 @@ def _tap(path: Path, tap: str) -> Tap:
     return "input" if tap == "input" else "output"
 
 
-def _seed_records(model: MorphableModel) -> Iterator[SeedRecord]:
-    for name, layer in model.kasmina_layers.items():
-        for seed_idx in layer.grafts.bound:
-            kernel = layer.grafts.kernel(seed_idx)
-            yield SeedRecord(
-                layer=name,
-                seed_idx=seed_idx,
-                artifact_id=kernel.artifact_id,
-                kernel_id=kernel.kernel_id,
-                manifest=json.loads(kernel.manifest.to_json()),
-            )
+def _seed_records(model: MorphableModel, seeds: Iterable[tuple[str, int]]) -> Iterator[SeedRecord]:
+    for name, seed_idx in seeds:
+        kernel = model.kasmina_layers[name].grafts.kernel(seed_idx)
+        yield SeedRecord(
+            layer=name,
+            seed_idx=seed_idx,
+            artifact_id=kernel.artifact_id,
+            kernel_id=kernel.kernel_id,
+            manifest=json.loads(kernel.manifest.to_json()),
+        )
 
 
 def _unshared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from esper.execution.grafts import GraftSet
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.lifecycle import AWAKE
 from esper.execution.state_layout import Lattice
@@ -44,6 +45,10 @@ class GraftTree(nn.Module):
         super().__init__()
         for name, layer in layers.items():
             self.add_module(graft_key(name), layer.grafts)
+
+    def layers(self) -> Iterator[tuple[str, GraftSet]]:
+        """The grafts of each layer, by the layer's name as it stands in the keys."""
+        yield from self._modules.items()  # type: ignore[misc]
 
 
 class HostNames(nn.Module):
@@ -134,46 +139,66 @@ class HostNames(nn.Module):
         # Working inside the recursion keeps DDP and other wrappers of this module loadable too. A bare host's entries
         # are complete: what is missing of the grafts is then what is here.
         marker = f"{prefix}{GRAFT_PREFIX}."
-        ours = {key[len(marker) :]: state_dict[key] for key in state_dict if key.startswith(marker)}
-        lattice = {key[len("lattice.") :]: value for key, value in ours.items() if key.startswith("lattice.")}
-        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(marker)]:
+        # The very parameters: `assign=True` would make new ones of anything else.
+        here = self.esper.state_dict(keep_vars=True)
+        ours = {key[len(marker) :]: state_dict.pop(key) for key in [*state_dict] if key.startswith(marker)}
+        lattice = {key.removeprefix("lattice."): ours.pop(key) for key in [*ours] if key.startswith("lattice.")}
+        if ours or lattice:
+            reason = self._refusal(here, ours, lattice)
+            if reason is None:
+                try:
+                    self.lattice.load_state_dict(lattice)
+                except (ValueError, KeyError) as error:
+                    reason = f"lattice: {error}"
+            if reason is not None:
+                # What torch will copy from now on is what is here: whoever is refused is as before, the host too.
+                error_msgs.append(reason)
+                ours = here
+                for key in [key for key in state_dict if key.startswith(prefix)]:
+                    del state_dict[key]
+                state_dict.update(self.wrapped_model.state_dict(prefix=prefix, keep_vars=True))
+        for key in [key for key in state_dict if key.startswith(prefix)]:
             state_dict[f"{prefix}{WRAPPED}.{key[len(prefix) :]}"] = state_dict.pop(key)
-        here = self.esper.state_dict()
-        if not ours:
-            state_dict.update({marker + key: value for key, value in here.items()})
-            return
-        there = {key for key in ours if not key.startswith("lattice.")}
-        if there != set(here):
-            error_msgs.append(
-                "the state_dict is of a network with other awake seeds "
-                f"(only there: {sorted(there - set(here))[:4]}, only here: {sorted(set(here) - there)[:4]}). "
-                "esper.save and esper.load rebuild the grown structure by themselves."
-            )
-        for key in lattice:
-            del state_dict[f"{marker}lattice.{key}"]
-        if "lifecycle_states" in lattice and (odd := self._not_bound(lattice["lifecycle_states"])):
-            # With reserved memory the names are the same whatever is awake.
-            error_msgs.append(
-                f"the state_dict is of a network with other awake seeds ({', '.join(odd[:4])}). "
-                "esper.save and esper.load rebuild the grown structure by themselves."
-            )
-        try:
-            self.lattice.load_state_dict(lattice)
-        except (ValueError, KeyError) as error:
-            error_msgs.append(f"lattice: {error}")
+        state_dict.update({marker + key: value for key, value in (ours or here).items()})
         self._touch()
 
-    def _not_bound(self, states: Tensor) -> list[str]:
-        """Seeds that are awake in ``states`` and have no kernel here, or the other way round."""
-        awake = [int(state) in AWAKE for state in states.tolist()]
-        per_layer = self.lattice.seeds_per_layer
-        rows = ((name, grafts, index * per_layer) for index, (name, grafts) in enumerate(self.esper.named_children()))
-        return [
-            f"seed {seed_idx} of '{name}'"
-            for name, grafts, first in rows
-            for seed_idx, is_awake in enumerate(awake[first : first + per_layer])
-            if is_awake != (seed_idx in grafts.bound)  # type: ignore[operator]
-        ]
+    def _refusal(self, here: Mapping[str, Any], ours: Mapping[str, Any], lattice: Mapping[str, Any]) -> str | None:
+        """Why entries of grafts and their lattice cannot be this model's; None if they can. Changes nothing.
+
+        What the lattice finds wrong with its own entries is not looked for here.
+        """
+        if ours.keys() != here.keys():
+            only = sorted(ours.keys() - here.keys())[:4], sorted(here.keys() - ours.keys())[:4]
+            odd = f"only there: {only[0]}, only here: {only[1]}"
+        else:
+            shapes = ((name, getattr(ours[name], "shape", None), tensor.shape) for name, tensor in here.items())
+            other = [f"{name!r} is {theirs} there, {tuple(own)} here" for name, theirs, own in shapes if theirs != own]
+            odd = ", ".join((other or self._other_seeds(lattice))[:4])
+        if not odd:
+            return None
+        return (
+            f"the state_dict is of a network with other awake seeds ({odd}). "
+            "esper.save and esper.load rebuild the grown structure by themselves."
+        )
+
+    def _other_seeds(self, lattice: Mapping[str, Any]) -> list[str]:
+        """Seeds that are awake in ``lattice`` and have no kernel here, or the other way round, or another kernel.
+
+        With reserved memory the names are the same whatever is awake.
+        """
+        states, kernels = (lattice.get(name) for name in ("lifecycle_states", "active_kernel_id"))
+        if not all(isinstance(t, Tensor) and t.shape == (self.lattice.num_seeds,) for t in (states, kernels)):
+            return []
+        there = zip(states.tolist(), kernels.tolist(), strict=True)  # type: ignore[union-attr]
+        seeds = ((name, grafts, i) for name, grafts in self.esper.layers() for i in range(self.lattice.seeds_per_layer))
+        odd: list[str] = []
+        for (name, grafts, seed_idx), (state, kernel_id) in zip(seeds, there, strict=True):
+            bound = seed_idx in grafts.bound
+            if bound != (state in AWAKE):
+                odd.append(f"seed {seed_idx} of '{name}'")
+            elif bound and grafts.kernel(seed_idx).kernel_id != kernel_id:
+                odd.append(f"seed {seed_idx} of '{name}' has another kernel")
+        return odd
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # The root's tables are shared with the host, so the default would convert its own tensors twice.

@@ -369,3 +369,27 @@ def test_state_that_needs_pickling_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="_extra_state"):
         save(model, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("layer", "seed", "state"), [("3", 0, _State.ACTIVE), ("0", 2, _State.DORMANT)])
+def test_states_and_kernels_that_disagree_are_not_saved(tmp_path: Path, layer: str, seed: int, state: _State) -> None:
+    """Nobody could load such a file."""
+    model = grown()
+    model.layer(layer).state_layout.lifecycle_states[seed] = int(state)
+    model.lattice.notify()
+    has = "no kernel" if state is _State.ACTIVE else "a kernel"
+    with pytest.raises(CheckpointError, match=f"layer '{layer}', seed {seed} is {state.name} but has {has}"):
+        save(model, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_seed_that_the_device_has_just_taken_out_is_saved_without_its_kernel(tmp_path: Path) -> None:
+    model = grown()
+    model.layer("0").state_layout.transition_seed_state(2, _State.ERROR_RECOVERY)
+    assert model.layer("0").grafts.bound == (1, 2)
+    save(model, tmp_path / "m")
+    again = load(tmp_path / "m", host())
+    assert again.layer("0").grafts.bound == (1,)
+    assert again.layer("0").state_layout.state_of(2) is _State.ERROR_RECOVERY
+    x = torch.randn(4, 5)
+    assert torch.equal(again.eval()(x), model.eval()(x))

@@ -429,6 +429,74 @@ class TestStateDict:
         with pytest.raises(RuntimeError, match=r"esper\.load"):
             wrap(network).load_state_dict(model.state_dict())
 
+    @pytest.mark.parametrize("inside", [False, True])
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_who_refuses_is_as_before(
+        self, network: nn.Sequential, kernel: str, registry: str, assign: bool, inside: bool
+    ) -> None:
+        """The lattice used to be overwritten all the same: an awake seed without a kernel, or a sleeping one with."""
+        import asyncio
+
+        model, other = (wrap(copy.deepcopy(network), registry=registry) for _ in range(2))
+        assert asyncio.run(model.load_kernel("0", 0, kernel, alpha=0.5))
+        x = torch.randn(4, 10)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_()
+        for refusing, foreign in ((model, other), (other, model)):
+            before, parameters = refusing.state_dict(), list(refusing.parameters())
+            before, output = {key: value.clone() for key, value in before.items()}, refusing(x)
+            outer, theirs = (nn.ModuleDict({"net": m}) if inside else m for m in (refusing, foreign))
+            state = theirs.state_dict()
+            keys = list(state)
+            with pytest.raises(RuntimeError, match="other awake seeds"):
+                outer.load_state_dict(state, assign=assign)
+            after = refusing.state_dict()
+            assert list(state) == keys and list(before) == list(after)
+            assert all(torch.equal(before[key], after[key]) for key in before)
+            assert all(mine is then for mine, then in zip(refusing.parameters(), parameters, strict=True))
+            assert torch.equal(refusing(x), output)
+        assert not other.morphogenetic_active
+        assert finish(other, other.request_kernel("0", 0, kernel))
+
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_a_damaged_or_foreign_lattice_changes_nothing(
+        self, model: MorphableModel, kernel: str, strict: bool
+    ) -> None:
+        import asyncio
+
+        assert asyncio.run(model.load_kernel("0", 0, kernel, alpha=0.5))
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        shifted = {key: value + 1 if value.is_floating_point() else value for key, value in before.items()}
+        damaged = {**shifted, "esper.lattice.alpha_blend": before["esper.lattice.alpha_blend"] / 2}
+        with pytest.raises(RuntimeError, match="checksum"):
+            model.load_state_dict(damaged, strict=strict)
+        wide = {**shifted, "esper.0.seed0.down.weight": torch.ones(3, 10)}
+        with pytest.raises(RuntimeError, match=r"'0.seed0.down.weight' is .*3, 10.* there, \(\d, 10\) here"):
+            model.load_state_dict(wide, strict=strict)
+        after = model.state_dict()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+    def test_another_kernel_of_the_same_shape_is_refused(self, model: MorphableModel, registry: str) -> None:
+        import asyncio
+
+        twin = copy.deepcopy(model)
+        for one, activation in ((model, "silu"), (twin, "relu")):
+            artifact = esper.compile("bottleneck", d_in=10, d_out=20, rank=2, activation=activation, registry=registry)
+            assert asyncio.run(one.load_kernel("0", 0, artifact))
+        with pytest.raises(RuntimeError, match="seed 0 of '0' has another kernel"):
+            twin.load_state_dict(model.state_dict())
+
+    def test_a_bare_hosts_entries_leave_the_seeds_alone(
+        self, network: nn.Sequential, model: MorphableModel, kernel: str
+    ) -> None:
+        import asyncio
+
+        assert asyncio.run(model.load_kernel("0", 0, kernel, alpha=0.5))
+        grafts = list(model.esper.parameters())
+        model.load_state_dict(network.state_dict(), assign=True)
+        assert all(mine is then for mine, then in zip(model.esper.parameters(), grafts, strict=True))
+
     def test_inside_another_module(self, network: nn.Sequential) -> None:
         outer = nn.ModuleDict({"net": wrap(network)})
         state = outer.state_dict()

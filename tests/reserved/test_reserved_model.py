@@ -182,6 +182,8 @@ def test_a_state_dict_of_other_awake_seeds_is_refused() -> None:
     wake(model, "0", 1)
     with pytest.raises(RuntimeError, match=r"other awake seeds \(seed 1 of '0'\)"):
         fresh.load_state_dict(model.state_dict())
+    assert not fresh.morphogenetic_active
+    assert not any(parameter.any() for parameter in fresh.esper.parameters())  # sleeping memory is zero
     twin = copy.deepcopy(model)
     model.load_state_dict(twin.state_dict())
     assert torch.equal(bits(model(X)), bits(twin(X)))
