@@ -41,7 +41,8 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
     """A network whose layers have seeds. Built by ``esper.wrap``.
 
     It is called, trained, moved, saved and inspected as the network it wraps: parameters and ``state_dict`` entries
-    have the host's names, attributes it does not have itself are the host's, to read and to set. Parameters of awake
+    have the host's names, attributes it does not have itself are the host's, to read and to set. Modules and parameters
+    that are set on it are added to the host, without seeds; a name that it uses itself is refused. Parameters of awake
     seeds and the lattice stand beside them under names that start with ``esper.``.
 
     Call :attr:`step` once per training step, after the optimizer's.
@@ -114,7 +115,9 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
         if several_ranks():
             self.tie_reserved()
         clock.due = 0
-        self.__dict__["_complete"] = True  # from now on, setting an attribute of the host is the host's affair
+        self.__dict__.setdefault("_own", frozenset(self.__dict__))
+        # From now on, setting an attribute of the host is the host's affair, and modules that are set are the host's.
+        self.__dict__["_complete"] = True
 
     # -- calls -------------------------------------------------------------------------------------
 

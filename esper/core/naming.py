@@ -92,8 +92,29 @@ class HostNames(nn.Module):
         # What is read through must be written through, or the host would go on with what it had.
         if self._is_the_hosts(name):
             setattr(self.wrapped_model, name, value)
+        elif "_complete" in self.__dict__ and isinstance(value, (nn.Module, nn.Parameter)):
+            self._refuse_own(name)
+            self.__dict__.pop(name, None)  # a None that held the place
+            setattr(self.wrapped_model, name, value)
         else:
             super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a module to the host, as setting an attribute does; it has no seeds.
+
+        Raises:
+            AttributeError: the wrapped model itself uses the name.
+        """
+        if "_complete" not in self.__dict__:
+            super().add_module(name, module)
+            return
+        self._refuse_own(name)
+        self.wrapped_model.add_module(name, module)
+
+    def _refuse_own(self, name: str) -> None:
+        """Raise AttributeError where a module or parameter of that name would hide what this module is made of."""
+        if name in self.__dict__["_own"] or name in self._modules or hasattr(type(self), name):
+            raise AttributeError(f"{name!r} is a name that a wrapped model uses itself; choose another")
 
     def __delattr__(self, name: str) -> None:
         if self._is_the_hosts(name):

@@ -4,6 +4,7 @@ names."""
 from __future__ import annotations
 
 import copy
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -592,3 +593,41 @@ def test_attributes_of_the_host_are_the_hosts_to_set() -> None:
     assert model.factor == 8.0 and twin.wrapped_model.factor == 1.0
     del model.factor
     assert not hasattr(model.wrapped_model, "factor")
+
+
+def test_modules_that_are_set_are_the_hosts() -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(3, 3)), telemetry_enabled=False)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.head = nn.Linear(3, 2)
+        twin.add_module("tail", nn.Linear(2, 2))
+        twin.register_module("last", nn.Linear(2, 2))
+        twin.late = None
+        assert "late" not in twin.wrapped_model.__dict__
+        twin.late = nn.Linear(2, 2)
+        twin.factor = nn.Parameter(torch.ones(()))
+        names = {name for name, _ in twin.named_parameters()}
+        assert names == set(twin.wrapped_model.state_dict())
+        assert {"head.weight", "tail.weight", "last.weight", "late.weight", "factor"} <= names <= set(twin.state_dict())
+        assert list(twin._modules) == ["wrapped_model", "esper"]
+        twin.double().eval()
+        for name in ("head", "tail", "last", "late"):
+            module = getattr(twin, name)
+            assert module is twin.wrapped_model.get_submodule(name)
+            assert module.weight.dtype == torch.float64 and not module.training
+        twin.load_state_dict(twin.state_dict())
+        twin.head = None
+        del twin.tail
+        assert not [name for name, _ in twin.named_parameters() if name.startswith(("head", "tail"))]
+
+
+@pytest.mark.parametrize("name", ["esper", "wrapped_model", "lattice", "monitor", "step", "layer", "_clock"])
+@pytest.mark.parametrize("value", [nn.Linear(2, 2), nn.Parameter(torch.ones(2))], ids=["module", "parameter"])
+def test_names_of_a_wrapped_model_are_refused(name: str, value: nn.Module | nn.Parameter) -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(3, 3)), telemetry_enabled=False)
+    before = getattr(model, name)
+    with pytest.raises(AttributeError, match=f"'{name}' is a name that a wrapped model uses itself"):
+        setattr(model, name, value)
+    if isinstance(value, nn.Module):
+        with pytest.raises(AttributeError, match="choose another"):
+            model.add_module(name, value)
+    assert getattr(model, name) == before
