@@ -39,7 +39,7 @@ from esper.core.checkpoint_format import (
     write_record,
 )
 from esper.core.model_wrapper import MorphableModel, find_targets, grown_model, wrap
-from esper.core.naming import GRAFT_PREFIX, seeds_prefix
+from esper.core.naming import GRAFT_PREFIX, is_lattices, seeds_prefix
 from esper.execution.grafts.reservation import Tap
 from esper.execution.kernel_executor import LoadedKernel
 from esper.execution.lattice import Lattice
@@ -360,7 +360,11 @@ def _check_lattice(path: Path, record: Record, tensors: Mapping[str, Tensor]) ->
     lattice = Lattice(len(record.layers), record.seeds_per_layer)
     try:
         lattice.load_state_dict(
-            {name.removeprefix(marker): tensor for name, tensor in tensors.items() if name.startswith(marker)}
+            {
+                name.removeprefix(marker): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(marker) and is_lattices(name.removeprefix(_MARKER))
+            }
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None

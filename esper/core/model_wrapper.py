@@ -14,6 +14,7 @@ from torch import nn
 from esper.contracts.bus import Bus
 from esper.contracts.registry import RegistryClient
 from esper.core.morphable import MorphableModel
+from esper.core.naming import check_host
 from esper.execution.grafts.reservation import Reservation, Tap
 from esper.execution.host_binding import fast_path_ancestors
 from esper.execution.hosts import describe_host, foreign_linear, supported_hosts
@@ -78,8 +79,8 @@ def wrap(
 
     Raises:
         ValueError: an unknown layer name, a layer that its parent never calls, an argument out of range, a layer that
-            brings another number of seeds than ``seeds_per_layer``, or memory to be reserved for a layer that has no
-            size of its own (an activation) or brings awake seeds.
+            brings another number of seeds than ``seeds_per_layer``, memory to be reserved for a layer that has no size
+            of its own (an activation) or brings awake seeds, or a module of the network's own that is named ``esper``.
         NotImplementedError: a target type that Esper does not support; the message names it.
         TypeError: ``model`` is not a module, or is wrapped already; or ``bus`` is neither a client nor a URL.
         BusError: nothing answers at the bus's URL, or it refuses; the message says what to check.
@@ -247,6 +248,7 @@ def _check_arguments(
         raise TypeError("the model is wrapped already; esper.unwrap(model) gives back what was wrapped")
     if not isinstance(model, nn.Module):
         raise TypeError(f"wrap needs a torch.nn.Module, got {type(model).__name__}")
+    check_host(model)
     if seeds_per_layer < 1:
         raise ValueError(f"seeds_per_layer must be at least 1, got {seeds_per_layer}")
     if not 0 <= budget <= 1:

@@ -14,7 +14,16 @@ from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.lifecycle import AWAKE
 from esper.execution.state_layout import Lattice
 
-__all__ = ["GRAFT_PREFIX", "WRAPPED", "GraftTree", "HostNames", "is_sharded", "seeds_prefix"]
+__all__ = [
+    "GRAFT_PREFIX",
+    "WRAPPED",
+    "GraftTree",
+    "HostNames",
+    "check_host",
+    "is_lattices",
+    "is_sharded",
+    "seeds_prefix",
+]
 
 #: Attribute of a MorphableModel that holds the host.
 WRAPPED = "wrapped_model"
@@ -36,6 +45,21 @@ def graft_key(layer_name: str) -> str:
 def seeds_prefix(layer_name: str) -> str:
     """What the names of a layer's graft parameters begin with in a wrapped model; the seed's index follows."""
     return f"{GRAFT_PREFIX}.{graft_key(layer_name)}.seed"
+
+
+def is_lattices(name: str) -> bool:
+    """Whether an entry under :data:`GRAFT_PREFIX` is the lattice's, and not a graft's in a layer called "lattice"."""
+    head, _, field = name.partition(".")
+    return head == "lattice" and "." not in field
+
+
+def check_host(host: nn.Module) -> None:
+    """Raise ValueError for a host with a module whose names would be taken for those that Esper adds."""
+    if host._modules.get(GRAFT_PREFIX) is not None:
+        raise ValueError(
+            f"{type(host).__name__} has a module named '{GRAFT_PREFIX}': names in it begin as those of seeds do in a "
+            "wrapped model. Give the module another name"
+        )
 
 
 class GraftTree(nn.Module):
@@ -60,6 +84,7 @@ class HostNames(nn.Module):
 
     def __init__(self, wrapped_model: nn.Module) -> None:
         super().__init__()
+        check_host(wrapped_model)
         self.wrapped_model = wrapped_model
         # The root's own parameters are this module's too, so that a name without a dot resolves as it does on the host.
         self.__dict__["_parameters"] = wrapped_model._parameters
@@ -163,7 +188,7 @@ class HostNames(nn.Module):
         # The very parameters: `assign=True` would make new ones of anything else.
         here = self.esper.state_dict(keep_vars=True)
         ours = {key[len(marker) :]: state_dict.pop(key) for key in [*state_dict] if key.startswith(marker)}
-        lattice = {key.removeprefix("lattice."): ours.pop(key) for key in [*ours] if key.startswith("lattice.")}
+        lattice = {key.removeprefix("lattice."): ours.pop(key) for key in [*ours] if is_lattices(key)}
         if ours or lattice:
             reason = self._refusal(here, ours, lattice)
             if reason is None:

@@ -393,3 +393,23 @@ def test_a_seed_that_the_device_has_just_taken_out_is_saved_without_its_kernel(t
     assert again.layer("0").state_layout.state_of(2) is _State.ERROR_RECOVERY
     x = torch.randn(4, 5)
     assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["lattice", "wrapped_model", "layer", "grafts"])
+def test_layers_may_have_the_names_of_esper_s_parts(tmp_path: Path, name: str) -> None:
+    def other() -> nn.Sequential:
+        network = nn.Sequential()
+        network.add_module(name, nn.Linear(5, 6))
+        return network
+
+    model = esper.wrap(other(), telemetry_enabled=False)
+    assert model.layer(name).commit(1, kernel("bottleneck", 5, 6, rank=2), alpha=0.7)
+    with torch.no_grad():
+        for parameter in model.graft_parameters().values():
+            parameter.normal_()
+    x = torch.randn(4, 5)
+    before = model(x)
+    model.load_state_dict(model.state_dict())
+    save(model, tmp_path / "m")
+    for again in (model, load(tmp_path / "m", other())):
+        assert torch.equal(again(x), before)

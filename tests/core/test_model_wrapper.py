@@ -114,6 +114,15 @@ class TestWrapFunction:
         with pytest.raises(TypeError, match="bus takes a client or a URL, got object"):
             wrap(network, bus=object())  # type: ignore[arg-type]
 
+    def test_a_module_named_esper_is_refused(self, network: nn.Sequential) -> None:
+        """The wrapped model could not have loaded its own state."""
+        network.add_module("esper", nn.Linear(2, 2))
+        with pytest.raises(ValueError, match=r"Sequential has a module named 'esper'.*another name"):
+            wrap(network)
+        with pytest.raises(ValueError, match="a module named 'esper'"):
+            MorphableModel(network, {})
+        wrap(nn.ModuleDict({"inner": network}))  # only the names of the outermost module meet those of seeds
+
     def test_wrapping_twice_is_refused(self, model: MorphableModel) -> None:
         with pytest.raises(TypeError, match="wrapped already"):
             wrap(model)
