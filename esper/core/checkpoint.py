@@ -69,7 +69,7 @@ def save(model: MorphableModel, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written; what was there before still is.
     """
     model = grown_model(model, "save")
-    state = dict(model.state_dict())
+    state = dict(model.entries())
     seeds = _seeds_with_kernels(model, state[f"{_MARKER}lattice.lifecycle_states"].tolist())
     _keep_only(state, model, seeds)
     foreign = [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)]

@@ -164,7 +164,24 @@ class HostNames(nn.Module):
         yield from self.esper.named_modules(seen, ours, remove_duplicate)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The host's entries under the host's keys, then grafts and lattice under ``esper.``."""
+        """The host's entries under the host's keys, then grafts and lattice under ``esper.``.
+
+        Hooks that were registered here are given this module, and all of its entries.
+        """
+        for before in self._state_dict_pre_hooks.values():
+            before(self, prefix, keep_vars)
+        state = self.entries(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for after in self._state_dict_hooks.values():
+            result = after(self, state, prefix, {"version": self._version})
+            if result is not None:
+                # As torch: only hooks that were registered by the older, private way may give another dictionary.
+                if getattr(after, "_from_public_api", False):
+                    raise RuntimeError("state_dict post-hook must return None")
+                state = result
+        return state
+
+    def entries(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """What :meth:`state_dict` gives, past the hooks that were registered on this module."""
         state = self.wrapped_model.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         self.esper.state_dict(destination=state, prefix=f"{prefix}{GRAFT_PREFIX}.", keep_vars=keep_vars)
         for name, tensor in self.lattice.state_dict().items():
@@ -181,6 +198,8 @@ class HostNames(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         # torch recurses into children by attribute name, so the host's keys get its attribute's name back here.
         # Working inside the recursion keeps DDP and other wrappers of this module loadable too. A bare host's entries
         # are complete: what is missing of the grafts is then what is here.
@@ -255,7 +274,7 @@ class HostNames(nn.Module):
         self._touch()
         return self
 
-    # Hooks belong to the host: its __call__ is the one that runs.
+    # Hooks of calls belong to the host: its __call__ is the one that runs.
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         """As on the host, which is the ``module`` that the hook is given."""
         return self.wrapped_model.register_forward_hook(*args, **kwargs)

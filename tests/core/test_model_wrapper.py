@@ -507,6 +507,37 @@ class TestStateDict:
         model.load_state_dict(network.state_dict(), assign=True)
         assert all(mine is then for mine, then in zip(model.esper.parameters(), grafts, strict=True))
 
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_hooks_of_the_state_run_with_all_of_it(self, model: MorphableModel, tmp_path: Path, inside: bool) -> None:
+        """They used to be taken and never called."""
+        outer, prefix = (nn.ModuleDict({"net": model}), "net.") if inside else (model, "")
+        seen: list[object] = []
+
+        def before(module: nn.Module, where: str, keep_vars: bool) -> None:
+            seen.append((module, where, keep_vars))
+
+        def after(module: nn.Module, state: dict[str, Any], where: str, metadata: dict[str, Any]) -> None:
+            assert module is model and f"{where}0.weight" in state and f"{where}esper.lattice.crc" in state
+            state[f"{where}note"] = state.pop(f"{where}0.weight")
+
+        def loading(module: nn.Module, state: dict[str, Any], where: str, *rest: Any) -> None:
+            assert module is model and f"{where}esper.lattice.crc" in state
+            state[f"{where}0.weight"] = state.pop(f"{where}note")
+
+        model.register_state_dict_pre_hook(before)
+        model.register_state_dict_post_hook(after)
+        model.register_load_state_dict_pre_hook(loading)
+        state = outer.state_dict(keep_vars=True)
+        assert seen == [(model, prefix, True)]
+        assert f"{prefix}note" in state and f"{prefix}0.weight" not in state
+        outer.load_state_dict(state)
+        # A file is read by a model that has no hooks.
+        esper.save(model, tmp_path / "m")
+        esper.load(tmp_path / "m", copy.deepcopy(model.wrapped_model))
+        model.register_state_dict_post_hook(lambda *_: {})
+        with pytest.raises(RuntimeError, match="must return None"):
+            outer.state_dict()
+
     def test_inside_another_module(self, network: nn.Sequential) -> None:
         outer = nn.ModuleDict({"net": wrap(network)})
         state = outer.state_dict()
