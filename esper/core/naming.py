@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.execution.grafts import GraftSet
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.lifecycle import AWAKE
+from esper.execution.lifecycle import AWAKE, SeedLifecycleState
 from esper.execution.state_layout import Lattice
 
 __all__ = [
@@ -212,7 +212,7 @@ class HostNames(nn.Module):
             reason = self._refusal(here, ours, lattice)
             if reason is None:
                 try:
-                    self.lattice.load_state_dict(lattice)
+                    self._load_lattice(lattice)
                 except (ValueError, KeyError) as error:
                     reason = f"lattice: {error}"
             if reason is not None:
@@ -226,6 +226,20 @@ class HostNames(nn.Module):
             state_dict[f"{prefix}{WRAPPED}.{key[len(prefix) :]}"] = state_dict.pop(key)
         state_dict.update({marker + key: value for key, value in (ours or here).items()})
         self._touch()
+
+    def _load_lattice(self, entries: Mapping[str, Tensor]) -> None:
+        """Take the lattice's entries; what was being fetched where they are from is not being fetched here."""
+        here = set(self._loading())
+        self.lattice.load_state_dict(entries)
+        for row in self._loading():
+            if row not in here:
+                self.lattice.transition(row, SeedLifecycleState.DORMANT)
+
+    def _loading(self) -> list[int]:
+        rows: list[int] = (
+            (self.lattice.lifecycle_states == int(SeedLifecycleState.LOADING)).nonzero().flatten().tolist()
+        )
+        return rows
 
     def _refusal(self, here: Mapping[str, Any], ours: Mapping[str, Any], lattice: Mapping[str, Any]) -> str | None:
         """Why entries of grafts and their lattice cannot be this model's; None if they can. Changes nothing.

@@ -497,6 +497,17 @@ class TestStateDict:
         with pytest.raises(RuntimeError, match="seed 0 of '0' has another kernel"):
             twin.load_state_dict(model.state_dict())
 
+    def test_a_fetch_that_was_under_way_is_not_waited_for(self, model: MorphableModel, kernel: str) -> None:
+        """The seed used to be LOADING for good."""
+        twin = copy.deepcopy(model)
+        model.layer("0").begin_load(1)
+        twin.layer("2").begin_load(0)  # under way here
+        twin.load_state_dict(model.state_dict())
+        assert twin.layer("0").state_layout.state_of(1) is State.DORMANT
+        assert finish(twin, twin.request_kernel("0", 1, kernel))
+        model.load_state_dict(model.state_dict())
+        assert model.layer("0").state_layout.state_of(1) is State.LOADING
+
     def test_a_bare_hosts_entries_leave_the_seeds_alone(
         self, network: nn.Sequential, model: MorphableModel, kernel: str
     ) -> None:
