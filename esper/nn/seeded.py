@@ -210,7 +210,8 @@ class Seeded(nn.Module):
 
     def _load_seeds(self, state_dict: dict[str, Any], marker: str, error_msgs: list[str]) -> None:
         """Take the seeds' states; leave in ``state_dict`` what the child will take."""
-        here = self.seeds.grafts.state_dict()
+        # The very parameters: `assign=True` would make new ones of anything else.
+        here = self.seeds.grafts.state_dict(keep_vars=True)
         theirs = {key[len(marker) :]: state_dict[key] for key in state_dict if key.startswith(marker)}
         if not theirs:
             # Entries of torch's own layer: they are complete, and what is missing of the seeds is what is here.
@@ -237,6 +238,7 @@ class Seeded(nn.Module):
         try:
             layout.lattice.load_state_dict(lattice)
         except (ValueError, KeyError) as error:
+            state_dict.update({marker + key: value for key, value in here.items()})
             error_msgs.append(f"{marker}lattice: {error}")
         self.seeds.forget_loads()
 

@@ -262,9 +262,12 @@ def test_a_state_of_other_seeds_is_refused(strict: bool) -> None:
     assert torch.equal(other.seeds.grafts.seed_parameters(1)["down.weight"], before)
     damaged = dict(state)
     damaged["grafts.lattice.alpha_blend"] = torch.full((4,), 0.9)
+    damaged["grafts.seed1.down.weight"] = damaged["grafts.seed1.down.weight"] + 1
+    before = ours.seeds.grafts.seed_parameters(1)["down.weight"].clone()
     with pytest.raises(RuntimeError, match="damaged"):
         ours.load_state_dict(damaged, strict)
     assert ours.state_layout.alpha_of(1) == 0.5
+    assert torch.equal(ours.seeds.grafts.seed_parameters(1)["down.weight"], before)
 
 
 def test_torchs_encoder_does_not_pass_the_seed_by() -> None:
