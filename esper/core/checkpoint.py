@@ -43,7 +43,7 @@ from esper.core.naming import GRAFT_PREFIX, is_lattices, seeds_prefix
 from esper.execution.grafts.reservation import Tap
 from esper.execution.kernel_executor import LoadedKernel
 from esper.execution.lattice import Lattice
-from esper.execution.lifecycle import AWAKE
+from esper.execution.lifecycle import AWAKE, SeedLifecycleState
 from esper.execution.telemetry.options import TelemetryOptions
 
 __all__ = ["FORMAT_VERSION", "CheckpointError", "load", "save"]

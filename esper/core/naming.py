@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.execution.grafts import GraftSet
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.lifecycle import AWAKE, SeedLifecycleState
+from esper.execution.lifecycle import AWAKE
 from esper.execution.state_layout import Lattice
 
 __all__ = [
@@ -118,6 +118,8 @@ class HostNames(nn.Module):
         if self._is_the_hosts(name):
             setattr(self.wrapped_model, name, value)
         elif "_complete" in self.__dict__ and isinstance(value, (nn.Module, nn.Parameter)):
+            if self._modules.get(name) is value:
+                return  # what converts a network sets every module again, changed or not
             self._refuse_own(name)
             self.__dict__.pop(name, None)  # a None that held the place
             setattr(self.wrapped_model, name, value)
@@ -132,9 +134,9 @@ class HostNames(nn.Module):
         """
         if "_complete" not in self.__dict__:
             super().add_module(name, module)
-            return
-        self._refuse_own(name)
-        self.wrapped_model.add_module(name, module)
+        elif module is None or self._modules.get(name) is not module:  # as above
+            self._refuse_own(name)
+            self.wrapped_model.add_module(name, module)
 
     def _refuse_own(self, name: str) -> None:
         """Raise AttributeError where a module or parameter of that name would hide what this module is made of."""
@@ -212,7 +214,7 @@ class HostNames(nn.Module):
             reason = self._refusal(here, ours, lattice)
             if reason is None:
                 try:
-                    self._load_lattice(lattice)
+                    self.lattice.load_state_dict(lattice)
                 except (ValueError, KeyError) as error:
                     reason = f"lattice: {error}"
             if reason is not None:
@@ -226,20 +228,6 @@ class HostNames(nn.Module):
             state_dict[f"{prefix}{WRAPPED}.{key[len(prefix) :]}"] = state_dict.pop(key)
         state_dict.update({marker + key: value for key, value in (ours or here).items()})
         self._touch()
-
-    def _load_lattice(self, entries: Mapping[str, Tensor]) -> None:
-        """Take the lattice's entries; what was being fetched where they are from is not being fetched here."""
-        here = set(self._loading())
-        self.lattice.load_state_dict(entries)
-        for row in self._loading():
-            if row not in here:
-                self.lattice.transition(row, SeedLifecycleState.DORMANT)
-
-    def _loading(self) -> list[int]:
-        rows: list[int] = (
-            (self.lattice.lifecycle_states == int(SeedLifecycleState.LOADING)).nonzero().flatten().tolist()
-        )
-        return rows
 
     def _refusal(self, here: Mapping[str, Any], ours: Mapping[str, Any], lattice: Mapping[str, Any]) -> str | None:
         """Why entries of grafts and their lattice cannot be this model's; None if they can. Changes nothing.
