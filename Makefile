@@ -3,6 +3,7 @@
 #   make grow     make the environment, build, and train a network that grows (options: ARGS="--epochs 20")
 #   make test     the tests, on two cores (options: ARGS="-k lattice"; JOBS=0 for one process)
 #   make lint     ruff, mypy, import-linter
+#   make sanitize the tests of the C++ code, built with checks of every address and of undefined behaviour (ten minutes)
 #   make native   rebuild the C++/CUDA extension, only what changed
 #   make bench, make bench-check    measure; compare with the stored ratios
 #   make bench-report               put the stored ratios into docs/performance.md, tables and plots
@@ -22,13 +23,28 @@ JOBS   ?= 2
 # Developers want to see a CUDA compile error; a plain `pip install .` would go on without.
 export ESPER_CUDA ?= $(shell command -v nvcc >/dev/null && echo 1 || echo auto)
 
-.PHONY: grow test lint format native bench bench-check bench-report clean distclean env
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-omit-frame-pointer -g1
+# What runs native code on a CPU; but for one test, which looks at how the process's memory grows.
+NATIVE_TESTS := tests/execution/grafts tests/nn tests/reserved/test_reserved_model.py tests/execution/test_monitor.py \
+  tests/core/test_clock.py $(addprefix tests/ops/test_,driver.py graft_seeds.py lattice_backends.py lattice_table.py stats.py)
+
+.PHONY: grow test sanitize lint format native bench bench-check bench-report clean distclean env
 
 grow: native
 	$(VENV)/bin/esper grow $(ARGS)
 
 test: native
 	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# In a copy of the tree, whose extension is no use to anything else. The checks must be loaded before Python is.
+sanitize: $(VENV)/.deps
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	git ls-files -z -co --exclude-standard | xargs -0 cp -P --parents -t build/sanitize
+	cd build/sanitize && CXXFLAGS="$(SANITIZE)" ESPER_CUDA=0 $(abspath $(PY)) setup.py -q build_ext --inplace
+	cd build/sanitize && PYTHONPATH=$$PWD OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
+	  $(abspath $(PY)) -m pytest -q -p no:cacheprovider -m "not aot and not packaging" -k "not memory_is_given_back" \
+	  $(ARGS) $(NATIVE_TESTS)
 
 lint: $(VENV)/.deps
 	$(PY) -m ruff check .
