@@ -79,6 +79,24 @@ def test_whatever_seeds_do_recompiles_nothing(name: str, backend: str) -> None:
     assert graphs() == made
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_convolutions_beside_linear_layers(backend: str) -> None:
+    torch.manual_seed(0)
+    model = wrap(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4)))
+    x = torch.randn(2, 3, 4, 4)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    wake(model, "0", 0, "lowrank", rank=2)
+    wake(model, "3", 1, "lowrank", rank=2)
+    torch.testing.assert_close(compiled(x), model(x), **CLOSE)
+    compiled(x).square().sum().backward()
+    for layer, seed in (("0", 0), ("3", 1)):
+        with torch.no_grad():
+            next(iter(model.layer(layer).grafts.seed_parameters(seed).values())).fill_(torch.nan)
+    compiled(x)
+    assert model.layer("0").state_layout.fault_flags.tolist() == [1, 0, 0, 0]
+    assert model.layer("3").state_layout.fault_flags.tolist() == [0, 1, 0, 0]
+
+
 def test_batches_of_any_size_are_one_graph() -> None:
     model = wrap(mlp())
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

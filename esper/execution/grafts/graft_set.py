@@ -402,9 +402,7 @@ class GraftSet(nn.Module):
 
     def _traced(self, x: Tensor, h: Tensor, alpha: Tensor | None = None) -> Tensor:
         assert self._layout is not None
-        if alpha is None:
-            alpha = self.state_layout.alpha_blend
-        flags = self.state_layout.fault_flags
+        alpha, flags = self._rows(alpha)
         order = list(self._seeds)
         dim = self._dim(h)
         named = [self._weights(i).tensors() for i in order]
@@ -443,6 +441,26 @@ class GraftSet(nn.Module):
             y, blamed = blend.blend_fused(self._layout, h, parts, trusted, alpha, signal, dim)
         fused.raise_flags(flags, self._runs, blamed.to(flags.dtype))
         return y
+
+    def _rows(self, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The alphas, unless others are given, and the fault flags."""
+        state = self.state_layout
+        if alpha is not None and alpha is not state.alpha_blend:
+            return alpha, self._flags()
+        if compiled.serves(state.faults):
+            return state.alphas.narrow(0, state.first_row, state.num_seeds), self._flags()
+        return state.alpha_blend, state.fault_flags
+
+    def _flags(self) -> Tensor:
+        """The layer's fault flags.
+
+        In a graph for a CPU they are cut out of the whole lattice's, which the operations of other layers write to: a
+        compiler refuses inputs that overlap.
+        """
+        state = self.state_layout
+        if compiled.serves(state.faults):
+            return state.faults.narrow(0, state.first_row, state.num_seeds)
+        return state.fault_flags
 
     def _dim(self, h: Tensor) -> int:
         if self.spec.geometry is not None:

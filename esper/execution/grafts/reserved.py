@@ -146,7 +146,7 @@ class ReservedGraftSet(GraftSet):
             every = [*downs, *ups, *biases]
             return blend_seeds(tap, h, state.alphas, state.faults, self.plan, every, state.first_row, replaces=True)
         weights = torch.cat(downs), torch.cat(biases), torch.cat(ups, 1)
-        alpha, flags = state.alpha_blend if alpha is None else alpha, state.fault_flags
+        alpha, flags = self._rows(alpha)
         y, blamed = reserved_blend(tap, h, weights, self.plan, alpha, dim, kinds)
         with torch.no_grad():
             flags.copy_(torch.maximum(flags, blamed.to(flags.dtype)))

@@ -260,6 +260,22 @@ def test_layers_share_what_comes_into_their_graph() -> None:
     assert taken == [3]  # the plan, all alphas, all flags
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_layers_that_run_in_different_ways_are_one_graph(backend: str) -> None:
+    """The operation writes to the flags of the whole lattice, what is traced to those of its layer."""
+    model, x = grown(), torch.randn(4, D_OUT)
+    first, *_, last = model.kasmina_layers.values()
+    last.grafts.unbind(1)
+    last.grafts.bind(1, kernel("dense", D_OUT, D_OUT, dtype=torch.float32))
+    run = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close(run(x), model(x), **CLOSE)
+    with torch.no_grad():
+        for layer in (first, last):
+            parameters(layer.grafts)[0].fill_(torch.nan)
+    run(x)
+    assert model.lattice.fault_flags.tolist() == [0, 1, 0, 0, 0, 1]
+
+
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
