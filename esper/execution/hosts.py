@@ -67,6 +67,7 @@ class HostSpec:
         d_out: Features of the output; None while unknown.
         geometry: Of a convolution; None for every other host.
         dtype: Of the host's parameters; None if it has none.
+        images: Whether what a ``nchw`` host reads can be an image: BatchNorm1d reads [N, C] or [N, C, L].
     """
 
     type_name: str
@@ -75,6 +76,7 @@ class HostSpec:
     d_out: int | None
     geometry: ConvGeometry | None = None
     dtype: torch.dtype | None = None
+    images: bool = True
 
     @property
     def channel_dim(self) -> int:
@@ -90,12 +92,13 @@ class HostSpec:
         """The spec with what was unknown filled in from the shape of the host's output.
 
         An activation has no shape of its own: four dimensions are taken for an image [N, C, H, W], everything else for
-        rows. What is known already stays, so the first shape seen decides for good.
+        rows. What is known already stays, so the first shape seen decides for good; a single number, which has no
+        features, decides nothing.
         """
-        if self.is_resolved:
+        if self.is_resolved or not shape:
             return self
         kind = self.kind if self.kind is not None else ("nchw" if len(shape) == 4 else "rows")
-        features = shape[1] if kind == "nchw" else shape[-1]
+        features = int(shape[1] if kind == "nchw" else shape[-1])  # a tracer may have tensors or symbols there
         return replace(
             self,
             kind=kind,
@@ -178,7 +181,8 @@ def _conv(module: nn.Conv2d, name: str) -> HostSpec:
 
 
 def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> HostSpec:
-    return HostSpec(name, "nchw", module.num_features, module.num_features)
+    images = not isinstance(module, nn.BatchNorm1d)
+    return HostSpec(name, "nchw", module.num_features, module.num_features, images=images)
 
 
 def _layer_norm(module: nn.LayerNorm, name: str) -> HostSpec:

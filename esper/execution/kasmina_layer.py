@@ -396,7 +396,7 @@ class KasminaLayer(HostForwards):
     def on_fault_limit(self, seed_idx: int) -> None:
         """The lattice moved a seed to ERROR_RECOVERY: take its kernel off the path."""
         artifact = self._artifacts.get(seed_idx, "kernel")
-        why = self.grafts.misfits.get(seed_idx, "non-finite output in three steps in a row")
+        why = self.grafts.reason_of(seed_idx) or "non-finite output in three steps in a row"
         self._failures[seed_idx] = f"{artifact}: {why}"
         self._drop_graft(seed_idx)
         self._refresh()

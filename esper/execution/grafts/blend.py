@@ -22,7 +22,7 @@ from esper.ops.graft import graft_blend, graft_blend_backward, reference
 from esper.ops.graft.layout import BlendLayout
 from esper.ops.graft.reference import accumulation_dtype, join, narrow
 
-__all__ = ["blend_eager", "blend_fused", "contain", "gate"]
+__all__ = ["blend_eager", "blend_fused", "contain", "gate", "tether"]
 
 
 def blend_eager(
@@ -103,6 +103,25 @@ def gate(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
 def contain(y: Tensor, h: Tensor, signal: Tensor, fault: Tensor) -> Tensor:
     """Give h if ``fault`` (bool, 0-dimensional), else y; after a fault no gradient passes the gate of ``signal``."""
     result: Tensor = _Contain.apply(y, h, signal, fault)
+    return result
+
+
+class _Tether(torch.autograd.Function):
+    """Identity on y that gives the other tensors gradients of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(*others)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(t) for t in ctx.saved_tensors)
+
+
+def tether(y: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """y, through which the other tensors get gradients of zero."""
+    result: Tensor = _Tether.apply(y, *others)
     return result
 
 

@@ -107,6 +107,7 @@ def fits(tap: Tensor, h: Tensor, dim: int) -> bool:
     """Whether these tensors are rows of features in a dtype of the operation."""
     return (
         dim == h.dim() - 1
+        and not h.is_nested
         and h.dtype in _DTYPES
         and tap.dtype is h.dtype
         and tap.shape[:-1] == h.shape[:-1]
@@ -141,4 +142,6 @@ def run(sheet: Sheet, x: Tensor, h: Tensor, alpha: Tensor, flags: Tensor, first_
         if weight is None or weight.dtype is not h.dtype:
             return None
         weights.append(weight)
+    if weights[0].shape[-1] != tap.shape[-1]:  # an activation lets any shape through
+        return None
     return blend_seeds(tap, h, alpha, flags, sheet.plan, weights, first_row, sheet.replaces)

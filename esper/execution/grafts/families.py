@@ -111,4 +111,6 @@ def linear_along(x: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> Te
         return F.linear(x, weight, bias)
     if spatial == 1:
         return F.conv1d(x, weight[:, :, None], bias)
+    if spatial > 2:
+        return F.linear(x.movedim(dim, -1), weight, bias).movedim(-1, dim)
     return F.conv2d(x, weight[:, :, None, None], bias)

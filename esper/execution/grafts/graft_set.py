@@ -14,6 +14,7 @@ from esper.execution.grafts.bank import Bank
 from esper.execution.grafts.bank_kernel import bank_eligible
 from esper.execution.grafts.device_bank import DeviceBank, capturing, packable
 from esper.execution.grafts.families import contributions, sample_tap
+from esper.execution.grafts.fit import fitted, needs_images, odd_tensors, unfit_seeds
 from esper.execution.grafts.reserved_bank import ReservedBank
 from esper.execution.grafts.seed import BoundSeed, SeedWeights, bind_seed
 from esper.execution.hosts import HostSpec
@@ -54,7 +55,8 @@ class GraftSet(nn.Module):
     h behind a factor of 0, is never read, be it NaN.
 
     A result that is not finite because of a seed is contained: see :mod:`esper.execution.grafts.blend`. (Not under
-    ``torch.func`` transforms, which allow no side effects: there the formula stands alone.)
+    ``torch.func`` transforms, which allow no side effects: there the formula stands alone.) A call whose tensors a seed
+    cannot run on gives h, and counts as a fault of that seed: :meth:`reason_of` says why.
 
     Low-rank seeds on the CPU take one native call (:mod:`esper.execution.grafts.bank`), seeds of one kind on a GPU one
     operation (:mod:`esper.execution.grafts.fused`); everything else runs on PyTorch operations with the same results to
@@ -71,6 +73,8 @@ class GraftSet(nn.Module):
         self.state_layout = state_layout
         self._like: Tensor
         self.misfits: dict[int, str] = {}
+        self._refused: dict[int, str] = {}
+        self._images: frozenset[int] = frozenset()
         self._kernels: dict[int, LoadedKernel] = {}
         self._seeds: dict[int, BoundSeed] = {}
         self._layout: BlendLayout | None = None
@@ -120,16 +124,15 @@ class GraftSet(nn.Module):
         Raises:
             ValueError: bad seed index.
             ShapeMismatchError: the kernel does not fit the layer; the message names both shapes. Nothing has changed
-            then. On an
-                activation that has seen no input yet any kernel is taken; one that turns out not to fit is put in
-                :attr:`misfits` with the reason at the first forward, and its fault flag is raised.
+                then. On an activation that has seen no input yet any kernel is taken; one that turns out not to fit is
+                put in :attr:`misfits` with the reason at the first forward, and its fault flag is raised.
         """
         self._check(seed_idx, kernel)
         # A seed may wake in the middle of an evaluation, and no optimizer may write to what is made in inference mode.
         with torch.inference_mode(False):
             self._hold(seed_idx, kernel, dtype, device)
             self._kernels[seed_idx] = kernel
-            self.misfits.pop(seed_idx, None)
+            self._forget_reasons(seed_idx)
             self._changed()
 
     def unbind(self, seed_idx: int) -> None:
@@ -137,7 +140,7 @@ class GraftSet(nn.Module):
         if seed_idx in self._kernels:
             self._drop(seed_idx)
             del self._kernels[seed_idx]
-            self.misfits.pop(seed_idx, None)
+            self._forget_reasons(seed_idx)
             self._changed()
 
     def _check(self, seed_idx: int, kernel: LoadedKernel) -> None:
@@ -169,6 +172,14 @@ class GraftSet(nn.Module):
     def kernel(self, seed_idx: int) -> LoadedKernel:
         """What the seed was bound with; its tensors are those of the artifact, not the trained ones."""
         return self._kernels[seed_idx]
+
+    def reason_of(self, seed_idx: int) -> str | None:
+        """Why the seed did not fit the layer, or the last call that it did not fit; None where it always has."""
+        return self.misfits.get(seed_idx) or self._refused.get(seed_idx)
+
+    def _forget_reasons(self, seed_idx: int) -> None:
+        self.misfits.pop(seed_idx, None)
+        self._refused.pop(seed_idx, None)
 
     def seed_parameters(self, seed_idx: int) -> dict[str, nn.Parameter]:
         """The seed's parameters by the blueprint's names, such as ``down.weight``; empty for a seed that is not bound.
@@ -224,7 +235,7 @@ class GraftSet(nn.Module):
                 if y is not None:
                     return y
             tap = x if bank.reads_input else h
-            if bank.usable(tap, h):
+            if not h.is_nested and x.layout is torch.strided and bank.usable(tap, h):
                 if bank.whole():
                     y = bank.run(tap, h, alpha)
                     if y is not None:
@@ -267,14 +278,34 @@ class GraftSet(nn.Module):
             return None
         return (sum(plan.ranks), plan.seeds[0].family.activation) if plan.seeds[0].reads_input else None
 
+    def refuse(self, reason: str) -> None:
+        """Count a call that no seed can run on: a fault of all of them, for the reason given."""
+        self._count(dict.fromkeys(self._kernels, reason))
+
+    def _count(self, reasons: Mapping[int, str]) -> None:
+        flags = self._flags()
+        for seed_idx, reason in reasons.items():
+            self._refused[seed_idx] = reason
+            flags[seed_idx] = 1
+
     def _general(self, x: Tensor, h: Tensor, alpha: Tensor) -> Tensor:
+        odd = odd_tensors(x, h)
+        if odd is not None:
+            self.refuse(odd)
+            return h
         if self._layout is None:
             self.spec = self.spec.resolve(tuple(h.shape))
             self._settle()
-        for seed_idx in self.misfits:
-            self.state_layout.fault_flags[seed_idx] = 1
+        if self.misfits:
+            flags = self._flags()
+            for seed_idx in self.misfits:
+                flags[seed_idx] = 1
         if not self._seeds:
-            return h
+            return self._tethered(h)
+        unfit = unfit_seeds(self._seeds, self._images, self.spec, x, h, self._dim(h))
+        if unfit:
+            self._count(unfit)
+            return self._tethered(h)
         if _compiling() or _observed(h):
             return self._traced(x, h, alpha)
         if _differentiated():
@@ -302,6 +333,7 @@ class GraftSet(nn.Module):
             except ShapeMismatchError as error:
                 self.misfits[seed_idx] = str(error)
         self._seeds = fitting
+        self._images = frozenset(i for i, seed in fitting.items() if needs_images(seed))
         self._layout = BlendLayout([seed.place for seed in fitting.values()], self.spec.d_out)
         weights = [self._weights(i) for i in fitting]
         tensors = [w.tensors() for w in weights]
@@ -370,7 +402,7 @@ class GraftSet(nn.Module):
         tensors = {i: self._weights(i).tensors() for i in order}
         tap_x, tap_h = x, h
         ks = dict(zip(live, self._run_seeds(tap_x, tap_h, live, [tensors[i] for i in live]), strict=True))
-        ks = {i: _fitted(k, h, self._seeds[i], self._dim(h)) for i, k in ks.items()}
+        ks = {i: fitted(k, h, self._seeds[i], self._dim(h)) for i, k in ks.items()}
         parts = [ks.get(i) for i in order]
         y = blend.blend_eager(self._layout, h, parts, numbers, self._dim(h))
         if live and not torch.isfinite(y).all():
@@ -382,6 +414,8 @@ class GraftSet(nn.Module):
                 guilty = [i for i, at_fault in zip(order, blamed.tolist(), strict=True) if at_fault]
             if guilty:
                 self.state_layout.fault_flags[guilty] = 1
+                for seed_idx in guilty:
+                    self._refused.pop(seed_idx, None)  # what it is counted for now
                 y, live = h, []
         if _grad_enabled():
             # Seeds that had no part still get gradients, of zero: a run that trains nothing else must be able to start
@@ -390,8 +424,15 @@ class GraftSet(nn.Module):
             if h.requires_grad and any(self._layout.numbers(numbers, s)[0] == 0.0 for s in self._layout.segments):
                 idle.append(h)
             if idle:
-                y = _Tether.apply(y, *idle)
+                y = blend.tether(y, idle)
         return y
+
+    def _tethered(self, h: Tensor) -> Tensor:
+        """h, with gradients of zero for the seeds that had no part: a run that trains nothing else must go on."""
+        if not _grad_enabled() or _differentiated():
+            return h
+        learning = [t for i in self._kernels for t in self._weights(i).tensors().values() if t.requires_grad]
+        return blend.tether(h, learning) if learning else h
 
     def _pure(self, x: Tensor, h: Tensor, alpha: Tensor) -> Tensor:
         """The formula alone, as ``torch.func`` wants it: a function without effects, so faults are not contained."""
@@ -427,7 +468,7 @@ class GraftSet(nn.Module):
             for counts, group in zip(on, named, strict=True)
         ]
         parts = self._run_seeds(gated_x, gated_h, order, tensors)
-        parts = [_fitted(k, h, self._seeds[i], dim) for i, k in zip(order, parts, strict=True)]
+        parts = [fitted(k, h, self._seeds[i], dim) for i, k in zip(order, parts, strict=True)]
         with torch.no_grad():
             trusted = self._trusted(x, h, order)
         if traced_through(h):
@@ -488,38 +529,11 @@ class GraftSet(nn.Module):
         return {**state, "_bank": None, "_fast": None, "_bank_tried": False}
 
 
-class _Tether(torch.autograd.Function):
-    """Identity on y that gives the other tensors gradients of zero."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, *others: Tensor) -> Tensor:
-        ctx.save_for_backward(*others)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad, *(torch.zeros_like(t) for t in ctx.saved_tensors)
-
-
 def _all(t: Tensor, dims: tuple[int, ...]) -> Tensor:
     sound = torch.isfinite(t)
     for dim in dims:
         sound = sound.all(dim, keepdim=True)
     return sound
-
-
-def _fitted(k: Tensor, h: Tensor, seed: BoundSeed, dim: int) -> Tensor:
-    """Give back k, after its shape was compared with what the blend needs: broadcasting would hide a mistake."""
-    width = seed.place.end - seed.place.begin
-    expected = (*h.shape[:dim], width, *h.shape[dim + 1 :])
-    if k.shape != expected:
-        raise ShapeMismatchError(
-            f"seed {seed.place.index} ({seed.artifact_id}) gives {tuple(k.shape)}, but the layer needs "
-            f"{tuple(expected)}",
-            expected=expected,
-            got=tuple(k.shape),
-        )
-    return k
 
 
 def _observed(h: Tensor) -> bool:

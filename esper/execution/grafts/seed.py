@@ -127,10 +127,11 @@ def bind_seed(seed_idx: int, kernel: LoadedKernel, spec: HostSpec, num_seeds: in
 def _sampling(kernel: LoadedKernel, spec: HostSpec, depthwise: list[Node]) -> tuple[int, int]:
     """How the tap is sampled so that k has the output's size; see :attr:`BoundSeed.strided`."""
     images_only = [node.op for node in kernel.blueprint.order if node.op in ("depthwise", "pointwise")]
-    if images_only and spec.kind != "nchw":
+    if images_only and (spec.kind != "nchw" or not spec.images):
+        why = "are the last dimension" if spec.kind != "nchw" else "lie in [N, C] or [N, C, L]"
         raise ShapeMismatchError(
             f"kernel {kernel.artifact_id} has a {images_only[0]} node, which needs images [N, C, H, W], "
-            f"but the features of this {spec.type_name} are the last dimension"
+            f"but the features of this {spec.type_name} {why}"
         )
     host = (1, 1), (0, 0)
     if spec.geometry is not None and kernel.blueprint.tap == "input":
