@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from esper.execution.fused_host import FusedHost, tune
 from esper.execution.grafts import GraftSet, ReservedGraftSet
-from esper.execution.host_binding import HostBinding
-from esper.execution.hosts import HostSpec
+from esper.execution.grafts.fit import odd_result
+from esper.execution.host_binding import Forward, HostBinding
+from esper.execution.hosts import SUPPORTED_HOSTS, HostSpec, foreign_linear
 from esper.execution.state_layout import KasminaStateLayout
 
 __all__ = ["HostForwards", "Observer"]
@@ -25,6 +27,9 @@ Observer = Callable[[Tensor], None]
 LATENCY_PERIOD = 64
 
 _tracing = torch.compiler.is_dynamo_compiling
+
+#: Forwards of one tensor, called ``input``; and an attention's.
+_TORCHS_OWN = frozenset(kind.forward for kind in SUPPORTED_HOSTS)
 
 
 class _Counters:
@@ -48,7 +53,7 @@ class HostForwards(nn.Module):
         """Begin with the host's own forward; ``grafts`` is set."""
         # nn.Module's attribute look-up for submodules is slow; the call path reads this one.
         self.__dict__["_grafts"] = self.grafts
-        self._binding = HostBinding(host, fast_path)
+        self._bind_host(host, fast_path)
         self._in_place = bool(getattr(host, "inplace", False))
         self._linear = host._parameters if type(host) is nn.Linear and self._binding.untouched else None
         self._fused_host: FusedHost | None = None
@@ -58,6 +63,17 @@ class HostForwards(nn.Module):
         self._held = False
         #: Takes measured microseconds in place of the layer's state.
         self.latency_sink: Callable[[int], None] | None = None
+
+    def _bind_host(self, host: nn.Module, fast_path: tuple[nn.Module, ...]) -> None:
+        self._binding = HostBinding(host, fast_path)
+        own = type(host).forward
+        if self._binding.untouched and own in _TORCHS_OWN:
+            self._awake = "_awake_attention" if isinstance(host, nn.MultiheadAttention) else "_awake_forward"
+        elif self._binding.untouched and own in {kind.forward for kind in foreign_linear()}:
+            self._awake = "_awake_conv1d"
+        else:
+            self._awake = "_awake_call"
+            self._first_name = _first_name(self._binding.base)
 
     # -- the forwards that may shadow the host's ---------------------------------------------------
 
@@ -81,6 +97,32 @@ class HostForwards(nn.Module):
                 self._counters.executions += 1
                 return y
         return self._blend(input, self._host_output(input))
+
+    def _awake_conv1d(self, x: Tensor) -> Tensor:
+        """For the ``Conv1D`` of ``transformers``, which calls its one argument so."""
+        return self._awake_forward(x)
+
+    def _awake_call(self, *args: Any, **kwargs: Any) -> Any:
+        """For a host whose forward is not torch's own, with whatever arguments that takes.
+
+        Its first one is x; h is what it gives, or the first of a tuple.
+        """
+        name = None if args else self._first_name if self._first_name in kwargs else next(iter(kwargs), None)
+        x: Any = args[0] if args else None if name is None else kwargs[name]
+        if self._in_place and isinstance(x, Tensor):
+            if name is None:
+                args = x.clone(), *args[1:]
+            else:
+                kwargs = {**kwargs, name: x.clone()}
+        result = self._binding.base(*args, **kwargs)
+        several = type(result) is tuple and len(result) > 0
+        h = result[0] if several else result
+        odd = odd_result(self._grafts.spec, x, h)
+        if odd is not None:
+            self._grafts.refuse(odd)
+            return result
+        y = self._blend(x, h)
+        return (y, *result[1:]) if several else y
 
     def _host_output(self, input: Tensor) -> Any:
         # A host that works in place would overwrite what its seeds are to read.
@@ -117,13 +159,14 @@ class HostForwards(nn.Module):
             # Disarming is a change of Python state that a compiled graph must not repeat; the model's step() disarms
             # instead.
             result = forward(*args, **kwargs)
-            if observer is not None:
-                observer(result[0] if isinstance(result, tuple) else result)
+            y = _observable(result)
+            if observer is not None and y is not None:
+                observer(y)
             return result
         self.disarm_probe()
         result = forward(*args, **kwargs)
-        if observer is not None:
-            y = result[0] if isinstance(result, tuple) else result
+        y = _observable(result)
+        if observer is not None and y is not None:
             # An activation learns from its first output where its features are.
             self.grafts.spec = self.grafts.spec.resolve(tuple(y.shape))
             with torch.no_grad():
@@ -225,7 +268,7 @@ class HostForwards(nn.Module):
     def _awake_method(self) -> str | None:
         if not self._held and not self.grafts.bound:
             return None
-        return "_awake_attention" if isinstance(self.default_transform, nn.MultiheadAttention) else "_awake_forward"
+        return self._awake
 
     def _refresh(self) -> None:
         awake = self._awake_method()
@@ -235,3 +278,18 @@ class HostForwards(nn.Module):
             self._binding.install(self, awake, closes_fast_path=True)
         else:
             self._binding.remove()
+
+
+def _first_name(forward: Forward) -> str | None:
+    """What the forward calls its first argument, where that can be known."""
+    try:
+        first = next(iter(inspect.signature(forward).parameters.values()), None)
+    except (TypeError, ValueError):
+        return None
+    return None if first is None or first.kind is first.VAR_POSITIONAL else first.name
+
+
+def _observable(result: Any) -> Tensor | None:
+    """The part of a result that a probe looks at: it, or the first of a tuple; None where that is no plain tensor."""
+    y = result[0] if isinstance(result, tuple) and result else result
+    return y if isinstance(y, Tensor) and not y.is_nested else None

@@ -126,7 +126,8 @@ def describe_host(module: nn.Module) -> HostSpec:
     input.
 
     Args:
-        module: The layer; subclasses count as their base.
+        module: The layer; subclasses count as their base, also with a forward of their own, of which the first argument
+            is x, and the result, or the first of a tuple, h.
 
     Returns:
         Its spec; :meth:`HostSpec.resolve` completes that of an activation.

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from esper.execution.grafts.reservation import Reservation
 from esper.execution.grafts.reserved import ReservedGraftSet
-from esper.execution.host_binding import HostBinding
 from esper.execution.hosts import device_of
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache
@@ -81,7 +80,7 @@ class OwnSeeds(KasminaLayer):
             grafts = ReservedGraftSet(self.grafts.spec, state_layout, reservation, device_of(self.default_transform))
             self.grafts = self.__dict__["_grafts"] = grafts
         self._binding.remove()
-        self._binding = HostBinding(self.default_transform, fast_path)
+        self._bind_host(self.default_transform, fast_path)
         self._refresh()
         return self
 
