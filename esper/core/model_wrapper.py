@@ -17,6 +17,7 @@ from esper.core.morphable import MorphableModel
 from esper.core.naming import check_host
 from esper.execution.grafts.reservation import Reservation, Tap
 from esper.execution.host_binding import fast_path_ancestors
+from esper.execution.host_forwards import check_free
 from esper.execution.hosts import describe_host, foreign_linear, supported_hosts
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache
@@ -79,8 +80,9 @@ def wrap(
 
     Raises:
         ValueError: an unknown layer name, a layer that its parent never calls, an argument out of range, a layer that
-            brings another number of seeds than ``seeds_per_layer``, memory to be reserved for a layer that has no size
-            of its own (an activation) or brings awake seeds, or a module of the network's own that is named ``esper``.
+            brings another number of seeds than ``seeds_per_layer``, a layer that another wrapped model has (networks
+            that share layers, wrapped in place), memory to be reserved for a layer that has no size of its own (an
+            activation) or brings awake seeds, or a module of the network's own that is named ``esper``.
         NotImplementedError: a target type that Esper does not support; the message names it.
         TypeError: ``model`` is not a module, or is wrapped already; or ``bus`` is neither a client nor a URL.
         BusError: nothing answers at the bus's URL, or it refuses; the message says what to check.
@@ -93,6 +95,9 @@ def wrap(
         wanted = "Linear or Conv2d" if target_layers is None else ", ".join(map(_describe, target_layers))
         warnings.warn(f"{type(model).__name__} has no layer to give seeds to (looked for {wanted})", stacklevel=2)
     _check_seeds(targets, seeds_per_layer, reserve_rank)
+    for name, host in targets.items():
+        if not (isinstance(host, Seeded) and host.seeds.standalone):
+            check_free(host, name)
     reserved = {
         name: Reservation.of(describe_host(host), reserve_rank, reserve_tap, name)
         for name, host in targets.items()
@@ -174,10 +179,15 @@ def _layer(host: nn.Module, *, state_layout: KasminaStateLayout, **options: Any)
 def unwrap(model: MorphableModel) -> nn.Module:
     """The model given to :func:`wrap` if it was preserved, else the wrapped one, as it was trained.
 
+    It gives the layers up: they may be wrapped again, and ``model`` goes on until they are. Seeds that are awake then
+    stay in the network, as a part of it that the new model knows nothing of; ``model`` wakes no others.
+
     Raises:
         TypeError: ``model`` is not one that :func:`wrap` gave.
     """
     model = grown_model(model, "unwrap")
+    for layer in model.kasmina_layers.values():
+        layer.give_up_host()
     return model.original_model if model.original_model is not None else model.wrapped_model
 
 

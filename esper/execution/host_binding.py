@@ -8,19 +8,26 @@ is back, bit for bit.
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["HostBinding", "fast_path_ancestors"]
+__all__ = ["Forward", "HostBinding", "fast_path_ancestors", "held_hosts", "is_held"]
 
 Forward = Callable[..., Any]
+
+#: Who has each host, by the host's id: a binding keeps its host, so while it is here no other object has that id.
+_holders: weakref.WeakValueDictionary[int, HostBinding] = weakref.WeakValueDictionary()
 
 
 class HostBinding:
     """One host and the forward that may stand in front of its own.
+
+    A host has one binding at a time, the first that claimed it: two would take each other's forwards away. What is
+    copied or unpickled claims its host when it first installs something.
 
     Args:
         host: The module whose forward can be shadowed.
@@ -34,6 +41,7 @@ class HostBinding:
         self._patched: Forward | None = host.__dict__.get("forward")
         self._owner: nn.Module | None = None
         self._hook: RemovableHandle | None = None
+        self._given_up = False
         self.base: Forward = self._own_forward()
 
     @property
@@ -41,12 +49,29 @@ class HostBinding:
         """Whether the host's forward is its class's: nobody had put another in front of it."""
         return self._patched is None
 
+    def claim(self) -> bool:
+        """Have the host to oneself; False where another binding has it.
+
+        One that gave its host up goes on with it until somebody else claims it.
+        """
+        if self._given_up:
+            return id(self.host) not in _holders
+        return _holders.setdefault(id(self.host), self) is self
+
+    def give_up(self) -> None:
+        """Let others claim the host. What is installed stays until it is removed, in front of or behind theirs."""
+        self._given_up = True
+        if _holders.get(id(self.host)) is self:
+            del _holders[id(self.host)]
+
     def install(self, owner: nn.Module, method: str, *, closes_fast_path: bool) -> None:
-        """Let ``owner.method`` run in place of the host's forward.
+        """Let ``owner.method`` run in place of the host's forward; nothing happens where another binding has it.
 
         ``closes_fast_path`` is for forwards that change the result: fused paths around the host would not call it. A
         probe leaves them open, because closing one changes the rounding of the host's own result.
         """
+        if not self.claim():
+            return
         self.host.__dict__["forward"] = getattr(owner, method)
         self._owner = owner
         if closes_fast_path and self._ancestors and self._hook is None:
@@ -87,6 +112,16 @@ class HostBinding:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.base = self._own_forward()
+
+
+def is_held(host: nn.Module) -> bool:
+    """Whether a binding has the host."""
+    return id(host) in _holders
+
+
+def held_hosts() -> list[nn.Module]:
+    """All hosts that a binding has, in the whole process."""
+    return [binding.host for binding in list(_holders.values())]
 
 
 def fast_path_ancestors(root: nn.Module, name: str) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
 import time
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from esper.execution.fused_host import FusedHost, tune
 from esper.execution.grafts import GraftSet, ReservedGraftSet
 from esper.execution.grafts.fit import odd_result
-from esper.execution.host_binding import Forward, HostBinding
+from esper.execution.host_binding import Forward, HostBinding, held_hosts, is_held
 from esper.execution.hosts import SUPPORTED_HOSTS, HostSpec, foreign_linear
+from esper.execution.lifecycle import LifecycleError
 from esper.execution.state_layout import KasminaStateLayout
 
-__all__ = ["HostForwards", "Observer"]
+__all__ = ["HostForwards", "Observer", "check_free"]
 
 Observer = Callable[[Tensor], None]
 
@@ -45,6 +47,7 @@ class HostForwards(nn.Module):
     """The forwards of a layer, and which of them stands in front of the host's."""
 
     default_transform: nn.Module
+    layer_name: str
     grafts: GraftSet
     _grafts: GraftSet
     state_layout: KasminaStateLayout
@@ -65,7 +68,14 @@ class HostForwards(nn.Module):
         self.latency_sink: Callable[[int], None] | None = None
 
     def _bind_host(self, host: nn.Module, fast_path: tuple[nn.Module, ...]) -> None:
+        check_free(host, self.layer_name)
+        before = _shadow(host)
+        if before is not None:
+            # Of a layer that gave the host up, or was copied with it. Its awake seeds belong to what the host computes.
+            before.disarm_probe()
+            before.give_up_host()
         self._binding = HostBinding(host, fast_path)
+        self._binding.claim()
         own = type(host).forward
         if self._binding.untouched and own in _TORCHS_OWN:
             self._awake = "_awake_attention" if isinstance(host, nn.MultiheadAttention) else "_awake_forward"
@@ -74,6 +84,18 @@ class HostForwards(nn.Module):
         else:
             self._awake = "_awake_call"
             self._first_name = _first_name(self._binding.base)
+
+    def give_up_host(self) -> None:
+        """Let other layers have the host: see :meth:`HostBinding.give_up`."""
+        self._binding.give_up()
+
+    def check_host(self) -> None:
+        """Raise ``LifecycleError`` where another layer has the host by now, so that no seed of this one could run."""
+        if not self._binding.claim():
+            raise LifecycleError(
+                f"the host of layer '{self.layer_name}' was given up, and another wrapped model has it now: "
+                "wake seeds there"
+            )
 
     # -- the forwards that may shadow the host's ---------------------------------------------------
 
@@ -278,6 +300,36 @@ class HostForwards(nn.Module):
             self._binding.install(self, awake, closes_fast_path=True)
         else:
             self._binding.remove()
+
+
+def check_free(host: nn.Module, layer_name: str) -> None:
+    """Raise ``ValueError`` where another layer that is in use has the host."""
+    if not is_held(host):
+        return
+    # A model that nobody has any more may still be there: it is made of cycles, and a probe that is armed keeps it.
+    _disarm_all()
+    gc.collect()
+    if not is_held(host):
+        return
+    raise ValueError(
+        f"layer '{layer_name}' ({type(host).__name__}) belongs to another wrapped model already, and two would take "
+        "each other's seeds off its path: wrap a copy (preserve_original=True), wrap the networks that share it as one "
+        "module, or give the other model up with esper.unwrap(it)"
+    )
+
+
+def _disarm_all() -> None:
+    """Take away every probe that is armed in this process; it costs its monitor one sample."""
+    for host in held_hosts():
+        shadow = _shadow(host)
+        if shadow is not None and shadow.probe_armed:
+            shadow.disarm_probe()
+
+
+def _shadow(host: nn.Module) -> HostForwards | None:
+    """The layer whose forward stands in front of the host's, or None."""
+    owner = getattr(host.__dict__.get("forward"), "__self__", None)
+    return owner if isinstance(owner, HostForwards) else None
 
 
 def _first_name(forward: Forward) -> str | None:

@@ -266,6 +266,7 @@ class KasminaLayer(HostForwards):
                 f"ramp_steps is a whole number of at least 0, got {ramp_steps!r} "
                 f"(layer '{self.layer_name}', seed {seed_idx})"
             )
+        self.check_host()
         state = self.state_layout.state_of(seed_idx)
         if state is _State.FOSSILIZED:
             raise LifecycleError(

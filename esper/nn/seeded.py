@@ -80,6 +80,7 @@ class OwnSeeds(KasminaLayer):
             grafts = ReservedGraftSet(self.grafts.spec, state_layout, reservation, device_of(self.default_transform))
             self.grafts = self.__dict__["_grafts"] = grafts
         self._binding.remove()
+        self._binding.give_up()
         self._bind_host(self.default_transform, fast_path)
         self._refresh()
         return self
