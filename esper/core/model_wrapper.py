@@ -79,10 +79,11 @@ def wrap(
         telemetry: How it publishes; None for the defaults.
 
     Raises:
-        ValueError: an unknown layer name, a layer that its parent never calls, an argument out of range, a layer that
-            brings another number of seeds than ``seeds_per_layer``, a layer that another wrapped model has (networks
-            that share layers, wrapped in place), memory to be reserved for a layer that has no size of its own (an
-            activation) or brings awake seeds, or a module of the network's own that is named ``esper``.
+        ValueError: an unknown layer name, a layer that its parent never calls, a lazy layer that has seen no batch and
+            so has no sizes, an argument out of range, a layer that brings another number of seeds than
+            ``seeds_per_layer``, a layer that another wrapped model has (networks that share layers, wrapped in place),
+            memory to be reserved for a layer that has no size of its own (an activation) or brings awake seeds, or a
+            module of the network's own that is named ``esper``.
         NotImplementedError: a target type that Esper does not support; the message names it.
         TypeError: ``model`` is not a module, or is wrapped already; or ``bus`` is neither a client nor a URL.
         BusError: nothing answers at the bus's URL, or it refuses; the message says what to check.

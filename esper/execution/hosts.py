@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 __all__ = [
     "SUPPORTED_HOSTS",
@@ -134,8 +135,14 @@ def describe_host(module: nn.Module) -> HostSpec:
 
     Raises:
         NotImplementedError: for every other type; the message names it.
+        ValueError: a lazy layer that has seen no batch yet, and so has no sizes.
     """
     name = type(module).__name__
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise ValueError(
+            f"{module} has no sizes before its first batch, so no kernel could fit it: call the network with one "
+            "batch, then wrap it"
+        )
     for kind, describe in _DESCRIBE:
         if isinstance(module, kind):
             dtype = next((p.dtype for p in module.parameters()), None)

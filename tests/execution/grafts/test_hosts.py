@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import esper
 from esper.execution.hosts import SUPPORTED_HOSTS, ConvGeometry, describe_host
 
 
@@ -42,6 +43,23 @@ def test_what_is_not_supported_is_named(host):
     with pytest.raises(NotImplementedError, match=type(host).__name__):
         describe_host(host)
     assert not isinstance(host, SUPPORTED_HOSTS)
+
+
+@pytest.mark.parametrize(("host", "shape"), [
+    (nn.LazyLinear(5), (2, 3)), (nn.LazyConv2d(6, 3), (2, 4, 7, 7)), (nn.LazyBatchNorm1d(), (3, 4)),
+    (nn.LazyBatchNorm2d(), (2, 4, 3, 3)),
+])  # fmt: skip
+def test_a_lazy_layer_has_sizes_after_its_first_batch(host, shape):
+    network = nn.Sequential(host)
+    # torch itself refuses to copy a lazy buffer, as a batch norm has it.
+    for preserve in (False, True) if not list(network.buffers()) else (False,):
+        with pytest.raises(ValueError, match=rf"{type(host).__name__}\(.* has no sizes .* one batch"):
+            esper.wrap(network, ["0"], preserve_original=preserve)
+    kind = type(host)
+    y = network(torch.randn(shape))
+    spec = describe_host(host)
+    assert (spec.d_in, spec.d_out) == (shape[spec.channel_dim], y.shape[spec.channel_dim])
+    assert not isinstance(host, kind)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
