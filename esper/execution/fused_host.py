@@ -35,7 +35,7 @@ class FusedHost:
     def __call__(self, x: Tensor) -> Tensor | None:
         """``grafts(x, host(x))``, or None."""
         bank = self._grafts.bank_of_seeds
-        if bank is None or not x.numel() or torch.is_autocast_enabled(x.device.type):
+        if bank is None or x.is_nested or not x.numel() or torch.is_autocast_enabled(x.device.type):
             return None
         rows = bucket(x.numel() // x.shape[-1])
         fastest = self._known.get((rows, bank))

@@ -65,7 +65,8 @@ def unfit_seeds(
         reason = f"its kernel needs images [N, C, H, W], but a call of this {spec.type_name} had {_shapes(x, h)}"
         return dict.fromkeys(sorted(images), reason)
     if h.dtype.is_complex:
-        return {i: why for i, seed in seeds.items() if (why := _not_complex(seed)) is not None}
+        reasons = {i: _not_complex(seed) for i, seed in seeds.items()}
+        return {i: reason for i, reason in reasons.items() if reason is not None}
     return {}
 
 

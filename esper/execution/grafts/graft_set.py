@@ -235,7 +235,11 @@ class GraftSet(nn.Module):
                 if y is not None:
                     return y
             tap = x if bank.reads_input else h
-            if not h.is_nested and x.layout is torch.strided and bank.usable(tap, h):
+            try:
+                usable = not h.is_nested and x.layout is torch.strided and bank.usable(tap, h)
+            except IndexError:
+                usable = False  # a single number has no last dimension
+            if usable:
                 if bank.whole():
                     y = bank.run(tap, h, alpha)
                     if y is not None:

@@ -187,3 +187,81 @@ def test_whoever_looks_on(trace: Callable[[Any, Tensor], Tensor]) -> None:
         warnings.simplefilter("ignore")  # of traces in general, and of shapes that are compared
         y = trace(model, x)
     torch.testing.assert_close(y, model(x))
+
+
+def nested(layout: torch.layout) -> Tensor:
+    pieces = [torch.ones(2, 8), torch.ones(3, 8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the strided layout is in prototype stage
+        return torch.nested.nested_tensor(pieces, layout=layout)
+
+
+#: Inputs that a host takes and seeds do not: the host, what it is called with, and a word of the reason.
+ODD: list[tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = [
+    (lambda: nn.Linear(8, 8), lambda: nested(torch.strided), "nested"),
+    (lambda: nn.Linear(8, 8), lambda: nested(torch.jagged), "nested"),
+    (nn.ReLU, lambda: nested(torch.strided), "nested"),
+    (lambda: nn.LayerNorm(8), lambda: nested(torch.jagged), "nested"),
+    (lambda: nn.Linear(8, 8), lambda: torch.eye(8).to_sparse_csr(), "sparse_csr"),
+    (lambda: nn.Linear(8, 8), lambda: torch.eye(8).to_mkldnn(), "mkldnn"),
+    (nn.ReLU, lambda: torch.arange(16).view(2, 8), "int64"),
+    (nn.ReLU, lambda: torch.tensor(3.0), "single number"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("seen", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("name", ["lowrank", "dense"])
+@pytest.mark.parametrize(("host", "x", "reason"), ODD)
+def test_tensors_of_other_kinds(
+    host: Callable[[], nn.Module], x: Callable[[], Tensor], reason: str, name: str, seen: bool
+) -> None:
+    model = woken(nn.Sequential(host()), "0", name, None)
+    if seen:
+        model(torch.randn(3, 8))  # packs the seeds
+        assert model.layer("0").grafts._bank is None or name == "lowrank"
+    odd = x()
+    expected = model.original_model(odd)
+    for _ in range(3):
+        y = model(odd)
+        assert type(y) is type(expected) and y.layout is expected.layout
+        torch.testing.assert_close(_dense(y), _dense(expected), rtol=0, atol=0)
+        model.step()
+    assert state(model, "0") is SeedLifecycleState.ERROR_RECOVERY
+    assert reason in model.get_layer_stats("0")["errors"][0]
+
+
+def _dense(t: Tensor) -> Tensor:
+    if t.is_nested:
+        return torch.cat(list(t.unbind()))
+    return t if t.layout is torch.strided else t.to_dense()
+
+
+@pytest.mark.parametrize(("host", "x", "reason"), ODD[:4] + ODD[-1:])
+def test_a_probe_leaves_them_alone(host: Callable[[], nn.Module], x: Callable[[], Tensor], reason: str) -> None:
+    model = esper.wrap(nn.Sequential(host()), ["0"])
+    model.monitor.sample_now()
+    odd = x()
+    torch.testing.assert_close(_dense(model(odd)), _dense(model.original_model(odd)), rtol=0, atol=0)
+    model.step()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("name", "params", "runs"), [
+    ("lowrank", {}, True), ("elementwise", {}, True), ("bottleneck", {"activation": "tanh"}, True),
+    ("bottleneck", {"activation": "silu"}, False), ("gated", {}, False), ("normed_bottleneck", {}, False),
+])  # fmt: skip
+def test_complex_numbers(name: str, params: dict[str, Any], runs: bool, compiled: bool) -> None:
+    x = torch.randn(5, 8, dtype=torch.complex64)
+    model = woken(nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64)), "0", name, None, **params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # compilers warn of complex numbers
+        call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        for _ in range(3):
+            y = call(x)
+            y.abs().sum().backward()
+            model.step()
+    assert torch.equal(y, model.original_model(x)) != runs
+    assert state(model, "0") is (SeedLifecycleState.ACTIVE if runs else SeedLifecycleState.ERROR_RECOVERY)
+    if not runs:
+        assert "complex" in model.get_layer_stats("0")["errors"][0]
