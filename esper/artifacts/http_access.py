@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
 
+from esper.artifacts.http_address import TOKEN_VARIABLE
 from esper.artifacts.http_pool import Address, Pools, Timeouts
 from esper.artifacts.http_wire import Response
 from esper.contracts import strict_json
@@ -19,7 +20,6 @@ from esper.contracts.registry import mask_credentials
 
 __all__ = ["Access", "Answer", "HttpTimes"]
 
-TOKEN_VARIABLE: Final = "ESPER_REGISTRY_TOKEN"
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS: Final = 5
 #: Names and addresses, in ASCII; what a URL writes otherwise is none.

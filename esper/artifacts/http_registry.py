@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
-from urllib.parse import quote, unquote, urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from esper.artifacts.artifact import DEFAULT_MAX_BYTES, Artifact
-from esper.artifacts.http_access import TOKEN_VARIABLE, Access, HttpTimes
+from esper.artifacts.http_access import Access, HttpTimes
+from esper.artifacts.http_address import API, choose_token, split_address
 from esper.artifacts.http_download import Source, announced, download
 from esper.artifacts.text import summarise
 from esper.artifacts.workers import run_blocking
@@ -19,11 +19,10 @@ from esper.contracts.backoff import Backoff
 from esper.contracts.errors import ArtifactError, RegistryUnavailableError
 from esper.contracts.ids import artifact_id_wanted, check_sha256, parse_artifact_id
 from esper.contracts.manifest import Manifest
-from esper.contracts.registry import ArtifactSummary, RegistryURLError, mask_credentials
+from esper.contracts.registry import ArtifactSummary
 
 __all__ = ["HttpRegistry", "HttpTimes"]
 
-_API: Final = "/api/v1"
 _DOCUMENT_BYTES: Final = 1 << 20
 _PAGE: Final = 200
 _MAX_LISTED: Final = 1_000_000
@@ -59,10 +58,8 @@ class HttpRegistry:
         backoff_s: float = 0.1,
         patience_s: float = 30.0,
     ) -> None:
-        self._url, in_url = _split(url)
-        held = token if token is not None else in_url if in_url is not None else os.environ.get(TOKEN_VARIABLE) or None
-        if held is not None and (not held.isascii() or not held.isprintable() or not held or " " in held):
-            raise RegistryURLError(f"registry {self._url}: the token has characters that no token has")
+        self._url, in_url = split_address(url)
+        held = choose_token(self._url, in_url, token)
         self._times = times or HttpTimes()
         self._backoff_s, self._patience_s = backoff_s, patience_s
         self._backoff = Backoff(backoff_s, patience_s)
@@ -196,7 +193,7 @@ class HttpRegistry:
             outside = bool(urlsplit(ref).scheme or ref.startswith("//"))
         if not outside:
             # The registry does not know of a prefix that a proxy put before it.
-            ref = self._url + ref if ref.startswith(_API + "/") else self._api("/kernels/") + quote(ref, safe="/?=&%~")
+            ref = self._url + ref if ref.startswith(API + "/") else self._api("/kernels/") + quote(ref, safe="/?=&%~")
         return Source(artifact_id, document["sha256"], size, ref, anonymous=outside)
 
     async def _upload(self, data: bytes, headers: dict[str, str], what: str, tags: Sequence[str]) -> Any:
@@ -207,7 +204,7 @@ class HttpRegistry:
             return await self._access.read_json(answer, _DOCUMENT_BYTES)
 
     def _api(self, path: str) -> str:
-        return self._url + _API + path
+        return self._url + API + path
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HttpRegistry:
         # It has no state but its connections, which belong to the loops.
@@ -227,24 +224,6 @@ def _check_size(source: Source, max_bytes: int) -> None:
 
 def _rebuild(url: str, times: HttpTimes, backoff_s: float, patience_s: float) -> HttpRegistry:
     return HttpRegistry(url, times=times, backoff_s=backoff_s, patience_s=patience_s)
-
-
-def _split(url: str) -> tuple[str, str | None]:
-    """The URL without credentials, and the token in it."""
-    shown = mask_credentials(url)
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise RegistryURLError(f"registry {shown} is not a URL: {error}") from None
-    if parts.scheme not in ("http", "https") or not host:
-        raise RegistryURLError(f"registry {shown} is not of the form http://host:port or https://host")
-    if parts.query or parts.fragment:
-        raise RegistryURLError(f"registry {shown}: leave out the query; a token goes into {TOKEN_VARIABLE}")
-    token = parts.password or parts.username
-    where = f"[{host}]" if ":" in host else host
-    path = parts.path.rstrip("/").removesuffix(_API)
-    return f"{parts.scheme}://{where}{f':{port}' if port is not None else ''}{path}", unquote(token) if token else None
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ def open_registry(where: str | os.PathLike[str] | RegistryClient | None = None) 
         if not where.strip():
             raise RegistryURLError("the registry's URL is empty; give a path, a file:// or an http:// URL")
         return FileRegistry(where)
+    where = where.strip()  # of a URL: a folder's name may end in a blank
     if where.partition("://")[0].lower() in ("http", "https"):
         # Imported when it is needed: httpx takes a tenth of a second.
         from esper.artifacts.http_registry import HttpRegistry

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
-from urllib.parse import urlsplit
 
 from esper.cli.compile import PIPELINES, choose_pipeline
 from esper.cli.numbers import check_number
@@ -29,7 +28,7 @@ __all__ = ["add_parser", "run"]
 _EPILOG = """\
 examples:
   esper tezzeret worker --redis redis://localhost:6379/0 --registry http://localhost:8470
-  esper tezzeret worker --urza http://:TOKEN@localhost:8470 --concurrency 4
+  ESPER_REGISTRY_TOKEN=$(cat token) esper tezzeret worker --urza http://localhost:8470 --concurrency 4
   esper tezzeret submit bottleneck --d-in 64 --d-out 64 --rank 8 --redis redis://localhost:6379/0 --wait
 """
 
@@ -271,7 +270,7 @@ def _queue(args: argparse.Namespace, registry: str | None) -> tuple[str, str]:
     if url := os.environ.get("REDIS_URL"):
         return "redis", url
     for url in (registry, os.environ.get("ESPER_REGISTRY")):
-        if url and urlsplit(url).scheme in ("http", "https"):
+        if url and url.strip().partition("://")[0].lower() in ("http", "https"):
             return "urza", url
     raise EsperError("where are the jobs? give --redis URL or --urza URL, or set REDIS_URL or ESPER_REGISTRY")
 

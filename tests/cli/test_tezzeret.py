@@ -69,3 +69,20 @@ def test_pipelines_are_known_by_name(command, capsys):
 
 def test_the_names_are_those_of_the_pipelines():
     assert PIPELINES == pipelines.PIPELINES
+
+
+@pytest.mark.parametrize("token", ["urza_TOPSECRET\r", "urza_TOPSECRET\n", "urza_TOPSECRET ", "urza_TOPSECRET\u00c9"])
+def test_a_token_that_cannot_be_one_is_not_printed(monkeypatch, capsys, token):
+    monkeypatch.setenv("ESPER_REGISTRY_TOKEN", token)
+    assert main([*SUBMIT[:-2], "--urza", "http://127.0.0.1:1"]) == 1
+    err = capsys.readouterr().err
+    assert "the token in ESPER_REGISTRY_TOKEN has characters that no token has" in err
+    assert "TOPSECRET" not in err
+
+
+def test_help_puts_no_token_where_ps_shows_it(capsys):
+    with pytest.raises(SystemExit):
+        main(["tezzeret", "--help"])
+    out = capsys.readouterr().out
+    assert "ESPER_REGISTRY_TOKEN" in out
+    assert "TOKEN@" not in out

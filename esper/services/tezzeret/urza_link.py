@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx
 
+from esper.artifacts.http_address import API, choose_token, split_address
 from esper.contracts import strict_json
 from esper.contracts.errors import ArtifactError, EsperError
 from esper.contracts.messages import MAX_MESSAGE_BYTES
-from esper.contracts.registry import mask_credentials
+from esper.contracts.registry import RegistryURLError, mask_credentials
 from esper.services.tezzeret.job import JobError
 from esper.services.tezzeret.queue import QueueUnavailableError
 
 __all__ = ["UrzaLink"]
 
-_API: Final = "/api/v1"
 _TIMEOUT_S: Final = 10.0
 
 
@@ -31,21 +29,19 @@ class UrzaLink:
             ``ESPER_REGISTRY_TOKEN``.
 
     Raises:
-        ValueError: not an http or https URL.
+        RegistryURLError: not an http or https URL, or a token that cannot be one. It does not show in the message.
     """
 
     def __init__(self, url: str) -> None:
         #: Where Urza is, without the token.
-        self.url = mask_credentials(url)
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{self.url} is not the address of an Urza; expected http://host:port")
-        user, _, host = parts.netloc.rpartition("@")
-        login, _, password = user.partition(":")
-        token = unquote(password or login) or os.environ.get("ESPER_REGISTRY_TOKEN", "")
-        base = urlunsplit((parts.scheme, host, parts.path.rstrip("/").removesuffix(_API) + _API, "", ""))
+        self.url = mask_credentials(url.strip())
+        try:
+            base, in_url = split_address(url)
+        except RegistryURLError as error:
+            raise RegistryURLError(f"{self.url} is not the address of an Urza: {error}") from None
+        token = choose_token(self.url, in_url)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.AsyncClient(base_url=base, headers=headers, timeout=_TIMEOUT_S)
+        self._http = httpx.AsyncClient(base_url=base + API, headers=headers, timeout=_TIMEOUT_S)
 
     async def close(self) -> None:
         """Disconnect."""
@@ -74,7 +70,9 @@ class UrzaLink:
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             if isinstance(error, EsperError):
                 raise
-            said = str(error) or type(error).__name__
+            # What is wrong with our own request is told by quoting it, headers and all.
+            said = "" if isinstance(error, httpx.LocalProtocolError) else str(error)
+            said = said or type(error).__name__
             raise QueueUnavailableError(f"Urza {self.url} does not answer: {said}") from error
         if status in expected:
             return status, {}
