@@ -17,6 +17,7 @@ __all__ = ["API", "TOKEN_VARIABLE", "choose_token", "split_address"]
 #: Of Urza's API, behind the address.
 API: Final = "/api/v1"
 TOKEN_VARIABLE: Final = "ESPER_REGISTRY_TOKEN"
+_ENCODE: Final = f"a token that is percent-encoded, or in {TOKEN_VARIABLE} instead"
 
 
 def split_address(url: str) -> tuple[str, str | None]:
@@ -30,12 +31,17 @@ def split_address(url: str) -> tuple[str, str | None]:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise RegistryURLError(f"registry {shown} is not a URL: {error}") from None
+    except ValueError:
+        raise RegistryURLError(
+            f"registry {shown} is not a URL: need http://host:port, a port that is a number, and {_ENCODE}"
+        ) from None
     if parts.scheme not in ("http", "https") or not host:
         raise RegistryURLError(f"registry {shown} is not of the form http://host:port or https://host")
     if parts.query or parts.fragment:
         raise RegistryURLError(f"registry {shown}: leave out the query; a token goes into {TOKEN_VARIABLE}")
+    if "@" in parts.path:
+        # Or the token had a / in it, and its first piece would be asked for as the host.
+        raise RegistryURLError(f"registry {shown} is ambiguous: need {_ENCODE}")
     token = parts.password or parts.username
     where = f"[{host}]" if ":" in host else host
     path = parts.path.rstrip("/").removesuffix(API)

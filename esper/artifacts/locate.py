@@ -55,8 +55,10 @@ def _file_url(url: str) -> Path:
     shown = mask_credentials(url)
     try:
         parts = urlsplit(url)
-    except ValueError as error:
-        raise RegistryURLError(f"registry {shown} is not a URL: {error}") from None
+    except ValueError:
+        raise RegistryURLError(
+            f"registry {shown} is not a URL; expected http://, https://, file:// or a path"
+        ) from None
     if parts.scheme != "file":
         raise RegistryURLError(
             f"registry {shown}: unknown scheme {parts.scheme!r}; expected http://, https://, file:// or a path"

@@ -7,9 +7,10 @@ trying again), and the artifact was had and is bad (:class:`~esper.contracts.err
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 from urllib.parse import urlsplit, urlunsplit
 
 from esper.contracts.errors import EsperError, KernelNotFoundError, RegistryUnavailableError
@@ -22,6 +23,9 @@ __all__ = [
     "RegistryUnavailableError",
     "mask_credentials",
 ]
+
+#: What may stand behind a host: nothing, or a colon and digits; an IPv6 address has its colons in brackets.
+_PORT: Final = re.compile(r"^(?:[^:]*|.*\])(?::[0-9]*)?$")
 
 
 class RegistryURLError(EsperError, ValueError):
@@ -81,7 +85,18 @@ class RegistryClient(Protocol):
 
 
 def mask_credentials(url: str) -> str:
-    """``url`` for messages and logs: user, password and query (where tokens travel) replaced by ``***``."""
+    """``url`` for messages and logs: user, password and query (where tokens travel) replaced by ``***``.
+
+    Meant for URLs that may be wrong, too: of a password with an unescaped ``/`` a piece stands in the path, so all up to
+    the last ``@`` is replaced; where it cannot be told what is a password, nothing is shown but the scheme.
+    """
+    scheme, separator, rest = url.partition("://")
+    if separator and ("@" in rest.partition("?")[2] or "@" in rest.partition("#")[2]):
+        # An unescaped ? or # in a password, or an @ in an option.
+        return f"{scheme}://***"
+    # But a file's path has no password in it.
+    if "@" in (rest.partition("/")[0] if scheme in ("file", "unix") else rest):
+        url = f"{scheme}://***@{rest.rpartition('@')[2]}"
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -89,5 +104,7 @@ def mask_credentials(url: str) -> str:
     if not parts.scheme or not parts.netloc:
         # A socket's password stands in the query.
         return url.partition("?")[0] + "?***" if parts.scheme and parts.query else url
-    netloc = "***@" + parts.netloc.rpartition("@")[2] if "@" in parts.netloc else parts.netloc
-    return urlunsplit((parts.scheme, netloc, parts.path, "***" if parts.query else "", ""))
+    if not _PORT.search(parts.netloc):
+        # A password whose host was forgotten looks like a port.
+        return f"{scheme}://***"
+    return urlunsplit((parts.scheme, parts.netloc, parts.path, "***" if parts.query else "", ""))

@@ -48,3 +48,21 @@ def test_a_token_of_the_url_that_cannot_be_one_is_not_shown(client, monkeypatch,
 @pytest.mark.parametrize("blank", [" ", "\n", "\r\n", "\t"])
 def test_blanks_around_a_url_do_not_count(client, blank):
     assert client(f"{blank}{ADDRESS}{blank}").url == ADDRESS
+
+
+@pytest.mark.parametrize(
+    "token", ["SEC/RET", "SEC:RET/", "12/SECRET", "SEC?RET", "SEC#RET", "SEC[RET", "SEC\N{CARE OF}RET"]
+)
+@pytest.mark.parametrize("before", ["", ":"])
+def test_of_a_token_that_is_not_percent_encoded_no_piece_is_shown(client, before, token):
+    with pytest.raises(RegistryURLError) as caught:
+        client(f"http://{before}{token}@localhost:8470")
+    assert "SEC" not in str(caught.value)
+    assert "RET" not in str(caught.value)
+
+
+def test_what_to_do_about_it(client):
+    message = "need .*a token that is percent-encoded, or in ESPER_REGISTRY_TOKEN instead"
+    for token in (":bad/tok", "bad/tok"):
+        with pytest.raises(RegistryURLError, match=message):
+            client(f"http://{token}@localhost:8470")

@@ -25,6 +25,15 @@ from esper.contracts.registry import mask_credentials
         ("unix:///run/redis.sock?password=secret", "unix:///run/redis.sock?***"),
         ("/a/b", "/a/b"),
         ("http://[::1", "***"),
+        ("file:///home/me@work/registry", "file:///home/me@work/registry"),
+        ("http://[::1]:80/x", "http://[::1]:80/x"),
+        ("http://:SEC/RET@host:8470", "http://***@host:8470"),
+        ("http://SEC/RET@host/x", "http://***@host/x"),
+        ("http://:SEC?RET@host", "http://***"),
+        ("http://:SEC#RET@host", "http://***"),
+        ("http://:SECRET", "http://***"),
+        ("http://user:SECRET/x", "http://***"),
+        ("http://host?mail=a@b", "http://***"),
     ],
 )
 def test_mask(url, masked):
@@ -36,6 +45,8 @@ def test_a_password_never_shows(rest):
     # Whatever surrounds it: the marker is in the user information or in the query.
     assert "SECRET" not in mask_credentials("https://u:SECRET@host/" + rest.replace("?", "").replace("#", ""))
     assert "SECRET" not in mask_credentials("https://host/x?t=SECRET" + rest)
+    # Nothing of it is percent-encoded.
+    assert "SECRET" not in mask_credentials(f"https://:SECRET{rest}SECRET@host")
 
 
 def test_cache_folder(monkeypatch, tmp_path):
