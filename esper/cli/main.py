@@ -103,7 +103,9 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    # Some of it is what a server said, or what stands in a file.
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))
+    return text or type(error).__name__
 
 
 if __name__ == "__main__":

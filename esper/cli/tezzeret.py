@@ -181,7 +181,9 @@ def _signer(path: Path | None) -> Callable[[bytes], bytes] | None:
 
 
 def _say(line: str) -> None:
-    print(f"tezzeret: {line}", file=sys.stderr, flush=True)
+    from esper.services.tezzeret.job import shown
+
+    print(f"tezzeret: {shown(line)}", file=sys.stderr, flush=True)
 
 
 # -- submit

@@ -87,8 +87,8 @@ class RegistryClient(Protocol):
 def mask_credentials(url: str) -> str:
     """``url`` for messages and logs: user, password and query (where tokens travel) replaced by ``***``.
 
-    Meant for URLs that may be wrong, too: of a password with an unescaped ``/`` a piece stands in the path, so all up to
-    the last ``@`` is replaced; where it cannot be told what is a password, nothing is shown but the scheme.
+    Meant for URLs that may be wrong, too: of a password with an unescaped ``/`` a piece stands in the path, so all up
+    to the last ``@`` is replaced; where it cannot be told what is a password, nothing is shown but the scheme.
     """
     scheme, separator, rest = url.partition("://")
     if separator and ("@" in rest.partition("?")[2] or "@" in rest.partition("#")[2]):

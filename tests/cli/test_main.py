@@ -55,6 +55,12 @@ def test_expected_error_is_one_line(command: ModuleType, error: Exception, capsy
     assert capsys.readouterr().err == "esper try: no such kernel\n"
 
 
+def test_an_error_sends_nothing_to_the_terminal(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    command.run = raising(EsperError("it says \x1b[2J\N{RIGHT-TO-LEFT OVERRIDE}evil"))
+    assert main.main(["try"]) == 1
+    assert capsys.readouterr().err == "esper try: it says ?[2J?evil\n"
+
+
 def test_debug_keeps_the_traceback(command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     command.run = raising(EsperError("on purpose"))
     monkeypatch.setenv("ESPER_DEBUG", "1")

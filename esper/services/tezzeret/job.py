@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 
 from esper.contracts.errors import EsperError
 
-__all__ = ["MAX_LOG_CHARS", "CompileJob", "CompileResult", "JobError", "JobStatus"]
+__all__ = ["MAX_LOG_CHARS", "CompileJob", "CompileResult", "JobError", "JobStatus", "shown"]
 
 #: What is kept of a job's log: its end.
 MAX_LOG_CHARS: Final = 8192
@@ -99,7 +99,7 @@ class CompileResult:
         status: COMPILED: the artifact is in the registry. INVALID: it never will be, and the log says why.
         artifact_id: Of what was compiled, else None.
         blueprint_hash: Where the blueprint got so far as to have one, else None.
-        log: The end of the log; for INVALID its last line is the reason.
+        log: The end of the log, with ``?`` for control characters; for INVALID its last line is the reason.
         attempts: Times the job was handed out.
     """
 
@@ -123,7 +123,7 @@ class CompileResult:
             raise JobError(f"a result that is {self.status} with artifact_id {self.artifact_id!r} contradicts itself")
         if not isinstance(self.log, str):
             raise JobError(f"result.log is a {type(self.log).__name__}; need text")
-        object.__setattr__(self, "log", self.log[-MAX_LOG_CHARS:])
+        object.__setattr__(self, "log", shown(self.log[-MAX_LOG_CHARS:]))
         if type(self.attempts) is not int or self.attempts < 0:
             raise JobError(f"result.attempts is {self.attempts!r:.40}; need an integer, 0 or more")
 
@@ -141,12 +141,17 @@ class CompileResult:
         return cls(**_known_fields(cls, payload, "result", {each.name for each in fields(cls)}))
 
 
+def shown(text: str) -> str:
+    """``text`` as it may go to a terminal, whoever wrote it: lines, and ``?`` for other control characters."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in text)
+
+
 def _known_fields(cls: type[Any], payload: Mapping[str, Any], what: str, needed: set[str]) -> dict[str, Any]:
     if not isinstance(payload, Mapping):
         raise JobError(f"a {what} is an object, not {type(payload).__name__}")
     if missing := sorted(needed - payload.keys()):
         raise JobError(f"the {what} lacks {', '.join(missing)}")
-    if unknown := sorted(f"{key!s:.40}" for key in payload.keys() - {each.name for each in fields(cls)}):
+    if unknown := sorted(shown(f"{key!s:.40}") for key in payload.keys() - {each.name for each in fields(cls)}):
         raise JobError(f"the {what} has unknown fields: {', '.join(unknown[:8])}")
     return dict(payload)
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from esper.artifacts.workers import run_blocking
 from esper.contracts import strict_json
 from esper.contracts.errors import ArtifactError
-from esper.services.tezzeret.job import MAX_LOG_CHARS, CompileJob
+from esper.services.tezzeret.job import MAX_LOG_CHARS, CompileJob, shown
 from esper.services.tezzeret.limits import Limits, sandbox_environment
 from esper.services.tezzeret.sandbox import ARTIFACT, EXIT_ELSEWHERE, EXIT_INVALID, EXIT_LIMIT, REPLY
 
@@ -163,5 +163,4 @@ class _Log:
         whole = self._kept.decode("utf-8", "replace")
         if whole and not whole.endswith("\n"):
             whole += "\n"
-        clean = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in whole + last)
-        return clean[-MAX_LOG_CHARS:].strip("\n")
+        return shown(whole + last)[-MAX_LOG_CHARS:].strip("\n")

@@ -13,7 +13,7 @@ from esper.contracts import strict_json
 from esper.contracts.errors import ArtifactError, EsperError
 from esper.contracts.messages import MAX_MESSAGE_BYTES
 from esper.contracts.registry import RegistryURLError, mask_credentials
-from esper.services.tezzeret.job import JobError
+from esper.services.tezzeret.job import JobError, shown
 from esper.services.tezzeret.queue import QueueUnavailableError
 
 __all__ = ["UrzaLink"]
@@ -72,7 +72,7 @@ class UrzaLink:
                 raise
             # What is wrong with our own request is told by quoting it, headers and all.
             said = "" if isinstance(error, httpx.LocalProtocolError) else str(error)
-            said = said or type(error).__name__
+            said = shown(said) or type(error).__name__
             raise QueueUnavailableError(f"Urza {self.url} does not answer: {said}") from error
         if status in expected:
             return status, {}
@@ -96,4 +96,4 @@ class UrzaLink:
 def _fault(answer: Mapping[str, Any]) -> str:
     fault = answer.get("error")
     said = fault.get("message") if isinstance(fault, dict) else None
-    return said if isinstance(said, str) else "no reason given"
+    return shown(said) if isinstance(said, str) else "no reason given"

@@ -6,6 +6,7 @@ Urza keeps the leases and counts the attempts; this side polls, less often the l
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -21,6 +22,7 @@ _LONGEST_POLL_S: Final = 5.0
 #: As many jobs as Urza takes into account when it is told which ones not to hand out.
 _MAX_ASIDE: Final = 4096
 _JOB_FIELDS: Final = ("d_in", "d_out", "seed", "dtype", "pipeline", "architectures", "tags", "job_id", "blueprint")
+_JOB_ID: Final = re.compile(r"[0-9a-f]{32}")
 #: What a server answers to a word that its version does not have.
 _NOT_KNOWN: Final = 422
 #: In Urza's words.
@@ -132,7 +134,7 @@ class UrzaQueue:
         body = {name: value for name, value in job.to_payload().items() if name != "job_id"}
         _, answer = await self._link.ask("POST", "/blueprints", body)
         job_id = answer.get("job_id")
-        if not isinstance(job_id, str):
+        if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):
             raise JobError(f"{self.url} took the blueprint, but made no job of it")
         return job_id
 
@@ -149,7 +151,7 @@ class UrzaQueue:
                     artifact_id=found.get("artifact_id"),
                     blueprint_hash=found.get("blueprint_id"),
                     log=str(found.get("log", "")),
-                    attempts=int(found.get("attempts", 0)),
+                    attempts=found.get("attempts", 0),
                 )
             pause = pauses.next()
             if time.monotonic() + pause > deadline:

@@ -38,6 +38,16 @@ def test_of_a_log_the_end_is_kept():
     assert len(result(log="a" * 3 * MAX_LOG_CHARS).log) == MAX_LOG_CHARS
 
 
+def test_a_log_holds_nothing_that_a_terminal_obeys():
+    # Whoever sent it: it need not have been a worker of ours.
+    log = "one\n\ttwo \x1b]0;pwned\x07\x1b[2J\N{RIGHT-TO-LEFT OVERRIDE}evil\x9b"
+    read = CompileResult.from_payload({**result().to_payload(), "log": log})
+    assert read.log == "one\n\ttwo ?]0;pwned??[2J?evil?"
+    with pytest.raises(JobError) as caught:
+        CompileJob.from_payload({**job().to_payload(), "\x1b[2J": 1})
+    assert str(caught.value) == "the job has unknown fields: ?[2J"
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

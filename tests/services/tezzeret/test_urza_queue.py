@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -278,6 +280,62 @@ def test_nobody_there_and_somebody_else():
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+EVIL = "\x1b]0;pwned\x07\x1b[2J\N{RIGHT-TO-LEFT OVERRIDE}evil"
+
+
+@contextlib.contextmanager
+def answering(*replies: tuple[int, dict]) -> Iterator[str]:
+    """Somebody who gives these answers, one after another; the address."""
+    waiting = list(replies)
+
+    class Other(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, body = waiting.pop(0)
+            text = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def do_GET(self):
+            self.do_POST()
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Other)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("replies", "said"),
+    [
+        ([(403, {"error": {"code": "x", "message": EVIL}})], "answers with status 403: ?]0;pwned??[2J?evil"),
+        ([(422, {"error": {"code": "x", "message": EVIL}})], "refuses it: ?]0;pwned??[2J?evil"),
+        ([(200, {"job_id": "\x1b[2Jx"})], "took the blueprint, but made no job of it"),
+        ([(200, {"job_id": "../../x"})], "took the blueprint, but made no job of it"),
+        ([(200, {"job_id": "0" * 32}), (200, {"status": "INVALID", "log": EVIL})], "?]0;pwned??[2J?evil\n"),
+        ([(200, {"job_id": "0" * 32}), (200, {"status": "INVALID", "attempts": [1]})], "result.attempts is [1]"),
+    ],
+)
+def test_whoever_answers_sends_nothing_to_the_terminal(replies, said, capsys):
+    with answering(*replies) as address:
+        arguments = ["tezzeret", "submit", "lowrank", "--d-in", "6", "--d-out", "4", "--rank", "2"]
+        assert esper([*arguments, "--urza", address, "--wait", "5"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert said in printed.err
+    assert all(letter.isprintable() or letter == "\n" for letter in printed.err)
 
 
 @pytest.mark.parametrize("url", ["redis://:secret@host", "http://", "localhost:8470"])
