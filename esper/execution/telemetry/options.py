@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from esper.contracts import payload
@@ -31,7 +31,7 @@ class TelemetryOptions:
         spool_dir: Where messages wait while the bus is away. None: below ``ESPER_CACHE_DIR``.
         spool_mb: Disk space for them, in MiB, for each process; beyond it the oldest go, and are counted. 0: no spool.
         control_key: Key of those who may command, at least 16 bytes. None: ``ESPER_CONTROL_KEY``; where that is not set
-            either, no commands are read.
+            either, no commands are read. Not part of the ``repr``.
         command_interval_s: Seconds from one look for commands to the next.
         command_age_s: Older commands are refused.
 
@@ -46,7 +46,7 @@ class TelemetryOptions:
     queue_mb: float = 64.0
     spool_dir: Path | str | None = None
     spool_mb: float = 256.0
-    control_key: str | bytes | None = None
+    control_key: str | bytes | None = field(default=None, repr=False)
     command_interval_s: float = 0.25
     command_age_s: float = 60.0
 

@@ -719,3 +719,9 @@ def test_stats_of_a_model_without_a_bus_have_the_same_keys(bus: FakeBus, tmp_pat
     model.step()
     assert model.telemetry_stats().keys() == publisher_module.NO_TELEMETRY.keys()
     model.close()
+
+
+def test_the_key_for_commands_is_not_shown() -> None:
+    options = TelemetryOptions(control_key="SECRET-SECRET-SECRET")
+    assert "SECRET" not in repr(options) + str(options)
+    assert options.control_key == "SECRET-SECRET-SECRET"
