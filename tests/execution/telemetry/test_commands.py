@@ -21,6 +21,7 @@ from tests.execution.telemetry.fakes import FakeBus, published, settled
 KEY = b"0123456789abcdef"
 WHO = Identity("run-1", 0, 1, "esper-train-here")
 NOW = 1_000_000.0
+FORGED: dict[str, Any] = {"action": "cull", "layer_name": "0", "seed_idx": 0, "issued_at": NOW + 1}
 
 
 def command(**changes: Any) -> KasminaCommand:
@@ -120,9 +121,23 @@ def test_what_is_for_others_or_from_before_is_none_of_its_business(post: Post) -
         (command(issued_at=NOW - 500).to_payload(), NOW - 500),
         ({"type": "junk"}, NOW - 1),
         ({"run_id": "run-2"}, None),
+        # Signed with another key, or tampered with: what it says of its time is no evidence.
+        (KasminaCommand(**FORGED).signed(b"x" * 16).to_payload(), NOW - 1),
+        (KasminaCommand(**FORGED, run_id="run-1").signed(b"x" * 16).to_payload(), NOW - 1),
+        (dataclasses.replace(command(), seed_idx=1).to_payload(), NOW - 1),
     ):
         assert post.receive(payload, published_at=published_at) == ([], [])
-    assert (post.inbox.ignored, post.inbox.refused) == (4, 0)
+    assert (post.inbox.ignored, post.inbox.refused) == (7, 0)
+
+
+def test_one_for_this_run_by_name_from_before_it_is_answered(post: Post) -> None:
+    accepted, refused = post.receive(command(run_id="run-1", issued_at=NOW - 5).to_payload(), published_at=NOW - 5)
+    assert (accepted, refused) == ([], ["stale: issued before this run began"])
+
+
+def test_a_bus_whose_clock_is_behind_loses_no_command(post: Post) -> None:
+    sent = command()
+    assert post.receive(sent.to_payload(), published_at=NOW - 30)[0] == [Accepted(sent, "trace-7")]
 
 
 def test_a_flood_is_counted_and_answered_in_part(post: Post) -> None:
