@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import ssl
-import urllib.request
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import httpx
 
+from esper.artifacts.http_proxy import proxy_errors, proxy_for
 from esper.artifacts.http_wire import Connection, Response, StaleConnectionError, WireError, connect_options
 from esper.artifacts.workers import run_blocking
 
@@ -76,6 +75,7 @@ class Pools:
             ConnectionRefusedError: among others, as the system says it.
             TimeoutError: no connection, or no answer, in time; the message says which.
             WireError: the connection broke.
+            RegistryUnavailableError: the proxy that the environment names cannot be used.
         """
         return await (await self._here()).request(method, where, headers, body)
 
@@ -209,7 +209,7 @@ class _Pool:
         if where.origin not in self._proxies:
             if len(self._proxies) >= _PROXIES_KNOWN:
                 self._proxies.clear()
-            self._proxies[where.origin] = _proxy_for(where)
+            self._proxies[where.origin] = proxy_for(where.scheme, where.host, where.port)
         return self._proxies[where.origin]
 
     async def _through_proxy(
@@ -220,13 +220,14 @@ class _Pool:
         if transport is None:
             context = await run_blocking(httpx.create_ssl_context)
             limits = httpx.Limits(max_connections=_MAX_CONNECTIONS, keepalive_expiry=_KEEP_ALIVE_S)
-            made = httpx.AsyncHTTPTransport(verify=context, limits=limits, proxy=proxy)
+            with proxy_errors():
+                made = httpx.AsyncHTTPTransport(verify=context, limits=limits, proxy=proxy)
             transport = self._proxied.setdefault(proxy, made)
         silence_s, connect_s = self._timeouts.silence_s, self._timeouts.connect_s
         timeout = {"connect": connect_s, "pool": connect_s, "read": silence_s, "write": silence_s}
         url = f"{where.scheme}://{where.authority}{where.target}"
         request = httpx.Request(method, url, headers=headers, content=body, extensions={"timeout": timeout})
-        with _httpx_errors():
+        with _httpx_errors(), proxy_errors():
             answer = await transport.handle_async_request(request)
         names = {name.lower(): value for name, value in reversed(answer.headers.multi_items())}
         return Response(answer.status_code, names, _parts(answer), answer.aclose)
@@ -247,20 +248,3 @@ def _httpx_errors() -> Iterator[None]:
         raise TimeoutError("silent for too long, by way of the proxy") from None
     except httpx.TransportError as error:
         raise WireError(f"by way of the proxy: {error or type(error).__name__}") from None
-
-
-def _proxy_for(where: Address) -> str | None:
-    """The proxy that the environment names; never one for this machine itself."""
-    if _is_loopback(where.host) or urllib.request.proxy_bypass(f"{where.host}:{where.port}"):
-        return None
-    proxies = urllib.request.getproxies()
-    return proxies.get(where.scheme) or proxies.get("all")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import ipaddress
 import ssl
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -261,6 +262,30 @@ def test_a_proxy_is_used_where_the_environment_names_one(monkeypatch):
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
         server._answer = answer
         assert asyncio.run(HttpRegistry(server.url).fetch(artifact_id)) == data
+
+
+@pytest.mark.parametrize(
+    ("proxy", "why"),
+    [
+        ("http://u:PROXY/SECRET@127.0.0.1:1", "a password that is percent-encoded"),
+        ("http://u:SECRET@127.0.0.1:99999", "a port below 65536"),
+        ("ftp://u:SECRET@127.0.0.1:1", "http://host:port, https:// or socks5://"),
+        ("socks5://u:SECRET@127.0.0.1:1", "socksio"),
+    ],
+)
+def test_of_a_proxy_that_cannot_be_used_nothing_is_shown(monkeypatch, proxy, why):
+    monkeypatch.setitem(sys.modules, "socksio", None)  # not installed
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    registry = HttpRegistry("http://registry.invalid", "token")
+    with pytest.raises(RegistryUnavailableError) as caught:
+        asyncio.run(registry.fetch(Artifact.open(sample()).artifact_id))
+    said = str(caught.value)
+    assert "the proxy that the environment names cannot be used (http_proxy, https_proxy, all_proxy)" in said
+    assert why in said
+    assert "SECRET" not in said and "PROXY" not in said
+    assert not caught.value.retryable
 
 
 def _certificate(folder, name: str) -> tuple[str, str]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import httpx
 
 from esper.artifacts.http_address import API, choose_token, split_address
+from esper.artifacts.http_proxy import proxy_errors, proxy_for
 from esper.contracts import strict_json
-from esper.contracts.errors import ArtifactError, EsperError
+from esper.contracts.errors import ArtifactError
 from esper.contracts.messages import MAX_MESSAGE_BYTES
 from esper.contracts.registry import RegistryURLError, mask_credentials
 from esper.services.tezzeret.job import JobError, shown
@@ -30,6 +33,7 @@ class UrzaLink:
 
     Raises:
         RegistryURLError: not an http or https URL, or a token that cannot be one. It does not show in the message.
+        RegistryUnavailableError: the proxy that the environment names cannot be used.
     """
 
     def __init__(self, url: str) -> None:
@@ -41,7 +45,20 @@ class UrzaLink:
             raise RegistryURLError(f"{self.url} is not the address of an Urza: {error}") from None
         token = choose_token(self.url, in_url)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.AsyncClient(base_url=base + API, headers=headers, timeout=_TIMEOUT_S)
+        parts = urlsplit(base)
+        assert parts.hostname is not None
+        proxy = proxy_for(parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme])
+        #: Around a request: what goes wrong with a proxy.
+        self._by_proxy = contextlib.nullcontext if proxy is None else proxy_errors
+        try:
+            with self._by_proxy():
+                # Not left to the client, which would ask a proxy for this machine itself.
+                transport = httpx.AsyncHTTPTransport(proxy=proxy)
+                self._http = httpx.AsyncClient(
+                    base_url=base + API, headers=headers, timeout=_TIMEOUT_S, transport=transport, trust_env=False
+                )
+        except httpx.InvalidURL:
+            raise RegistryURLError(f"{self.url} is not the address of an Urza; expected http://host:port") from None
 
     async def close(self) -> None:
         """Disconnect."""
@@ -60,15 +77,16 @@ class UrzaLink:
             JobError: Urza refuses what was asked; the message says why.
         """
         try:
-            async with asyncio.timeout(2 * _TIMEOUT_S), self._http.stream(method, path, json=body) as response:
-                text = bytearray()
-                async for piece in response.aiter_bytes():
-                    text += piece
-                    if len(text) > 2 * MAX_MESSAGE_BYTES:
-                        raise QueueUnavailableError(f"Urza {self.url} answers with more than {len(text) - 1} bytes")
-                status = response.status_code
+            with self._by_proxy():
+                async with asyncio.timeout(2 * _TIMEOUT_S), self._http.stream(method, path, json=body) as response:
+                    text = bytearray()
+                    async for piece in response.aiter_bytes():
+                        text += piece
+                        if len(text) > 2 * MAX_MESSAGE_BYTES:
+                            raise QueueUnavailableError(f"Urza {self.url} answers with more than {len(text) - 1} bytes")
+                    status = response.status_code
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            if isinstance(error, EsperError):
+            if isinstance(error, QueueUnavailableError):
                 raise
             # What is wrong with our own request is told by quoting it, headers and all.
             said = "" if isinstance(error, httpx.LocalProtocolError) else str(error)
