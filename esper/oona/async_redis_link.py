@@ -10,6 +10,7 @@ from esper.oona.failures import translate
 from esper.oona.redis_options import (
     about,
     check_installed,
+    check_tls_files,
     connection_options,
     read_batch,
     read_in_one_piece,
@@ -25,10 +26,12 @@ class AsyncRedisLink:
 
     Raises:
         EsperError: the Python package ``redis`` is not installed.
+        BusURLError: a file that the URL names cannot be read.
     """
 
     def __init__(self, address: BusAddress, timeout_s: float) -> None:
         check_installed()
+        check_tls_files(address)
         self._address = address
         self._timeout_s = timeout_s
         self._client: Any = None

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from esper.contracts.errors import EsperError
+from esper.contracts.errors import BusURLError, EsperError
 from esper.oona.commands import Batch, Command
 from esper.oona.failures import translate
 from esper.oona.urls import BusAddress
 
-__all__ = ["about", "check_installed", "connection_options", "read_batch", "read_in_one_piece", "sentinel_options"]
+__all__ = [
+    "about",
+    "check_installed",
+    "check_tls_files",
+    "connection_options",
+    "read_batch",
+    "read_in_one_piece",
+    "sentinel_options",
+]
 
 _READ_BYTES: Final = 1 << 20
 
@@ -24,6 +32,23 @@ def check_installed() -> None:
         import redis  # noqa: F401
     except ImportError:
         raise EsperError("a bus in Redis needs the Python package redis: pip install redis") from None
+
+
+def check_tls_files(address: BusAddress) -> None:
+    """Look whether the files that the URL names are there: redis-py looks when it connects, and calls that an outage.
+
+    Raises:
+        BusURLError: one cannot be read; the message names the option and the file.
+    """
+    for option in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
+        path = address.tls_options.get(option)
+        if isinstance(path, str):
+            try:
+                with open(path, "rb") as file:
+                    file.read(1)
+            except (OSError, ValueError) as error:
+                why = error.strerror if isinstance(error, OSError) else str(error)
+                raise BusURLError(f"{address.shown}: the file of {option} cannot be read: {path!a}: {why}") from None
 
 
 def connection_options(address: BusAddress, timeout_s: float, retry: Any) -> dict[str, Any]:

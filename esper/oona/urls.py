@@ -141,7 +141,11 @@ def parse(url: str) -> BusAddress:
                 raise BusURLError(f"{shown} names no service; need redis+sentinel://host:port/service")
     # Not before: in a URL that is wrong up to here, a piece of a password might pass for the name of an option.
     options = _options(query, kind, tls, shown)
-    db = _database(path.rstrip("/") or options.get("db", ""), shown)
+    path = path.rstrip("/")
+    if path and options.get("db", path) != path:
+        # Clients of Redis differ in which one they take.
+        raise BusURLError(f"{shown} names two databases, before the ? and behind it")
+    db = _database(path or options.get("db", ""), shown)
     if kind == "cluster" and db:
         raise BusURLError(f"{shown} asks for database {db}; a cluster has only database 0")
     return BusAddress(
@@ -201,8 +205,8 @@ def _database(text: str, shown: str) -> int:
 def _tls_value(name: str, value: str, shown: str) -> str | bool:
     if name == "ssl_check_hostname":
         if value.lower() not in ("true", "false"):
-            raise BusURLError(f"{shown}: ssl_check_hostname is {value!r:.20}; need true or false")
+            raise BusURLError(f"{shown}: ssl_check_hostname has another value; need true or false")
         return value.lower() == "true"
     if name == "ssl_cert_reqs" and value not in _CERT_REQS:
-        raise BusURLError(f"{shown}: ssl_cert_reqs is {value!r:.20}; need one of {', '.join(_CERT_REQS)}")
+        raise BusURLError(f"{shown}: ssl_cert_reqs has another value; need one of {', '.join(_CERT_REQS)}")
     return value

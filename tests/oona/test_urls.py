@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -70,6 +73,7 @@ def test_memory() -> None:
         ("redis://h:70000", "a port in 1 to 65535"),
         ("redis://h/x", "the database is a number"),
         ("redis://h/-1", "the database is a number"),
+        ("redis://h/1?db=2", "names two databases"),
         ("redis://a,b", "several go with redis+sentinel or redis+cluster"),
         ("redis://::1", "host or port that is none"),
         ("redis://[::1", "host or port that is none"),
@@ -91,6 +95,23 @@ def test_what_is_no_url_of_a_bus(url, text: str) -> None:
     with pytest.raises(BusURLError) as caught:
         parse(url)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["ssl_cert_reqs", "ssl_check_hostname", "nonsense"])
+def test_what_an_option_says_is_not_shown(option: str) -> None:
+    with pytest.raises(BusURLError, match=option) as caught:
+        parse(f"rediss://h?{option}=SECRETX")
+    assert "SECRETX" not in str(caught.value)
+
+
+@pytest.mark.parametrize("client", [OonaClient, AsyncOonaClient])
+@pytest.mark.parametrize("option", ["ssl_ca_certs", "ssl_certfile", "ssl_keyfile"])
+def test_a_file_that_is_not_there_is_no_outage(option: str, client: type, tmp_path: Path) -> None:
+    began = time.monotonic()
+    for path, why in ((tmp_path / "nope", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(BusURLError, match=f"the file of {option} cannot be read: '{path}': {why}"):
+            client(f"rediss://:pw@127.0.0.1:1?{option}={path}")
+    assert time.monotonic() - began < 5
 
 
 SECRET = "s3cr3t"

@@ -12,9 +12,10 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from esper.contracts.errors import EsperError
+from esper.contracts.errors import BusURLError, EsperError
 from esper.contracts.messages import MessageError, OonaMessage, TopicNames
-from esper.oona.urls import mask
+from esper.oona.redis_options import check_tls_files, connection_options
+from esper.oona.urls import BusAddress, mask, parse
 from esper.services.tezzeret import redis_scripts
 from esper.services.tezzeret.job import CompileJob, CompileResult, JobError
 from esper.services.tezzeret.queue import DEFAULT_LEASE_S, Aside, Claim, QueueUnavailableError, worker_name
@@ -49,12 +50,13 @@ class RedisQueue:
     Used from one event loop. Nothing is connected before the first call; a lost connection is made anew by the next.
 
     Args:
-        url: ``redis://``, ``rediss://`` or ``unix://``, with user and password where needed.
+        url: ``redis://``, ``rediss://`` or ``unix://``, as :mod:`esper.oona.urls` reads them.
         lease_s: Seconds after which a silent worker's job goes to another.
         name: This consumer's name in the group, different for every worker.
 
     Raises:
-        ValueError: not a Redis URL, or not a name.
+        BusURLError: not the URL of one Redis; a ``ValueError``.
+        ValueError: not a name.
         EsperError: the Python package ``redis`` is not installed.
     """
 
@@ -65,22 +67,11 @@ class RedisQueue:
             from redis.backoff import NoBackoff
         except ImportError:
             raise EsperError("jobs over Redis need the Python package redis: pip install redis") from None
-        self._url = mask(url)
-        try:
-            # The worker does the retrying, with pauses that it can be woken from.
-            self._redis: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
-                url,
-                protocol=2,
-                retry=Retry(NoBackoff(), 0),
-                socket_connect_timeout=_TIMEOUT_S,
-                socket_timeout=2 * _TIMEOUT_S,
-            )
-        except ValueError:
-            # Why is not quoted: of a password with an unescaped / or ?, a piece passes for the port.
-            raise ValueError(
-                f"{self._url} is not a Redis URL; need redis://, rediss:// or unix://, a port that is a number, "
-                f"options that redis-py knows, and a user and password that are percent-encoded"
-            ) from None
+        address = _address(url)
+        self._url = mask(url.strip())
+        # The worker does the retrying, with pauses that it can be woken from.
+        options = connection_options(address, 2 * _TIMEOUT_S, Retry(NoBackoff(), 0))
+        self._redis: redis.asyncio.Redis = redis.asyncio.Redis(**options | {"socket_connect_timeout": _TIMEOUT_S})
         self._failures = (redis.exceptions.RedisError, OSError)
         self._rejected = redis.exceptions.ResponseError
         self.name = worker_name(name)
@@ -240,6 +231,17 @@ class RedisQueue:
             # A server that lost its data has lost the group too: it is made anew with the next claim.
             self._ready = False
             raise QueueUnavailableError(f"Redis {self._url} does not answer: {_reason(error)}") from error
+
+
+def _address(url: str) -> BusAddress:
+    try:
+        address = parse(url)
+        if address.kind not in ("single", "unix"):
+            raise BusURLError(f"a queue is in one Redis: need redis://, rediss:// or unix://, not a {address.kind}")
+        check_tls_files(address)
+    except BusURLError as error:
+        raise BusURLError(f"{mask(url.strip())} is not a Redis URL for jobs: {error}") from None
+    return address
 
 
 def _message(fields: dict[bytes, bytes]) -> bytes:

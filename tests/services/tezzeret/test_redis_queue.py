@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from esper.contracts.errors import BusURLError
 from esper.contracts.messages import OonaMessage, TopicNames
 from esper.services.tezzeret.job import CompileJob, CompileResult, JobStatus
 from esper.services.tezzeret.queue import Backoff, QueueUnavailableError
@@ -295,11 +296,58 @@ def test_no_piece_of_a_password_that_is_not_encoded_is_shown(url):
     assert "ss" not in str(caught.value).replace("rediss", "").replace("password", "")
 
 
+@pytest.mark.parametrize("url", ["redis://:12/hunter@host", "redis://:12#hunter@host"])
+def test_nor_where_a_piece_of_it_would_pass_for_the_port(url):
+    with pytest.raises(ValueError, match=r"is not a Redis URL.*percent-encoded") as caught:
+        RedisQueue(url)
+    assert "hunter" not in str(caught.value)
+
+
+def test_nor_in_the_name_of_a_queue():
+    assert "hunter" not in RedisQueue("redis://h?db=1&password=hunter").url
+
+
 @pytest.mark.parametrize(
-    "url", ["redis://:12/hunter@host", "redis://:12#hunter@host", "redis://h?db=1&password=hunter"]
+    ("url", "reason"),
+    [
+        # These were database 0, or an error of redis-py's at the first connection.
+        ("redis://h/abc", "the database is a number, 0 or more"),
+        ("redis://h?db=x", "the database is a number, 0 or more"),
+        ("redis://h/0?db=3", "names two databases"),
+        ("redis://h/0?foo=x", "has options that are unknown here: 'foo'"),
+        ("redis://h/0?socket_timeout=x", "has options that are unknown here: 'socket_timeout'"),
+        ("rediss://h/0?ssl_cert_reqs=hunter", "ssl_cert_reqs has another value"),
+        ("rediss://h/0?ssl_ca_certs=/nope/ca.pem", "the file of ssl_ca_certs cannot be read: '/nope/ca.pem'"),
+        ("redis+sentinel://h/primary", "a queue is in one Redis: need redis://, rediss:// or unix://, not a sentinel"),
+        ("memory://", "a queue is in one Redis"),
+    ],
 )
-def test_nor_in_the_name_of_a_queue(url):
-    assert "hunter" not in RedisQueue(url).url
+def test_what_the_bus_does_not_read_the_queue_does_not(url, reason):
+    with pytest.raises(BusURLError, match="is not a Redis URL") as caught:
+        RedisQueue(url)
+    assert reason in str(caught.value)
+    assert "hunter" not in str(caught.value)
+
+
+def test_blanks_around_a_url_do_not_count():
+    assert RedisQueue(" redis://h:1/2\n").url == "redis://h:1/2"
+
+
+def test_in_a_socket_and_in_another_database(tmp_path):
+    with redis_server(tmp_path, unixsocket=tmp_path / "s", requirepass="a/b") as server:
+
+        async def scenario(url):
+            queue = RedisQueue(url)
+            try:
+                await queue.submit(job())
+                return (await queue.claim(SOON)).job
+            finally:
+                await queue.close()
+
+        for url in (f"unix://{tmp_path}/s?db=3&password=a%2Fb", f"redis://:a%2Fb@127.0.0.1:{server.port}/4"):
+            assert asyncio.run(scenario(url)) == job()
+        with server.client() as client:
+            assert sorted(client.info("keyspace")) == ["db3", "db4"]
 
 
 @pytest.mark.parametrize("name", ["", "two\nlines", "x" * 129])
