@@ -47,6 +47,7 @@ def test_architectures_alone_mean_standard(submitted, options, pipeline):
     [
         (["--arch", "sm_90", "--pipeline", "fast"], "pipeline 'fast' builds no GPU binaries"),
         (["--arch", "sm_93"], "unknown architecture 'sm_93'; known: sm_80, "),
+        (["--tag", "bad tag"], "job.tags has 'bad tag'; a tag is 1 to 64 letters"),
     ],
 )
 def test_what_no_worker_would_compile_is_not_submitted(submitted, capsys, options, message):

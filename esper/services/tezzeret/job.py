@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -16,6 +17,8 @@ __all__ = ["MAX_LOG_CHARS", "CompileJob", "CompileResult", "JobError", "JobStatu
 MAX_LOG_CHARS: Final = 8192
 _MAX_TEXT: Final = 128
 _MAX_ITEMS: Final = 32
+#: What registries take for a tag: what they would refuse is refused before it is compiled.
+_TAG: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/+=-]{0,63}")
 
 
 class JobError(EsperError, ValueError):
@@ -33,7 +36,7 @@ class JobStatus(StrEnum):
 class CompileJob:
     """One request to compile.
 
-    Only types and lengths are checked here. Whether the blueprint is one is found out in the sandbox.
+    Only types, lengths and tags are checked here. Whether the blueprint is one is found out in the sandbox.
 
     Attributes:
         blueprint: The blueprint as JSON values.
@@ -72,6 +75,11 @@ class CompileJob:
                 raise JobError(f"job.{name} is {value!r:.80}; need a list of at most {_MAX_ITEMS} texts")
             for item in value:
                 _check_text(f"job.{name}", item)
+                if name == "tags" and not _TAG.fullmatch(item):
+                    raise JobError(
+                        f"job.tags has {item!r:.80}; a tag is 1 to 64 letters, digits and _ . : / + = -, and "
+                        f"begins with a letter or a digit"
+                    )
             object.__setattr__(self, name, tuple(value))
 
     def to_payload(self) -> dict[str, Any]:

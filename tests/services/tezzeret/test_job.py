@@ -33,6 +33,23 @@ def test_defaults_and_names():
     assert job().job_id != job().job_id
 
 
+@pytest.mark.parametrize(
+    "tag", ["x", "0", "a" * 64, "a" * 65, "a_.:/+=-Z9", "", "-a", ".a", "a b", "a,b", "a\n", "\u00e9"]
+)
+def test_a_tag_is_what_urza_takes_for_one(tag):
+    from pydantic import TypeAdapter, ValidationError
+
+    from esper.services.urza.schemas import Tag
+
+    try:
+        TypeAdapter(Tag).validate_python(tag)
+    except ValidationError:
+        with pytest.raises(JobError, match=r"job\.tags"):
+            job(tags=[tag])
+    else:
+        assert job(tags=[tag]).tags == (tag,)
+
+
 def test_of_a_log_the_end_is_kept():
     assert result(log="a" * MAX_LOG_CHARS + "end").log.endswith("aend")
     assert len(result(log="a" * 3 * MAX_LOG_CHARS).log) == MAX_LOG_CHARS
@@ -62,6 +79,9 @@ def test_a_log_holds_nothing_that_a_terminal_obeys():
         ({"architectures": "sm_90"}, "job.architectures is 'sm_90'; need a list"),
         ({"architectures": [90]}, "job.architectures is 90"),
         ({"tags": ["x"] * 33}, "at most 32"),
+        ({"tags": ["good", "bad tag"]}, "job.tags has 'bad tag'; a tag is 1 to 64 letters, digits and"),
+        ({"tags": ["x" * 65]}, "a tag is 1 to 64 letters"),
+        ({"tags": ["-x"]}, "begins with a letter or a digit"),
     ],
 )
 def test_refused_jobs(changes, said):
