@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Expected errors (:class:`esper.EsperError`, ``ValueError``, ``OSError``) end in one line on standard error and
     status 1; with ``ESPER_DEBUG=1`` they keep their traceback. Ctrl-C gives 130.
     """
+    _have_outputs()
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((argument for argument in arguments if argument in COMMANDS), None)
     try:
@@ -64,6 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"esper{f' {chosen}' if chosen else ''}: {_one_line(error)}", file=sys.stderr)
         return 1
+
+
+def _have_outputs() -> None:
+    """Where the shell closed an output (``>&-``) Python has None in its place; what goes there is to go nowhere.
+
+    For standard error, too: print() to None would write errors among the results.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Open as long as the process.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: SIM115
 
 
 def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, ModuleType | None]:

@@ -87,6 +87,24 @@ def test_reader_that_leaves_early() -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("arguments", ["env", "--help", "--version", "keygen --out key"])
+def test_a_closed_output(arguments: str, tmp_path: Path) -> None:
+    """``esper env >&-`` does what it does, and says so to nobody."""
+    for closed in (">&-", "2>&-", ">&- 2>&-", "<&- >&-"):
+        for left in tmp_path.iterdir():
+            left.unlink()
+        script = f"{sys.executable} -m esper.cli.main {arguments} {closed}"
+        result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout or closed != "2>&-" or "keygen" in arguments
+
+
+def test_errors_do_not_go_among_the_results(tmp_path: Path) -> None:
+    script = f"{sys.executable} -m esper.cli.main inspect nothing 2>&-"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
 def test_help_lists_every_command_and_imports_none(arguments: list[str]) -> None:
     script = (
