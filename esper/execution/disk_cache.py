@@ -141,7 +141,8 @@ class DiskCache:
 
     def holds(self, artifact_id: str) -> bool:
         """Whether there is an index entry; it may be gone, or turn out bad, when it is read."""
-        return self._files.entry_path(artifact_id).exists()
+        # Not Path.exists, which raises where a name is too long.
+        return os.path.exists(self._files.entry_path(artifact_id))
 
     def claim(self, artifact_id: str) -> Claim | None:
         """Take it upon this process to fetch an artifact; None if another one has.

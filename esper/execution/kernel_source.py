@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -197,7 +198,8 @@ class KernelSource:
         except KernelNotFoundError:
             return None
         except RegistryUnavailableError:
-            if disk.root.exists():
+            # Not Path.exists, which raises where a name is too long or a folder may not be entered.
+            if os.path.exists(disk.root):
                 self._count("disk_errors")
             return None
         self._count("disk_hits")

@@ -208,6 +208,15 @@ def _load_one(folder: str, registry: str, queue) -> None:
     queue.put((kernel is not None, stats["fetches"], stats["shared_fetches"]))
 
 
+def test_a_disk_whose_name_is_too_long_costs_no_kernel(tmp_path, monkeypatch):
+    monkeypatch.setenv("ESPER_CACHE_DIR", str(tmp_path / ("x" * 300)))
+    FileRegistry(tmp_path / "registry").publish_sync(SAMPLES[0])
+    cache = KernelCache(registry=tmp_path / "registry")
+    assert asyncio.run(cache.load_kernel(IDS[0])) is not None
+    assert cache.last_error(IDS[0]) is None
+    assert cache.get_cache_stats()["disk_errors"] > 0
+
+
 def test_two_processes_that_lack_the_same_artifact_fetch_it_once(tmp_path):
     with running_server() as server:
         server.add(SAMPLES[0])
