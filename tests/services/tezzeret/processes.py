@@ -29,6 +29,12 @@ def job(**changes: Any) -> CompileJob:
     return CompileJob(**{"blueprint": blueprint(), "d_in": 6, "d_out": 4, **changes})
 
 
+def _is_sandbox(pid: str) -> bool:
+    with contextlib.suppress(OSError):
+        return b"esper.services.tezzeret.sandbox" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
 class WorkerProcess:
     """``esper tezzeret worker`` with what it has said so far."""
 
@@ -70,12 +76,14 @@ class WorkerProcess:
             raise AssertionError(f"{error}; it said: {self.said}") from None
 
     def sandboxes(self) -> list[int]:
-        """Process ids of what it is compiling with."""
+        """Process ids of what it is compiling with.
+
+        A child that is not yet the sandbox's program is left out: it is still the worker, in a ``vfork`` that the
+        worker waits for, and whoever stopped it would stop both.
+        """
         with contextlib.suppress(OSError):
-            return [
-                int(pid)
-                for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-            ]
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            return [int(pid) for pid in children if _is_sandbox(pid)]
         return []
 
     def kill(self) -> None:

@@ -419,12 +419,13 @@ def test_two_sandboxes_run_at_once(server, tmp_path):
     server.client().flushall()
     first, second = job(seed=78), job(seed=79)
     since = submitted(server, first, second)
-    arguments = ("--redis", server.url, "--registry", str(tmp_path), "--concurrency", "2")
+    # However slow the machine is, the one that is stopped is not ended for its time.
+    arguments = ("--redis", server.url, "--registry", str(tmp_path), "--concurrency", "2", "--timeout", "600")
     with worker_process(*arguments) as worker:
-        begun = wait_until(worker.sandboxes, "a sandbox")
+        begun = wait_until(worker.sandboxes, "a sandbox", 200)
         os.kill(begun[0], signal.SIGSTOP)
         try:
-            wait_until(lambda: len(worker.sandboxes()) == 2, "two sandboxes")
+            wait_until(lambda: len(worker.sandboxes()) == 2, "two sandboxes", 200)
         finally:
             os.kill(begun[0], signal.SIGCONT)
         for each in (first, second):
