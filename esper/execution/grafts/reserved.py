@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from esper.execution.grafts import compiled, fused
 from esper.execution.grafts.bank_kernel import bank_eligible
+from esper.execution.grafts.bound import SeedState
 from esper.execution.grafts.device_bank import capturing
 from esper.execution.grafts.families import sample_strided
-from esper.execution.grafts.graft_set import GraftSet, SeedState
+from esper.execution.grafts.graft_set import GraftSet
 from esper.execution.grafts.reservation import Reservation, ReservedWeights
 from esper.execution.grafts.reserved_bank import ReservedBank, readable
 from esper.execution.grafts.reserved_blend import reserved_blend
