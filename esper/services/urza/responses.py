@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from esper.services.urza.errors import ApiError
 from esper.services.urza.schemas import ErrorOut
 
-__all__ = ["add_handlers", "error_response", "errors"]
+__all__ = ["DATABASE_FAULTS", "add_handlers", "database_unavailable", "error_response", "errors"]
 
 _log = logging.getLogger("esper.urza")
 
@@ -24,7 +24,7 @@ _MEANINGS: Final = {
     401: "No token, or an unknown one",
     403: "The token has not the role",
     404: "There is no such thing",
-    408: "The upload stopped arriving",
+    408: "The body did not arrive in time",
     409: "It does not fit the present state",
     413: "Too large",
     416: "The range lies outside",
@@ -33,7 +33,9 @@ _MEANINGS: Final = {
     500: "A fault in the registry",
     503: "The database or the blob store does not answer",
 }
-_CODES: Final = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+#: What SQLAlchemy raises when the database does not answer.
+DATABASE_FAULTS: Final = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
+_CODES: Final = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large"}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -52,6 +54,13 @@ def error_response(error: ApiError) -> JSONResponse:
     """The answer that an error is."""
     body = {"error": {"code": error.code, "message": str(error)}}
     return JSONResponse(body, error.status, headers=error.headers)
+
+
+def database_unavailable(error: Exception) -> ApiError:
+    """503, and a line in the log."""
+    # Its text repeats the statement and the address.
+    _log.warning("the database does not answer: %s", type(error).__name__)
+    return ApiError(503, "database_unavailable", "the database does not answer", {"Retry-After": "1"})
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -77,12 +86,8 @@ def add_handlers(app: FastAPI) -> None:
         _log.info("the client left in the middle of %s %s", request.method, request.url.path)
         return error_response(ApiError(400, "bad_request", "the request broke off"))
 
-    for kind in (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError):
+    for kind in DATABASE_FAULTS:
 
         @app.exception_handler(kind)
         async def no_database(_: Request, error: Exception) -> Response:
-            # Its text repeats the statement and the address.
-            _log.warning("the database does not answer: %s", type(error).__name__)
-            return error_response(
-                ApiError(503, "database_unavailable", "the database does not answer", {"Retry-After": "1"})
-            )
+            return error_response(database_unavailable(error))

@@ -47,7 +47,7 @@ JobId = Annotated[str, Path(pattern=JOB_PATTERN)]
     response_model=Submitted,
     responses={
         200: {"model": Submitted, "description": "Blueprint and job are here already"},
-        **errors(400, 413, 429),
+        **errors(400, 408, 413, 429),
     },
     summary="Submit a blueprint, and perhaps have it compiled",
 )
@@ -109,7 +109,7 @@ def describe_blueprint(blueprint_id: BlueprintId, service: Shared, _: Reader) ->
     "/blueprints/{blueprint_id}/status",
     tags=["blueprints"],
     response_model=Submitted,
-    responses=errors(400, 404, 409, 413, 429),
+    responses=errors(400, 404, 408, 409, 413, 429),
     summary="Say where a blueprint stands",
 )
 def change_status(
@@ -136,7 +136,7 @@ def list_jobs(
     "/jobs/claim",
     tags=["jobs"],
     response_model=ClaimedJob,
-    responses={204: {"description": "No job waits"}, **errors(400, 413, 429)},
+    responses={204: {"description": "No job waits"}, **errors(400, 408, 413, 429)},
     summary="Claim the oldest job that waits",
 )
 def claim(service: Shared, _: Publisher, wish: JobClaim) -> Response:
@@ -157,7 +157,7 @@ def describe_job(job_id: JobId, service: Shared, _: Reader) -> JSONResponse:
     "/jobs/{job_id}/renew",
     tags=["jobs"],
     response_model=Job,
-    responses=errors(400, 404, 409, 413, 429),
+    responses=errors(400, 404, 408, 409, 413, 429),
     summary="Extend a lease",
 )
 def renew(job_id: JobId, service: Shared, _: Publisher, wish: JobRenewal) -> JSONResponse:
@@ -170,7 +170,7 @@ def renew(job_id: JobId, service: Shared, _: Publisher, wish: JobRenewal) -> JSO
     "/jobs/{job_id}/finish",
     tags=["jobs"],
     response_model=Job,
-    responses=errors(400, 404, 409, 413, 429),
+    responses=errors(400, 404, 408, 409, 413, 429),
     summary="Report how a job ended",
 )
 def finish(job_id: JobId, service: Shared, caller: Publisher, report: JobFinish) -> JSONResponse:

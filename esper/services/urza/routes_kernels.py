@@ -94,7 +94,7 @@ def list_kernels(
     return JSONResponse(paged(items, limit, "artifact_id"))
 
 
-@router.post("/query", response_model=Matches, responses=errors(400, 413), summary="Find kernels that fit")
+@router.post("/query", response_model=Matches, responses=errors(400, 408, 413), summary="Find kernels that fit")
 def query_kernels(service: Shared, _: Reader, wanted: KernelQuery) -> JSONResponse:
     """Kernels that have what is asked for, best first."""
     with service.database.read() as connection:
@@ -162,7 +162,7 @@ async def download(
 @router.post(
     "/{artifact_id}/status",
     response_model=KernelDetail,
-    responses=errors(400, 404, 409, 413, 429),
+    responses=errors(400, 404, 408, 409, 413, 429),
     summary="Move a kernel along its life cycle",
 )
 def change_status(

@@ -12,6 +12,7 @@ from typing import Final
 import uvicorn
 
 from esper.services.urza.app import create_app
+from esper.services.urza.connections import Bounds, bounded_protocol, most_connections
 from esper.services.urza.quick import QuickWay
 from esper.services.urza.service import Service
 from esper.services.urza.settings import Settings
@@ -45,6 +46,9 @@ def serve(settings: Settings, host: str, port: int, *, access_log: bool = False)
             )
         config = uvicorn.Config(
             QuickWay(create_app(service), service),
+            http=bounded_protocol(Bounds(most_connections(), settings.request_s, settings.upload_idle_s)),
+            # There are none here, and they would take a connection out of its bounds.
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

@@ -44,7 +44,8 @@ class Settings:
         open_read: Reads need no token.
         open_metrics: ``/metrics`` needs no token.
         threads: Worker threads for requests that wait for the database or a disk.
-        upload_idle_s: How long an upload may pause before it is given up.
+        request_s: How long a request's head, and its JSON body, may each take to arrive.
+        upload_idle_s: How long an upload, or the taking of an answer, may pause before it is given up.
     """
 
     database: str
@@ -60,6 +61,7 @@ class Settings:
     open_read: bool = False
     open_metrics: bool = False
     threads: int = 8
+    request_s: float = 30.0
     upload_idle_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -78,6 +80,7 @@ _RANGES: Final[tuple[tuple[str, float, float], ...]] = (
     ("write_rate", 0, MAX_WRITES),
     ("write_burst", 1, MAX_WRITES),
     ("threads", 1, 1024),
+    ("request_s", 0.001, 86_400),
     ("upload_idle_s", 0.001, 86_400),
 )
 

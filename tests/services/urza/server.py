@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -18,6 +19,19 @@ import pytest
 _START_S = 60.0
 _STOP_S = 30.0
 
+#: The command line, under a limit on open files and with settings that it has no options for.
+_PROGRAM = """
+import json, resource, sys
+from esper.cli.main import main
+from esper.services.urza import settings
+files, values = json.loads(sys.argv[1])
+if files:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+plain = settings.settings_for
+settings.settings_for = lambda *args, **options: plain(*args, **{**options, **values})
+sys.exit(main(sys.argv[2:]))
+"""
+
 
 class UrzaProcess:
     """One server, its data under one folder, on one port for all its life.
@@ -29,12 +43,15 @@ class UrzaProcess:
         log: Everything it wrote to standard error, over all restarts.
     """
 
-    def __init__(self, folder: Path, port: int, args: Sequence[str], env: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, port: int, args: Sequence[str], env: dict[str, str], program: Sequence[str]
+    ) -> None:
         self.folder = folder
         self.url = ""
         self.admin_token = ""
         self._args = list(args)
         self._env = env
+        self._program = list(program)
         self._log_path = folder / "urza.log"
         self._port = port
         self.start()
@@ -45,7 +62,7 @@ class UrzaProcess:
 
     def start(self) -> None:
         """Start it and wait until it listens."""
-        command = [sys.executable, "-m", "esper.cli.main", "urza", "serve"]
+        command = [sys.executable, *self._program, "urza", "serve"]
         with open(self._log_path, "ab") as log:
             self.process = subprocess.Popen(
                 [*command, "--port", str(self._port), "--data", str(self.folder / "urza"), *self._args],
@@ -100,7 +117,13 @@ class UrzaProcess:
 
 @contextlib.contextmanager
 def running_urza(
-    tmp_path: Path, *, port: int = 0, args: Sequence[str] = (), env: dict[str, str] | None = None
+    tmp_path: Path,
+    *,
+    port: int = 0,
+    args: Sequence[str] = (),
+    env: dict[str, str] | None = None,
+    settings: dict[str, float] | None = None,
+    files: int | None = None,
 ) -> Iterator[UrzaProcess]:
     """A registry in a process of its own, with its data under ``tmp_path/urza``; killed in the end.
 
@@ -109,11 +132,16 @@ def running_urza(
         port: Port to listen on; 0 takes a free one.
         args: More arguments of ``esper urza serve``.
         env: More environment variables, such as AWS_* for S3.
+        settings: Settings that the command line has no options for.
+        files: Most files that the process may open.
     """
     # Looked for here: of the process that lacks one there would be nothing but its log.
     for package in ("fastapi", "uvicorn", "sqlalchemy", "alembic", "prometheus_client"):
         pytest.importorskip(package)
-    server = UrzaProcess(tmp_path, port, args, env or {})
+    program = ["-m", "esper.cli.main"]
+    if settings or files:
+        program = ["-c", _PROGRAM, json.dumps([files, settings or {}])]
+    server = UrzaProcess(tmp_path, port, args, env or {}, program)
     try:
         yield server
     finally:
