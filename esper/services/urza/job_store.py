@@ -126,13 +126,12 @@ def finish(
     ``release`` says that it was not tried: another worker may have it, and the claim does not count.
 
     Raises:
-        ApiError: 404; 409 when the job is no longer this worker's; 422 for ``done`` without a kernel in the registry.
+        ApiError: 404; 409 when the job is no longer this worker's; 422 for ``done`` without a kernel in the registry,
+            or with one that is not what the job asks for.
     """
     row = _leased(connection, job_id, lease)
     if outcome == "done":
-        known = sa.select(kernels.c.artifact_id).where(kernels.c.artifact_id == artifact_id)
-        if artifact_id is None or connection.execute(known).first() is None:
-            raise invalid("a job is done when its artifact is in the registry: upload it, then give its artifact_id")
+        _check_fits(connection, row, artifact_id)
         _end(connection, row, "DONE", by=by, reason=f"compiled to {artifact_id}", log=log, artifact_id=artifact_id)
     elif outcome == "release":
         _end(connection, row, "QUEUED", by=by, reason="handed back untried", log=log, attempts=row.attempts - 1)
@@ -199,6 +198,22 @@ def _end(
     blueprint_store.move(
         connection, row.blueprint_id, _BLUEPRINT_AFTER[after], by=by, reason=f"job {row.job_id}: {reason}"
     )
+
+
+def _check_fits(connection: Connection, row: Row[*tuple[Any, ...]], artifact_id: str | None) -> None:
+    """Whether a kernel is what a job asks for."""
+    query = sa.select(kernels.c.blueprint_hash, kernels.c.d_in, kernels.c.d_out, kernels.c.dtype)
+    found = connection.execute(query.where(kernels.c.artifact_id == artifact_id)).first()
+    if artifact_id is None or found is None:
+        raise invalid("a job is done when its artifact is in the registry: upload it, then give its artifact_id")
+    asked = {"blueprint_hash": row.blueprint_id, **json.loads(row.request)}
+    for name, value in found._mapping.items():
+        # A kernel without weights fits every dtype.
+        if value != asked[name] and (name, value) != ("dtype", "none"):
+            raise invalid(
+                f"{artifact_id} is not what job {row.job_id} asks for: its {name} is {value}, the job's {asked[name]}",
+                "wrong_artifact",
+            )
 
 
 def _leased(connection: Connection, job_id: str, lease: str | None) -> Row[*tuple[Any, ...]]:

@@ -4,12 +4,15 @@ import concurrent.futures
 import time
 
 import pytest
+import torch
 
 pytest.importorskip("sqlalchemy")
 
 from esper.artifacts import Artifact
-from esper.blueprints import blueprint_hash, get
+from esper.blueprints import Blueprint, Node, blueprint_hash, get
+from esper.services.tezzeret.forge import build
 from esper.services.urza import job_store
+from tests.artifacts.samples import sample
 from tests.services.urza.api import artifact, error
 
 BOTTLENECK = get("bottleneck", rank=2)
@@ -192,12 +195,45 @@ def test_a_worker_is_not_given_what_it_has_left(api):
         assert api("POST", "/api/v1/jobs/claim", json={"worker": "w1", "aside": bad}).status_code == 422
 
 
+def test_a_job_is_done_with_what_it_asked_for_and_nothing_else(api):
+    submit(api, d_in=6, d_out=4)
+    job = claim(api).json()
+    others = {
+        "blueprint_hash": sample(d_in=6, d_out=4, rank=3),
+        "d_in": sample(d_in=7, d_out=4),
+        "d_out": sample(d_in=6, d_out=5),
+        "dtype": sample(d_in=6, d_out=4, dtype=torch.float64),
+    }
+    for name, data in others.items():
+        wrong = api.upload(data).json()["artifact_id"]
+        answer = finish(api, job, "done", artifact_id=wrong)
+        assert (answer.status_code, error(answer)) == (422, "wrong_artifact")
+        facts = {"blueprint_hash": blueprint_hash(BOTTLENECK), "d_in": 6, "d_out": 4, "dtype": "float32"}
+        manifest = Artifact.open(data).manifest
+        its = {"blueprint_hash": manifest.blueprint_hash, "d_in": 7, "d_out": 5, "dtype": "float64"}
+        expected = (
+            f"{wrong} is not what job {job['job_id']} asks for: its {name} is {its[name]}, the job's {facts[name]}"
+        )
+        assert answer.json()["error"]["message"] == expected
+    assert api("GET", f"/api/v1/jobs/{job['job_id']}").json()["status"] == "RUNNING"
+    assert blueprint_status(api) == "COMPILING"
+    assert finish(api, job, "done", artifact_id=api.uploaded()).json()["status"] == "DONE"
+    # Without weights there is no dtype to differ in.
+    plain = Blueprint(
+        "plain",
+        [Node("x", "input", ()), Node("a", "activation", ("x",), {"kind": "relu"}), Node("y", "output", ("a",))],
+    )
+    submit(api, plain, d_in=4, d_out=4, dtype="bfloat16")
+    artifact_id = api.upload(build(plain, d_in=4, d_out=4, dtype="bfloat16")).json()["artifact_id"]
+    assert finish(api, claim(api).json(), "done", artifact_id=artifact_id).json()["status"] == "DONE"
+
+
 def test_what_one_job_compiled_anothers_failure_does_not_undo(api):
     submit(api, d_in=6, d_out=4)
     submit(api, d_in=8, d_out=4)
     first, second = claim(api).json(), claim(api).json()
     assert (first["d_in"], second["d_in"]) == (6, 8)
-    finish(api, first, "done", artifact_id=api.uploaded())
+    assert finish(api, first, "done", artifact_id=api.uploaded()).status_code == 200
     finish(api, second, "invalid")
     assert blueprint_status(api) == "COMPILED"
 
