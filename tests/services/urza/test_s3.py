@@ -16,6 +16,7 @@ import obstore
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 
+from esper.cli.main import main
 from esper.services.urza.blobs_s3 import S3Blobs
 from esper.services.urza.errors import ApiError
 from tests.services.urza.api import artifact, error, running_api
@@ -143,3 +144,89 @@ def test_what_is_no_bucket():
             S3Blobs(url)
         assert "secret" not in str(caught.value)
     assert urlsplit(S3Blobs("s3://bucket").shown).path == ""
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint", "variables", "message"),
+    [
+        ("s3://bucket", "127.0.0.1:9000", {}, "--s3-endpoint is no address of a service: give http://HOST:PORT"),
+        ("s3://bucket", "nonsense", {}, "--s3-endpoint is no address"),
+        ("s3://bucket", "http://", {}, "--s3-endpoint is no address"),
+        ("s3://bucket", "http://exa mple", {}, "--s3-endpoint is no address"),
+        ("s3://bucket", "http://h:port", {}, "--s3-endpoint is no address"),
+        ("s3://bucket", "http://u:SECRET@h", {}, "--s3-endpoint is no address"),
+        ("s3://bucket", "ftp://h", {}, "--s3-endpoint is no address"),
+        ("s3://bucket", None, {"AWS_ENDPOINT_URL": "nonsense"}, "AWS_ENDPOINT_URL is no address"),
+        ("s3://buc ket/x", None, {}, r"'s3://buc ket/x' is no place in S3: a bucket's name has 3 to 63 of"),
+        ("s3://Bucket", None, {}, "is no place in S3"),
+        ("s3://b", None, {}, "is no place in S3"),
+        ("s3://bucket/a\x1bb", None, {}, "is no place in S3"),
+        ("s3://bucket", None, {"AWS_ACCESS_KEY_ID": "SECRET\n"}, "AWS_ACCESS_KEY_ID has a blank, a line's end"),
+        ("s3://bucket", None, {"AWS_SECRET_ACCESS_KEY": "SECRET two"}, "AWS_SECRET_ACCESS_KEY has a blank"),
+        ("s3://bucket", None, {"AWS_REGION": " "}, "AWS_REGION has a blank"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_the_start(monkeypatch, url, endpoint, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message) as refused:
+        S3Blobs(url, endpoint=endpoint)
+    assert "SECRET" not in str(refused.value).replace("AWS_SECRET_ACCESS_KEY", "")
+
+
+def test_the_command_line_refuses_it_in_one_line(tmp_path, capsys):
+    where = ["--data", str(tmp_path), "--port", "0", "--blobs", "s3://bucket"]
+    assert main(["urza", "serve", *where, "--s3-endpoint", "127.0.0.1:9000"]) == 1
+    err = capsys.readouterr().err
+    assert err == "esper urza: --s3-endpoint is no address of a service: give http://HOST:PORT or https://HOST\n"
+
+
+def test_a_panic_in_the_library_is_a_503(api, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_, **__):
+        raise PanicException("called `Result::unwrap()` on an `Err` value")
+
+    for name in ("put", "list", "head"):
+        monkeypatch.setattr(obstore, name, panic)
+    answer = api.upload(artifact())
+    assert (answer.status_code, error(answer)) == (503, "unavailable")
+    ready = api("GET", "/ready")
+    assert (ready.status_code, error(ready)) == (503, "unavailable")
+    assert ready.json()["error"]["message"] == "cannot list the bucket: the S3 client failed (PanicException)"
+    # Anything else that is no Exception goes through.
+    monkeypatch.setattr(obstore, "head", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        api.service.blobs.size("0" * 64)
+
+
+def test_a_bucket_that_is_missing_is_said(tmp_path, s3, logged):
+    with running_api(tmp_path, blobs="s3://nobucket/x", s3_endpoint=s3) as api:
+        for _ in range(3):
+            assert api("GET", "/ready").status_code == 503
+            answer = api.upload(artifact())
+            assert answer.status_code == 503
+            assert answer.json()["error"]["message"] == "cannot store the blob: there is no such bucket"
+    # Once for each kind of failure, however often it happens.
+    (listing,) = [line for line in logged if "list the bucket" in line]
+    (storing,) = [line for line in logged if "store the blob" in line]
+    assert listing.startswith("s3://nobucket/x: cannot list the bucket: GenericError: ") and "404 Not Found" in listing
+    assert "FileNotFoundError" in storing
+    assert len(logged) == 2 and not any("Signature" in line or "list-type" in line for line in logged)
+
+
+def test_the_endpoint_may_come_from_the_environment(tmp_path, s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    S3Blobs(f"s3://bucket/{tmp_path.name}").check()
+    # What the command line says is preferred.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    S3Blobs(f"s3://bucket/{tmp_path.name}", endpoint=s3).check()
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """The messages of Urza's log."""
+    lines = []
+    monkeypatch.setattr(logging.getLogger("esper.urza"), "warning", lambda text, *args: lines.append(text % args))
+    return lines
