@@ -11,7 +11,7 @@ from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from esper.services.urza.errors import ApiError, too_large
-from esper.services.urza.responses import DATABASE_FAULTS, database_unavailable, error_response
+from esper.services.urza.responses import DATABASE_FAULTS, database_unavailable, error_response, shown_path
 from esper.services.urza.service import Service
 
 __all__ = ["UPLOAD_PATH", "Gate"]
@@ -82,7 +82,7 @@ class Gate:
             else:
                 await self._app(scope, counted_receive, counted_send)
         except Exception:
-            _log.exception("a fault while answering %s %s", scope["method"], scope["path"])
+            _log.exception("a fault while answering %s %s", scope["method"], shown_path(scope))
             if status:
                 # The answer has begun: breaking it off is the only way left to say that it is not whole.
                 raise
@@ -95,7 +95,8 @@ class Gate:
             metrics.observe(scope["method"], route, status, seconds, sent=sent, received=received)
             if _access.isEnabledFor(logging.INFO):
                 # The path only: tokens may travel in a query by mistake.
-                _access.info("%s %s %d %d bytes %.1f ms", scope["method"], scope["path"], status, sent, seconds * 1e3)
+                path = shown_path(scope)
+                _access.info("%s %s %d %d bytes %.1f ms", scope["method"], path, status, sent, seconds * 1e3)
 
     async def _refusal(self, scope: Scope, limit: int) -> ApiError | None:
         """What can be said before any of the body is read, which nobody without a token can make us wait for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -11,11 +12,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Scope
 
 from esper.services.urza.errors import ApiError
 from esper.services.urza.schemas import ErrorOut
 
-__all__ = ["DATABASE_FAULTS", "add_handlers", "database_unavailable", "error_response", "errors"]
+__all__ = ["DATABASE_FAULTS", "add_handlers", "database_unavailable", "error_response", "errors", "shown_path"]
 
 _log = logging.getLogger("esper.urza")
 
@@ -56,6 +58,12 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(body, error.status, headers=error.headers)
 
 
+def shown_path(scope: Scope) -> str:
+    """A request's path for the log: as it was sent, so that no character in it can begin a line or move a cursor."""
+    path = scope.get("raw_path") or scope["path"].encode("utf-8", "backslashreplace")
+    return re.sub(r"[^!-~]", lambda found: f"\\x{ord(found[0]):02x}", path.decode("latin-1"))[:500]
+
+
 def database_unavailable(error: Exception) -> ApiError:
     """503, and a line in the log."""
     # Its text repeats the statement and the address.
@@ -83,7 +91,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, _: ClientDisconnect) -> Response:
-        _log.info("the client left in the middle of %s %s", request.method, request.url.path)
+        _log.info("the client left in the middle of %s %s", request.method, shown_path(request.scope))
         return error_response(ApiError(400, "bad_request", "the request broke off"))
 
     for kind in DATABASE_FAULTS:

@@ -225,6 +225,21 @@ def test_no_secret_is_logged(urza, client):
     assert urza.log.count(urza.admin_token) == 1
 
 
+def test_nobody_writes_lines_into_the_log(urza, client):
+    begin = len(urza.log)
+    forged = "2026-01-01 00:00:00,000 INFO esper.urza: removed everything"
+    quoted = forged.replace(" ", "%20") + "%1b%5b2J%c2%9b%e2%80%ae"
+    assert httpx.get(f"{urza.url}/api/v1/x%0a{quoted}").status_code == 404
+    assert httpx.post(f"{urza.url}/api/v1/x%0d%0a{quoted}").status_code == 401
+    answer = ask(urza, b"GET /api/v1/\x1b[2J\xc2\x9b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 4")
+    client.get("/health")
+    wait_until(lambda: "GET /health 200" in urza.log[begin:])
+    log = urza.log[begin:]
+    assert f"GET /api/v1/x%0a{quoted} 404" in log and f"POST /api/v1/x%0d%0a{quoted} 401" in log
+    assert "removed everything" not in log and log.replace("\n", "").isprintable()
+
+
 def test_killed_and_started_again(tmp_path):
     data, other = artifact(107), artifact(108)
     folder = tmp_path / "urza" / "blobs" / "sha256"
