@@ -50,10 +50,18 @@ class Database:
     def __init__(self, url: str, connections: int = 12) -> None:
         try:
             parsed = sa.make_url(url)
-        except sa.exc.ArgumentError:
-            raise DatabaseError("the database's URL is not one; expected sqlite:///PATH or postgresql://...") from None
-        #: Where it is, without the password.
-        self.shown = parsed.render_as_string(hide_password=True)
+        except (sa.exc.ArgumentError, ValueError):
+            # Not shown: there may be a password in it.
+            raise DatabaseError(
+                "the database's URL is not one; expected sqlite:///PATH or postgresql://USER:PASSWORD@HOST:PORT/NAME"
+            ) from None
+        if "@" in (parsed.host or ""):
+            raise DatabaseError(
+                "the database's URL has an '@' in its host; one that belongs to the password is written %40"
+            )
+        #: Where it is, without the password, and without what of a query need not be known: a password may be there too.
+        place = {name: value for name, value in parsed.query.items() if name in ("host", "port")}
+        self.shown = parsed.set(query=place).render_as_string(hide_password=True)
         #: Topic -> numbers that this process counted up to, and nobody has asked about yet.
         self._own: defaultdict[str, set[int]] = defaultdict(set)
         self._own_lock = threading.Lock()

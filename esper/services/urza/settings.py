@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -31,7 +31,7 @@ class Settings:
     """How one Urza process runs.
 
     Attributes:
-        database: SQLAlchemy URL of the database.
+        database: SQLAlchemy URL of the database; not in the text of the settings, because a password may be in it.
         blobs: Folder for the artifacts' bytes, or ``s3://bucket/prefix``.
         scratch: Folder for uploads that are not complete; on the blobs' file system where those are in a folder.
         s3_endpoint: Address of an S3 service other than Amazon's.
@@ -48,7 +48,7 @@ class Settings:
         upload_idle_s: How long an upload, or the taking of an answer, may pause before it is given up.
     """
 
-    database: str
+    database: str = field(repr=False)
     blobs: str
     scratch: Path
     s3_endpoint: str | None = None

@@ -19,6 +19,7 @@ from alembic.migration import MigrationContext
 from esper.cli.main import main
 from esper.services.urza.cards import Card, Cards
 from esper.services.urza.database import Database, DatabaseError
+from esper.services.urza.settings import settings_for
 from esper.services.urza.tables import changes, metadata, tokens
 
 START = """
@@ -120,6 +121,24 @@ def test_bad_addresses(tmp_path):
     assert "secret" not in str(refused.value)
 
 
+def test_no_password_is_shown(tmp_path):
+    for url, shown in [
+        ("postgresql://u:SECRET@h:1/d", "postgresql://u:***@h:1/d"),
+        ("postgresql://u@h/d?password=SECRET&sslpassword=SECRET", "postgresql://u@h/d"),
+        ("postgresql://u@/d?host=%2Frun%2Fpg&password=SECRET", "postgresql://u@/d?host=%2Frun%2Fpg"),
+    ]:
+        opened = Database(url)
+        assert (opened.shown, "SECRET" in opened.place) == (shown, False)
+    with pytest.raises(DatabaseError, match="'@' in its host; one that belongs to the password is written %40") as bad:
+        Database("postgresql://u:SEC@RET@host/d")
+    assert "SEC" not in str(bad.value) and "RET" not in str(bad.value)
+    refused = Database("postgresql://u@127.0.0.1:1/d?password=SECRET")
+    with pytest.raises(DatabaseError, match="cannot be used") as caught:
+        refused.migrate()
+    assert "SECRET" not in str(caught.value)
+    assert "SECRET" not in repr(settings_for(tmp_path, database="postgresql://u:SECRET@h/d"))
+
+
 def test_a_block_that_raises_writes_nothing(database):
     opened = Database(database)
     opened.migrate()
@@ -206,7 +225,7 @@ def test_the_command_line_refuses_what_makes_no_sense(tmp_path, capsys):
         (["--database", "mysql://u:secret@h/d"], "only sqlite"),
         (["--host", "203.0.113.1", "--port", "0"], "cannot listen"),
     ]:
-        assert main(["urza", "serve", "--data", str(tmp_path), *arguments]) == 1
+        assert main(["urza", "serve", "--data", str(tmp_path), "--port", "0", *arguments]) == 1
         error = capsys.readouterr().err
         assert message in error and "secret" not in error
 
