@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from esper.cli.numbers import check_number
 
 if TYPE_CHECKING:
+    from esper.services.urza.database import Database
     from esper.services.urza.settings import Settings
 
     Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -127,29 +128,37 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _administer(args: argparse.Namespace) -> int:
-    from esper.services.urza.database import Database, DatabaseError
-    from esper.services.urza.roles import Tokens
+    from esper.services.urza.database import Database
 
     database = Database(_settings(args).database)
     try:
-        if args.urza_command == "token" and not database.is_made():
-            raise DatabaseError(
-                f"there is no Urza at {database.place}: give the --data or --database of the one that is meant; a new "
-                "one is made by the first `esper urza serve`, or by `esper urza migrate` where tokens must come first"
-            )
-        database.migrate()
-        tokens = Tokens(database)
-        if args.urza_command == "migrate":
-            print(f"{database.shown} is up to date")
-        elif args.token_command == "add":
-            print(tokens.add(args.name, args.role))
-        elif args.token_command == "revoke":
-            tokens.revoke(args.name)
-            print(f"{args.name} is revoked")
-        else:
-            for row in tokens.rows():
-                made = time.strftime("%Y-%m-%d", time.gmtime(row.created_at))
-                print(f"{row.name:<24} {','.join(row.roles):<24} {made}{'  revoked' if row.revoked_at else ''}")
+        # Of a token that could not be stored not even the hash is shown.
+        with database.failing():
+            _act(args, database)
     finally:
         database.close()
     return 0
+
+
+def _act(args: argparse.Namespace, database: Database) -> None:
+    from esper.services.urza.database import DatabaseError
+    from esper.services.urza.roles import Tokens
+
+    if args.urza_command == "token" and not database.is_made():
+        raise DatabaseError(
+            f"there is no Urza at {database.place}: give the --data or --database of the one that is meant; a new "
+            "one is made by the first `esper urza serve`, or by `esper urza migrate` where tokens must come first"
+        )
+    database.migrate()
+    tokens = Tokens(database)
+    if args.urza_command == "migrate":
+        print(f"{database.shown} is up to date")
+    elif args.token_command == "add":
+        print(tokens.add(args.name, args.role))
+    elif args.token_command == "revoke":
+        tokens.revoke(args.name)
+        print(f"{args.name} is revoked")
+    else:
+        for row in tokens.rows():
+            made = time.strftime("%Y-%m-%d", time.gmtime(row.created_at))
+            print(f"{row.name:<24} {','.join(row.roles):<24} {made}{'  revoked' if row.revoked_at else ''}")

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from esper.contracts.errors import EsperError
-from esper.services.urza.tables import changes, tokens
+from esper.services.urza.tables import changes, metadata, tokens
 
 __all__ = ["Database", "DatabaseError"]
 
@@ -59,21 +59,42 @@ class Database:
             raise DatabaseError(
                 "the database's URL has an '@' in its host; one that belongs to the password is written %40"
             )
-        #: Where it is, without the password, and without what of a query need not be known: a password may be there too.
+        #: Where it is, without the password, and without what of a query need not be known: there may be one, too.
         place = {name: value for name, value in parsed.query.items() if name in ("host", "port")}
         self.shown = parsed.set(query=place).render_as_string(hide_password=True)
         #: Topic -> numbers that this process counted up to, and nobody has asked about yet.
         self._own: defaultdict[str, set[int]] = defaultdict(set)
         self._own_lock = threading.Lock()
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
-        if self.is_sqlite:
-            self._engine = _sqlite(parsed, connections)
-        elif parsed.get_backend_name() in ("postgresql", "postgres"):
-            self._engine = _postgresql(parsed, connections)
-        else:
-            raise DatabaseError(f"{self.shown}: only sqlite and postgresql are supported")
+        try:
+            if self.is_sqlite:
+                self._engine = _sqlite(parsed, connections)
+            elif parsed.get_backend_name() in ("postgresql", "postgres"):
+                self._engine = _postgresql(parsed, connections)
+            else:
+                raise DatabaseError(f"{self.shown}: only sqlite and postgresql are supported")
+        except sa.exc.ArgumentError as error:
+            raise DatabaseError(f"{self.shown}: {error}") from error
+        except ImportError as error:
+            raise DatabaseError(
+                f"{self.shown}: {error.name or 'its driver'} is not installed; PostgreSQL needs: "
+                "pip install 'esper[postgres]'"
+            ) from error
         #: The same for people: of SQLite the file.
         self.place = str(Path(str(parsed.database)).absolute()) if self.is_sqlite else self.shown
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Around what a person asked for: SQLAlchemy's errors become one line without statements and their values.
+
+        Raises:
+            DatabaseError: in their place.
+        """
+        try:
+            yield
+        except sa.exc.SQLAlchemyError as error:
+            reason = error.orig if isinstance(error, sa.exc.DBAPIError) else type(error).__name__
+            raise DatabaseError(f"{self.shown}: cannot be used: {reason}") from error
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
@@ -119,24 +140,29 @@ class Database:
         """Bring the schema up to date; of several processes that start at once, one does it and the others wait.
 
         Raises:
-            DatabaseError: if the database cannot be reached, or was made by a newer version.
+            DatabaseError: if the database cannot be reached, was made by a newer version, or lacks tables of the
+                version that it says it has.
         """
         config = alembic.config.Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
         try:
             if self.is_sqlite:
                 self._use_wal()
-            with self.write() as connection:
+            with self.failing(), self.write() as connection:
                 self.lock(connection)
                 config.attributes["connection"] = connection
                 alembic.command.upgrade(config, "head")
+                lacking = sorted(set(metadata.tables) - set(sa.inspect(connection).get_table_names()))
         except alembic.util.exc.CommandError as error:
             raise DatabaseError(
                 f"{self.shown}: its schema is not one that this version knows ({error}); "
                 "was it made by a newer version of Esper?"
             ) from error
-        except sa.exc.DBAPIError as error:
-            raise DatabaseError(f"{self.shown}: cannot be used: {error.orig}") from error
+        if lacking:
+            raise DatabaseError(
+                f"{self.shown}: says that it is up to date, but has no {', '.join(lacking)}; restore a backup, or give "
+                "another --database"
+            )
 
     def is_made(self) -> bool:
         """Whether there is a database with Urza's tables; it is looked for, not made.
@@ -147,11 +173,8 @@ class Database:
         # SQLite makes the file that it is asked to open.
         if self.is_sqlite and not Path(self.place).is_file():
             return False
-        try:
-            with self.read() as connection:
-                return sa.inspect(connection).has_table(tokens.name)
-        except sa.exc.DBAPIError as error:
-            raise DatabaseError(f"{self.shown}: cannot be used: {error.orig}") from error
+        with self.failing(), self.read() as connection:
+            return sa.inspect(connection).has_table(tokens.name)
 
     def check(self) -> None:
         """Ask the database something; raises what SQLAlchemy raises when it does not answer."""

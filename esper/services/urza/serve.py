@@ -37,7 +37,8 @@ def serve(settings: Settings, host: str, port: int, *, access_log: bool = False)
     # First of all: a process that cannot listen shall not be the one that made the first token.
     with _listen(host, port) as listening:
         service = Service(settings)
-        token = service.tokens.ensure_admin()
+        with service.database.failing():
+            token = service.tokens.ensure_admin()
         if token is not None:
             print(
                 f"urza: first start: token 'admin' with all roles, shown this once: {token}",

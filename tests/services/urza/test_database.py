@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -137,6 +139,53 @@ def test_no_password_is_shown(tmp_path):
         refused.migrate()
     assert "SECRET" not in str(caught.value)
     assert "SECRET" not in repr(settings_for(tmp_path, database="postgresql://u:SECRET@h/d"))
+
+
+def test_what_cannot_be_used_is_one_line(tmp_path, capsys):
+    emptied = tmp_path / "emptied.db"
+    with sqlite3.connect(emptied) as raw:
+        raw.execute("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
+        raw.execute("INSERT INTO alembic_version VALUES ('0001')")
+    raw.close()
+    (tmp_path / "psycopg.py").write_text("raise ModuleNotFoundError('no', name='psycopg')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from esper.cli.main import main; sys.exit(main())"
+    for url, message in [
+        ("sqlite+foo:////tmp/x.db", "sqlite+foo:////tmp/x.db: Can't load plugin: sqlalchemy.dialects:sqlite.foo"),
+        (
+            "postgresql://u:SECRET@127.0.0.1:port/db",
+            "the database's URL is not one; expected sqlite:///PATH or postgresql",
+        ),
+        (f"sqlite:///{emptied}", "says that it is up to date, but has no blueprints, changes, history, jobs, kernel_"),
+    ]:
+        for command in (["serve", "--port", "0"], ["migrate"]):
+            assert main(["urza", *command, "--data", str(tmp_path), "--database", url]) == 1
+            out, err = capsys.readouterr()
+            assert out == "" and err.count("\n") == 1 and message in err and "SECRET" not in err, err
+    run = [sys.executable, "-c", code, "urza", "migrate", "--database", "postgresql://u:SECRET@127.0.0.1:1/db"]
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == (
+        "esper urza: postgresql://u:***@127.0.0.1:1/db: psycopg is not installed; PostgreSQL needs: "
+        "pip install 'esper[postgres]'\n"
+    )
+
+
+def test_a_database_that_may_only_be_read_is_one_line(tmp_path):
+    """And shows nothing of the token that could not be kept."""
+    where = ["--data", str(tmp_path)]
+    assert main(["urza", "migrate", *where]) == 0
+    (tmp_path / "urza.db").chmod(0o444)
+    run = [sys.executable, "-m", "esper.cli.main", "urza"]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root may write everywhere, and there is no setpriv to give that up")
+        powers = "-dac_override,-dac_read_search"
+        run = ["setpriv", f"--bounding-set={powers}", f"--inh-caps={powers}", *run]
+    for command in (["token", "add", "x", "--role", "read"], ["serve", "--port", "0"]):
+        ended = subprocess.run([*run, *command, *where], capture_output=True, text=True, timeout=60)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        expected = f"esper urza: sqlite:///{tmp_path}/urza.db: cannot be used: attempt to write a readonly database\n"
+        assert ended.stderr == expected
 
 
 def test_a_block_that_raises_writes_nothing(database):
