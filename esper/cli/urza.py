@@ -88,7 +88,7 @@ def _add_serve(commands: Subparsers) -> None:
 
 
 def _add_where(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder for everything not placed otherwise")
+    parser.add_argument("--data", metavar="DIR", help="folder for everything not placed otherwise")
     parser.add_argument(
         "--database",
         metavar="URL",
@@ -99,14 +99,22 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
 def _settings(args: argparse.Namespace, **options: object) -> Settings:
     from esper.services.urza.settings import settings_for
 
-    database = args.database or os.environ.get(_DATABASE_VARIABLE)
-    return settings_for(args.data, database=database, **options)  # type: ignore[arg-type]
+    database = args.database
+    if database is None:
+        # What a file or `$(...)` put into it may end in a line's end; empty, it is as if it were not set.
+        database = os.environ.get(_DATABASE_VARIABLE, "").strip() or None
+    # Before a path is made of it: an empty one is the working directory.
+    if args.data is not None and not args.data.strip():
+        raise ValueError("--data is empty; leave it out to have the default")
+    return settings_for(None if args.data is None else Path(args.data), database=database, **options)  # type: ignore[arg-type]
 
 
 def _serve(args: argparse.Namespace) -> int:
     from esper.services.urza.serve import serve
     from esper.services.urza.settings import MAX_PRESIGN_S, MAX_WRITES
 
+    if not args.host.strip():
+        raise ValueError("--host is empty; give an address to listen on, 0.0.0.0 for all of IPv4")
     check_number("--port", args.port, 0, 65_535)
     check_number("--presign-s", args.presign_s, 1, MAX_PRESIGN_S)
     check_number("--max-mb", args.max_mb, 0.001, 1 << 20)

@@ -93,8 +93,28 @@ def default_data_dir() -> Path:
 def settings_for(
     data: Path | None = None, *, database: str | None = None, blobs: str | None = None, **options: object
 ) -> Settings:
-    """Settings with database, blobs and scratch under ``data`` (default: the user's data folder) unless given."""
+    """Settings with database, blobs and scratch under ``data`` (default: the user's data folder) unless given.
+
+    Raises:
+        ValueError: a place is empty, or has characters in it that none has; or a number is none.
+    """
+    # Not above: the command line reads this module to describe its options, where SQLAlchemy may not be installed.
+    import sqlalchemy as sa
+
+    for name, place in (("data", data), ("database", database), ("blobs", blobs)):
+        # An empty path is the working directory, or a default, and neither is what was meant.
+        if place is not None and not (text := str(place)).strip():
+            raise ValueError(f"{name} is empty; leave it out to have the default")
+        # Shown without the text, in which there may be a password.
+        if place is not None and not text.isprintable():
+            raise ValueError(f"{name} has a line's end or another character in it that cannot be printed")
     data = (default_data_dir() if data is None else data.expanduser()).absolute()
+    if database is None:
+        # Not put together as text: in a URL '?', '#' and '%' mean something else.
+        url = sa.URL.create("sqlite", database=str(data / "urza.db"))
+        database = url.render_as_string(hide_password=False)
+        if sa.make_url(database) != url:  # SQLAlchemy 2.0 does not quote
+            raise ValueError(f"data is {str(data)!r}, which has characters that a URL has not; choose another folder")
     blobs = str(data / "blobs") if blobs is None else blobs
     on_s3 = "://" in blobs
     if on_s3 and not blobs.startswith("s3://"):
@@ -102,7 +122,7 @@ def settings_for(
     if not on_s3:
         blobs = str(Path(blobs).expanduser().absolute())
     return Settings(
-        database=database or f"sqlite:///{data / 'urza.db'}",
+        database=database,
         blobs=blobs,
         # Beside the blobs, because a rename is atomic within one file system only.
         scratch=data / "tmp" if on_s3 else Path(blobs) / "tmp",
