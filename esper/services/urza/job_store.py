@@ -61,14 +61,17 @@ def enqueue(connection: Connection, blueprint_id: str, request: dict[str, Any], 
     return job_id, True
 
 
-def claim(connection: Connection, worker: str, lease_s: float, aside: Sequence[str] = ()) -> dict[str, Any] | None:
+def claim(
+    connection: Connection, worker: str, lease_s: float, aside: Sequence[str] = (), *, by: str
+) -> dict[str, Any] | None:
     """Give the oldest job that waits, or whose lease ran out, to a worker; None when there is none.
 
     Args:
         connection: In a transaction that writes.
-        worker: Its name, which stands in the history.
+        worker: Its name as it says, which stands in the history's reasons.
         lease_s: How long it has the job.
         aside: Jobs that it does not want: it cannot run them, and has left them to others.
+        by: The name of its token, which is who the history says it was.
     """
     now = time.time()
     while True:
@@ -86,8 +89,8 @@ def claim(connection: Connection, worker: str, lease_s: float, aside: Sequence[s
         if row.attempts < MAX_ATTEMPTS:
             break
         reason = f"given up after {row.attempts} attempts that did not end; the last was {row.worker}'s"
-        _end(connection, row, "INVALID", by=worker, reason=reason, log=row.log or reason)
-    reason = "claimed" if row.status == "QUEUED" else f"claimed: the lease of {row.worker} ran out"
+        _end(connection, row, "INVALID", by=by, reason=reason, log=row.log or reason)
+    reason = f"claimed by {worker}" + ("" if row.status == "QUEUED" else f": the lease of {row.worker} ran out")
     connection.execute(
         sa.update(jobs)
         .where(jobs.c.job_id == row.job_id)
@@ -100,8 +103,8 @@ def claim(connection: Connection, worker: str, lease_s: float, aside: Sequence[s
             updated_at=now,
         )
     )
-    record(connection, "job", row.job_id, row.status, "RUNNING", worker, reason)
-    blueprint_store.move(connection, row.blueprint_id, "COMPILING", by=worker, reason=f"job {row.job_id}")
+    record(connection, "job", row.job_id, row.status, "RUNNING", by, reason)
+    blueprint_store.move(connection, row.blueprint_id, "COMPILING", by=by, reason=f"job {row.job_id}")
     claimed = _row(connection, row.job_id)
     return {**_summary(claimed), "blueprint": _blueprint(connection, row.blueprint_id), "lease": claimed.lease}
 

@@ -139,10 +139,10 @@ def list_jobs(
     responses={204: {"description": "No job waits"}, **errors(400, 408, 413, 429)},
     summary="Claim the oldest job that waits",
 )
-def claim(service: Shared, _: Publisher, wish: JobClaim) -> Response:
+def claim(service: Shared, caller: Publisher, wish: JobClaim) -> Response:
     """A job for as long as the lease lasts; its time may be extended. None of those in ``aside``."""
     with service.database.write() as connection:
-        job = job_store.claim(connection, wish.worker, wish.lease_s, wish.aside)
+        job = job_store.claim(connection, wish.worker, wish.lease_s, wish.aside, by=caller.name)
     return Response(status_code=204) if job is None else JSONResponse(job)
 
 

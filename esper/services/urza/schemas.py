@@ -40,6 +40,19 @@ def _no_nul(text: str) -> str:
     return text
 
 
+def _printable(text: str) -> str:
+    # It stands in sentences of the history, one line each.
+    if not text.isprintable():
+        raise ValueError("must not contain characters that cannot be printed")
+    return text
+
+
+def _shown(text: str) -> str:
+    # What a compiler or a person wrote is kept, and what it would do to the terminal of whoever reads it is not.
+    text = text.replace("\r\n", "\n")
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
+
+
 _TAG = r"^[A-Za-z0-9][A-Za-z0-9_.:/+=-]{0,63}$"
 Tag = Annotated[str, StringConstraints(pattern=_TAG)]
 Tags = Annotated[list[Tag], Field(max_length=32)]
@@ -52,13 +65,13 @@ Metric = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 Lease = Annotated[float, Field(ge=1, le=86_400, allow_inf_nan=False)]
 
 
-WorkerName = Annotated[str, StringConstraints(min_length=1, max_length=128), AfterValidator(_no_nul)]
+WorkerName = Annotated[str, StringConstraints(min_length=1, max_length=128), AfterValidator(_printable)]
 #: What a job's name looks like.
 JOB_PATTERN = r"^[0-9a-f]{32}$"
 JobName = Annotated[str, StringConstraints(pattern=JOB_PATTERN)]
 LeaseKey = Annotated[str, StringConstraints(max_length=64), AfterValidator(_no_nul)]
-Reason = Annotated[str, StringConstraints(max_length=2000), AfterValidator(_no_nul)]
-Log = Annotated[str, StringConstraints(max_length=65_536), AfterValidator(_no_nul)]
+Reason = Annotated[str, StringConstraints(max_length=2000), AfterValidator(_shown)]
+Log = Annotated[str, StringConstraints(max_length=65_536), AfterValidator(_shown)]
 
 
 class _In(BaseModel):

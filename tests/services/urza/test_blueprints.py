@@ -14,6 +14,7 @@ from esper.services.tezzeret.forge import build
 from esper.services.urza import job_store
 from tests.artifacts.samples import sample
 from tests.services.urza.api import artifact, error
+from tests.services.urza.server import wait_until
 
 BOTTLENECK = get("bottleneck", rank=2)
 
@@ -135,7 +136,7 @@ def test_a_lease_that_runs_out_makes_a_job_free(api, lapse):
     renewal = api("POST", f"/api/v1/jobs/{first['job_id']}/renew", json={"lease": first["lease"]})
     assert renewal.status_code == 409
     history = api("GET", f"/api/v1/jobs/{first['job_id']}").json()["history"]
-    assert history[-1]["reason"] == "claimed: the lease of w1 ran out"
+    assert history[-1]["reason"] == "claimed by w2: the lease of w1 ran out"
 
 
 def test_a_renewed_lease_lasts(api, monkeypatch):
@@ -270,6 +271,44 @@ def test_text_that_no_database_stores_is_refused(api):
     assert claim(api, lease_s=0).status_code == 422
     assert api("GET", f"/api/v1/jobs/{'0' * 32}").status_code == 404
     assert api("GET", f"/api/v1/blueprints/{'0' * 64}").status_code == 404
+
+
+def test_a_history_names_the_token_and_not_what_a_worker_calls_itself(api, lapse):
+    forge = api.service.tokens.add("forge", ["publish"])
+    wait_until(lambda: len(api.service.watch.callers) == 2)
+    submit(api, d_in=6, d_out=4)
+
+    def claimed():
+        return api.as_(forge)("POST", "/api/v1/jobs/claim", json={"worker": "admin"})
+
+    for _ in range(3):
+        job = claimed().json()
+        assert job["worker"] == "admin"
+        lapse()
+    assert claimed().status_code == 204, "given up"
+    history = api("GET", f"/api/v1/jobs/{job['job_id']}").json()["history"]
+    assert [(line["to"], line["by"], line["reason"]) for line in history] == [
+        ("QUEUED", "admin", "submitted"),
+        ("RUNNING", "forge", "claimed by admin"),
+        ("RUNNING", "forge", "claimed by admin: the lease of admin ran out"),
+        ("RUNNING", "forge", "claimed by admin: the lease of admin ran out"),
+        ("INVALID", "forge", "given up after 3 attempts that did not end; the last was admin's"),
+    ]
+    found = api("GET", f"/api/v1/blueprints/{blueprint_hash(BOTTLENECK)}").json()["history"]
+    assert [line["by"] for line in found] == ["admin", "forge", "forge"]
+
+
+def test_a_log_and_a_reason_keep_what_can_be_printed(api):
+    submit(api, d_in=6, d_out=4)
+    log = "one\r\ntwo\tthree \u00e9\n\x1b[2J\x00\x9b1m\u202e"
+    assert finish(api, claim(api).json(), "retry", log=log).json()["log"] == (
+        "one\ntwo\tthree \u00e9\n\ufffd[2J\ufffd\ufffd1m\ufffd"
+    )
+    path = f"/api/v1/blueprints/{blueprint_hash(BOTTLENECK)}"
+    assert api("POST", f"{path}/status", json={"status": "INVALID", "reason": "no\x1b[2J"}).status_code == 200
+    assert api("GET", path).json()["history"][-1]["reason"] == "no\ufffd[2J"
+    for worker in ("w\n", "w\x1b[2J", "w\u202e"):
+        assert claim(api, worker).status_code == 422
 
 
 def test_a_worker_whose_jobs_come_from_elsewhere_says_where_a_blueprint_stands(api):
