@@ -337,3 +337,11 @@ def test_a_worker_whose_jobs_come_from_elsewhere_says_where_a_blueprint_stands(a
         ("COMPILING", "job 3"),
         ("COMPILED", "job 3"),
     ]
+
+
+def test_a_body_that_is_no_json(local):
+    """As docs/urza.md says."""
+    headers = {"Content-Type": "application/json"}
+    for body, status, code in [(b"{", 422, "invalid"), (b"", 422, "invalid"), (b"\xff", 400, "bad_request")]:
+        answer = local("POST", "/api/v1/jobs/claim", content=body, headers=headers)
+        assert (answer.status_code, error(answer)) == (status, code), body
