@@ -82,8 +82,9 @@ def wrap(
         ValueError: an unknown layer name, a layer that its parent never calls, a lazy layer that has seen no batch and
             so has no sizes, an argument out of range, a layer that brings another number of seeds than
             ``seeds_per_layer``, a layer that another wrapped model has (networks that share layers, wrapped in place),
-            memory to be reserved for a layer that has no size of its own (an activation) or brings awake seeds, or a
-            module of the network's own that is named ``esper``.
+            memory to be reserved for a layer that has no size of its own (an activation) or brings awake seeds, a
+            module of the network's own that is named ``esper``, or, where the model publishes, an ``ESPER_RUN_ID`` that
+            is no name of a run.
         NotImplementedError: a target type that Esper does not support; the message names it.
         TypeError: ``model`` is not a module, or is wrapped already; or ``bus`` is neither a client nor a URL.
         BusError: nothing answers at the bus's URL, or it refuses; the message says what to check.
@@ -129,7 +130,12 @@ def wrap(
         reserve_tap=reserve_tap,
     )
     if client is not None:
-        wrapped.publish_to(client, telemetry, owns_bus=client is not bus)
+        try:
+            wrapped.publish_to(client, telemetry, owns_bus=client is not bus)
+        except BaseException:
+            if client is not bus:
+                client.close()
+            raise
     return wrapped
 
 

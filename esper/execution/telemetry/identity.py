@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import sys
@@ -11,6 +12,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Final
+
+from esper.contracts import payload
+from esper.contracts.messages import MessageError
 
 __all__ = ["Identity", "in_child", "rank_and_world", "renewed", "this_process"]
 
@@ -42,18 +46,39 @@ def this_process(run_id: str | None = None) -> Identity:
 
     Args:
         run_id: Name of the run, 1 to 64 letters, digits, dots, underscores and hyphens. By default ``ESPER_RUN_ID``,
-            else torchrun's ``TORCHELASTIC_RUN_ID``, else one made of time and chance. A name that another model of this
-            process has or had gets a number: windows are counted by model.
+            else torchrun's ``TORCHELASTIC_RUN_ID`` with hyphens for what a name cannot have, else one made of time and
+            chance. A name that another model of this process has or had gets a number: windows are counted by model.
+
+    Raises:
+        MessageError: ``ESPER_RUN_ID`` is no such name. It is refused here, because every message would be later.
     """
-    launcher = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    # torchrun calls every run "none" unless it is told a name.
-    chosen = run_id or os.environ.get("ESPER_RUN_ID") or (launcher if launcher != "none" else "")
+    chosen = run_id or _asked_for() or _launchers()
     base = chosen or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
     with _lock:
         _taken[base] += 1
         number = _taken[base]
     name = base if number == 1 else f"{base[: _MAX_RUN_ID - 8]}.{number}"
     return _named(name)
+
+
+def _asked_for() -> str:
+    name = os.environ.get("ESPER_RUN_ID", "")
+    if name:
+        try:
+            payload.run_id("ESPER_RUN_ID", name)
+        except MessageError:
+            raise MessageError(
+                f"ESPER_RUN_ID is {name!r:.80}; the name of a run is 1 to {_MAX_RUN_ID} letters, digits, dots, "
+                "underscores and hyphens, and begins with a letter or a digit"
+            ) from None
+    return name
+
+
+def _launchers() -> str:
+    """torchrun's ``--rdzv-id``, which may be anything, as a name: the same on all ranks."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    # torchrun calls every run "none" unless it is told a name.
+    return "" if name == "none" else re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:_MAX_RUN_ID]
 
 
 def renewed(identity: Identity) -> Identity:

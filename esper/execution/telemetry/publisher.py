@@ -82,7 +82,8 @@ class Publisher:
         owns_bus: Whether :meth:`close` closes the bus.
 
     Raises:
-        ValueError: a layer's name cannot be published, or there is a key and the bus cannot be followed.
+        ValueError: a layer's name or ``ESPER_RUN_ID`` cannot be published, or there is a key and the bus cannot be
+            followed.
         EsperError: the key for commands is too short.
     """
 

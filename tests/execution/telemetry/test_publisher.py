@@ -8,6 +8,7 @@ import itertools
 import math
 import pickle
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -591,6 +592,30 @@ def test_names_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert who.sender_id.endswith("rank3of8")
     monkeypatch.setenv("RANK", "9")
     assert this_process("odd").world_size == 1
+
+
+@pytest.mark.parametrize("name", ["job 17", "proj/job", ".hidden", "x" * 65])
+def test_a_bad_name_in_the_environment_is_refused_by_wrap(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPER_RUN_ID", name)
+    with pytest.raises(ValueError, match=rf"ESPER_RUN_ID is '{re.escape(name)}'.*letters"):
+        esper.wrap(host(), bus="memory://")
+    esper.wrap(host()).step()  # no bus, no name needed
+
+
+@pytest.mark.parametrize(
+    ("given", "name"), [("proj/job:1", "proj-job-1"), ("_a b", "a-b"), ("y" * 70, "y" * 64), ("größe", "gr--e")]
+)
+def test_torchruns_id_becomes_a_name(given: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from esper.contracts import payload
+    from esper.execution.telemetry.identity import this_process
+
+    monkeypatch.setattr("esper.execution.telemetry.identity._taken", Counter())
+    monkeypatch.delenv("ESPER_RUN_ID", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", given)
+    assert this_process().run_id == name
+    payload.run_id("run_id", name)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "/")
+    payload.run_id("run_id", this_process().run_id)
 
 
 def test_ranks_of_torch_distributed(tmp_path: Path, bus: FakeBus, monkeypatch: pytest.MonkeyPatch) -> None:
