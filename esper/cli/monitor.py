@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "rich":
             raise
-        raise EsperError("the package rich is not installed: pip install 'esper[monitor]'") from None
+        raise EsperError("the package rich is not installed; in Esper's folder: pip install '.[monitor]'") from None
     ui = _ui(args)
     if not args.once and not args.no_view and not sys.stdout.isatty():
         raise EsperError("standard output is no terminal: use --once to print the picture, or --no-view to export only")

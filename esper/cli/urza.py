@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
         import fastapi  # noqa: F401
         import sqlalchemy  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"{error.name} is not installed; the registry needs: pip install 'esper[urza]'") from error
+        raise ValueError(
+            f"{error.name} is not installed, which the registry needs; in Esper's folder: pip install '.[urza]'"
+        ) from error
     if args.urza_command == "serve":
         return _serve(args)
     return _administer(args)

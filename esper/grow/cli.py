@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         import matplotlib  # noqa: F401 - found missing now rather than after the training
     except ImportError as error:
-        raise GrowError(f"the picture needs matplotlib ({error}): pip install 'esper[grow]'") from error
+        raise GrowError(f"the picture needs matplotlib ({error}); in Esper's folder: pip install '.[grow]'") from error
     from esper.grow.data import load_digits, load_npz
 
     device = _device(args.device)

@@ -76,7 +76,7 @@ def load_digits() -> Task:
         from sklearn.datasets import load_digits as sklearn_digits
     except ImportError as error:
         raise GrowError(
-            f"the digits data needs scikit-learn ({error}): pip install 'esper[grow]', or --data FILE"
+            f"the digits data needs scikit-learn ({error}); in Esper's folder: pip install '.[grow]', or --data FILE"
         ) from error
     bunch = sklearn_digits()
     return _task("digits (scikit-learn)", bunch.data, bunch.target, "scikit-learn's digits")

@@ -46,7 +46,7 @@ class Exporters:
                     from esper.watch.prometheus import PrometheusExporter, serve
                 except ImportError:
                     raise EsperError(
-                        "metrics need the package prometheus_client: pip install 'esper[monitor]'"
+                        "metrics need the package prometheus_client; in Esper's folder: pip install '.[monitor]'"
                     ) from None
                 served = serve(PrometheusExporter(watcher.looking, watcher.now), host, port)
                 stack.callback(served.close)

@@ -34,7 +34,9 @@ class TensorBoardExporter:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise EsperError("--tensorboard needs the package tensorboard: pip install 'esper[tensorboard]'") from None
+            raise EsperError(
+                "--tensorboard needs the package tensorboard; in Esper's folder: pip install '.[tensorboard]'"
+            ) from None
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -383,5 +383,5 @@ def test_without_rich(tmp_path: Path):
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert (result.returncode, result.stderr) == (
         1,
-        "esper monitor: the package rich is not installed: pip install 'esper[monitor]'\n",
+        "esper monitor: the package rich is not installed; in Esper's folder: pip install '.[monitor]'\n",
     )

@@ -5,5 +5,5 @@
 
 The parts, from the outside in: :mod:`~esper.services.urza.serve` runs the process, :mod:`~esper.services.urza.app` puts
 the routes together, :mod:`~esper.services.urza.service` holds what they share, ``*_store`` modules speak SQL, and
-:mod:`~esper.services.urza.blobs` keeps the bytes. Needs the extra ``esper[urza]``.
+:mod:`~esper.services.urza.blobs` keeps the bytes. Needs Esper's extra ``urza``.
 """
