@@ -84,16 +84,16 @@ def _run(args: argparse.Namespace) -> int:
         raise GrowError(f"--epochs {args.epochs}: expected at least 1")
     if not 0 <= args.seed <= MAX_SEED:
         raise GrowError(f"--seed {args.seed}: expected 0 to {MAX_SEED}")
-    try:
-        import matplotlib  # noqa: F401 - found missing now rather than after the training
-    except ImportError as error:
-        raise GrowError(f"the picture needs matplotlib ({error}); in Esper's folder: pip install '.[grow]'") from error
     from esper.grow.data import load_digits, load_npz
 
     device = _device(args.device)
     task = load_npz(Path(args.data)) if args.data is not None else load_digits()
     out = _make_folder(args.out)
     registry = _registry_url(args.registry, out)
+    try:
+        import matplotlib  # noqa: F401 - said now rather than after the training
+    except ImportError as error:
+        print(f"no picture, which needs matplotlib ({error}); in Esper's folder: pip install '.[grow]'", flush=True)
     return _train(task, args, device, out, registry)
 
 
@@ -174,7 +174,6 @@ def _one_thread() -> Iterator[None]:
 
 def _conclude(experiment: Any, epochs: int, seconds: float, interrupted: bool) -> None:
     from esper.grow.display import print_table
-    from esper.grow.plot import draw
     from esper.grow.report import build_report, table_rows, write_report
 
     report = build_report(
@@ -187,7 +186,10 @@ def _conclude(experiment: Any, epochs: int, seconds: float, interrupted: bool) -
         interrupted=interrupted,
     )
     write_report(report, experiment.out / "report.json")
-    draw(experiment.results, experiment.layer_rows, experiment.out / "growth.png")
+    with contextlib.suppress(ImportError):  # of matplotlib: said when the run began
+        from esper.grow.plot import draw
+
+        draw(experiment.results, experiment.layer_rows, experiment.out / "growth.png")
     rows = table_rows(report)
     if rows:
         print_table(rows)

@@ -89,6 +89,20 @@ def test_the_whole_job_in_small(
     assert events_of(out) == log
 
 
+def test_without_matplotlib_there_is_no_picture_and_a_line_that_says_so(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "REPEATS", 1)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib" or name == "esper.grow.plot"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "out"
+    assert run("--data", str(small), "--epochs", "2", "--out", str(out)) == 0
+    assert "no picture, which needs matplotlib" in capsys.readouterr().out
+    assert (out / "report.json").exists()
+    assert not (out / "growth.png").exists()
+
+
 def test_default_folder_is_new_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folders = {cli._make_folder(None) for _ in range(3)}
