@@ -18,9 +18,16 @@ def _import() -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError as error:
         if error.name != "esper._native":
             return None, f"esper._native does not load: {error}"
-        others = sorted(path.name for path in Path(__file__).parent.parent.glob("_native*"))
+        package = Path(__file__).parent.parent
+        others = sorted(path.name for path in package.glob("_native*"))
         if others:
             return None, f"esper._native was built for another Python ({', '.join(others)}); reinstall it for this one"
+        checkout = package.parent
+        if (checkout / "setup.py").is_file() and (checkout / "csrc").is_dir():
+            return None, (
+                f"esper._native was not built: esper was imported from the checkout {checkout}, which has no extension. "
+                "Run `make native` there, or work in another folder to use the installed package"
+            )
         return None, "esper._native was not built (`pip install .` builds it; it needs a C++ compiler)"
     except ImportError as error:
         return None, f"esper._native does not load: {error}"
