@@ -193,7 +193,7 @@ def _submit(args: argparse.Namespace) -> int:
     """Submit a job; prints its name, and with ``--wait`` the artifact's id instead, alone on its line."""
     from esper.cli.compile import _blueprint, _options
     from esper.services.tezzeret.job import CompileJob
-    from esper.services.tezzeret.pipelines import check_request
+    from esper.services.tezzeret.pipelines import check_request, torch_name
 
     for option, value in (("--d-in", args.d_in), ("--d-out", args.d_out), ("--rank", args.rank)):
         check_number(option, value, 1, 1 << 20)
@@ -202,13 +202,14 @@ def _submit(args: argparse.Namespace) -> int:
     pipeline = choose_pipeline(args.pipeline, args.arch)
     # A worker would say so too, and nobody might be looking.
     check_request(pipeline, args.arch)
+    dtype = torch_name(args.dtype)  # Urza takes torch's names only
     blueprint = _bound(_blueprint(args.blueprint), _options(args.param, args.rank))
     job = CompileJob(
         blueprint=blueprint,
         d_in=args.d_in,
         d_out=args.d_out,
         seed=args.seed,
-        dtype=args.dtype,
+        dtype=dtype,
         pipeline=pipeline,
         architectures=args.arch,
         tags=args.tag,

@@ -48,6 +48,7 @@ def test_architectures_alone_mean_standard(submitted, options, pipeline):
         (["--arch", "sm_90", "--pipeline", "fast"], "pipeline 'fast' builds no GPU binaries"),
         (["--arch", "sm_93"], "unknown architecture 'sm_93'; known: sm_80, "),
         (["--tag", "bad tag"], "job.tags has 'bad tag'; a tag is 1 to 64 letters"),
+        (["--dtype", "int8"], "dtype 'int8' cannot be stored; possible: float64, "),
     ],
 )
 def test_what_no_worker_would_compile_is_not_submitted(submitted, capsys, options, message):
@@ -56,6 +57,11 @@ def test_what_no_worker_would_compile_is_not_submitted(submitted, capsys, option
     assert message in err
     assert err.count("\n") == 1
     assert submitted == []
+
+
+def test_a_job_has_torchs_name_of_a_dtype(submitted):
+    assert main([*SUBMIT, "--dtype", "bf16"]) == 0
+    assert [job.dtype for job in submitted] == ["bfloat16"]
 
 
 @pytest.mark.parametrize("command", [["tezzeret", "worker"], SUBMIT])
