@@ -81,9 +81,11 @@ def _add_worker(actions: Subparsers) -> None:
     parser.add_argument("--once", action="store_true", help="run the jobs that wait, then exit")
     parser.add_argument("--name", metavar="NAME", help="this worker's name, different for each (default made up)")
     parser.add_argument(
-        "--lease", type=float, default=60.0, metavar="S", help="a silent worker loses its job after this"
+        "--lease", type=float, default=60.0, metavar="S", help="a silent worker loses its job after this (default 60)"
     )
-    parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="for jobs under way after SIGTERM")
+    parser.add_argument(
+        "--grace", type=float, default=30.0, metavar="S", help="for jobs under way after SIGTERM (default 30)"
+    )
 
 
 def _add_submit(actions: Subparsers) -> None:
