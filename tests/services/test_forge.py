@@ -33,6 +33,8 @@ def opened(registry: FileRegistry, artifact_id: str) -> Artifact:
 
 def test_it_is_the_public_name():
     assert esper.compile is compile_blueprint
+    with pytest.raises(TypeError, match=r"^compile\(\) missing"):
+        esper.compile("bottleneck")  # type: ignore[call-arg]
 
 
 def test_by_name_with_options(registry):

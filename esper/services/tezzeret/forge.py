@@ -42,10 +42,10 @@ def build(
     sign_with: SigningKey | None = None,
     **options: Any,
 ) -> bytes:
-    """Validate a blueprint, draw its weights, and pack both: :func:`compile_blueprint` without the publishing.
+    """Validate a blueprint, draw its weights, and pack both: :func:`compile` without the publishing.
 
     The same arguments and tool versions give the same bytes. Arguments and errors are those of
-    :func:`compile_blueprint`.
+    :func:`compile`.
     """
     numbers = check_request(pipeline, architectures)
     chosen = torch_name(dtype)
@@ -77,7 +77,7 @@ def build(
     )
 
 
-def compile_blueprint(
+def compile(
     blueprint: Blueprint | str,
     *,
     d_in: int,
@@ -139,8 +139,8 @@ def compile_blueprint(
     return _publish(client, data)
 
 
-#: The public name, ``esper.compile``.
-compile = compile_blueprint
+#: The same, for modules that do not want to hide Python's ``compile``.
+compile_blueprint = compile
 
 
 def _check_bytes(resolved: Resolved, dtype: str) -> None:
