@@ -86,7 +86,10 @@ def header_size(prefix: bytes, total: int) -> int:
         raise ArtifactError(f"not an artifact: {min(total, len(prefix))} bytes are too few for a safetensors file")
     length = int.from_bytes(prefix[:_PREFIX], "little")
     if length > MAX_HEADER_BYTES:
-        raise ArtifactError(f"the header claims {length} bytes, more than the limit of {MAX_HEADER_BYTES}")
+        raise ArtifactError(
+            f"the header claims {length} bytes, more than the limit of {MAX_HEADER_BYTES}; "
+            "is it a safetensors file at all?"
+        )
     if length > total - _PREFIX:
         raise ArtifactError(
             f"the header claims {length} bytes, but only {total - _PREFIX} follow: the file is truncated"
