@@ -229,7 +229,8 @@ class Monitor:
     def _probe(self, layer_name: str) -> _Probe:
         probe = self._by_name.get(layer_name)
         if probe is None:
-            raise ValueError(f"Layer '{layer_name}' not found")
+            known = ", ".join(map(repr, self._by_name)) or "no layer"
+            raise ValueError(f"Layer {layer_name!r} not found; watched: {known}")
         return probe
 
     def take_closed(self) -> dict[int, ClosedWindow]:

@@ -352,7 +352,7 @@ def test_health_is_that_of_the_window():
 
 
 def test_health_of_an_unknown_layer():
-    with pytest.raises(ValueError, match="Layer 'b' not found"):
+    with pytest.raises(ValueError, match="Layer 'b' not found; watched: 'a'"):
         Monitor([Layer("a")], object()).health("b")
 
 
