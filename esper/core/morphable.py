@@ -295,8 +295,8 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
             for layer in self.kasmina_layers.values():
                 if modules.get(layer_name) is layer.default_transform:
                     return layer
-            known = ", ".join(self.kasmina_layers) or "no layer with seeds"
-            raise ValueError(f"Layer '{layer_name}' not found; this model has: {known}")
+            known = ", ".join(map(repr, self.kasmina_layers)) or "no layer with seeds"
+            raise ValueError(f"Layer {layer_name!r} not found; this model has: {known}")
         return found
 
     def on_growth(self, callback: GrowthCallback) -> Callable[[], None]:

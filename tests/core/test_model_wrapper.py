@@ -55,6 +55,11 @@ def finish(model: MorphableModel, future: object, steps: int = 2000) -> bool:
     raise AssertionError("the request did not finish")
 
 
+def test_a_layer_that_is_not_there_is_named_as_it_was_given(model: MorphableModel) -> None:
+    with pytest.raises(ValueError, match="Layer 0 not found; this model has: '0', '2'"):
+        model.request_kernel(0, 0, "k")  # type: ignore[arg-type]
+
+
 class TestWrapFunction:
     def test_wrap_defaults_to_linear_and_conv(self) -> None:
         net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2), nn.LayerNorm(2))
