@@ -273,7 +273,9 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
         self._clock.due = 0
 
     def set_seed_alpha(self, layer_name: str, seed_idx: int, alpha: float) -> None:
-        """Set a seed's blend factor at once, clamped to [0, 1].
+        """Set an awake seed's blend factor at once, clamped to [0, 1].
+
+        On a seed that sleeps or loads it has no effect: whoever wakes the seed says which alpha it gets.
 
         Raises:
             ValueError: unknown layer, bad seed index, or alpha is NaN.
