@@ -86,7 +86,8 @@ def wrap(
             module of the network's own that is named ``esper``, or, where the model publishes, an ``ESPER_RUN_ID`` that
             is no name of a run.
         NotImplementedError: a target type that Esper does not support; the message names it.
-        TypeError: ``model`` is not a module, or is wrapped already; or ``bus`` is neither a client nor a URL.
+        TypeError: ``model`` is not a module, or is wrapped already; ``target_layers`` is no list; or ``bus`` is neither
+            a client nor a URL.
         BusError: nothing answers at the bus's URL, or it refuses; the message says what to check.
     """
     _check_arguments(model, seeds_per_layer, reserve_rank, reserve_tap, monitor_budget)
@@ -95,7 +96,10 @@ def wrap(
     targets = find_targets(body, target_layers)
     if not targets:
         wanted = "Linear or Conv2d" if target_layers is None else ", ".join(map(_describe, target_layers))
-        warnings.warn(f"{type(model).__name__} has no layer to give seeds to (looked for {wanted})", stacklevel=2)
+        warnings.warn(
+            f"{type(model).__name__} has no layer to give seeds to (looked for {wanted}; name others in target_layers=)",
+            stacklevel=2,
+        )
     _check_seeds(targets, seeds_per_layer, reserve_rank)
     for name, host in targets.items():
         if not (isinstance(host, Seeded) and host.seeds.standalone):
@@ -221,7 +225,11 @@ def find_targets(
     Raises:
         ValueError: a name that does not exist, or names a layer that its parent never calls.
         NotImplementedError: a type that Esper does not support.
+        TypeError: no list of module types and names.
     """
+    if isinstance(target_layers, str | type):
+        given = repr(target_layers) if isinstance(target_layers, str) else target_layers.__name__
+        raise TypeError(f"target_layers is {given}; it takes a list of module types and layer names: [{given}]")
     wanted = tuple((*DEFAULT_TARGETS, *foreign_linear()) if target_layers is None else target_layers)
     types = tuple(entry for entry in wanted if not isinstance(entry, str))
     for kind in types:

@@ -60,6 +60,12 @@ def test_a_layer_that_is_not_there_is_named_as_it_was_given(model: MorphableMode
         model.request_kernel(0, 0, "k")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("given", "shown"), [("Linear", "'Linear'"), (nn.Linear, "Linear")])
+def test_target_layers_is_a_list(network: nn.Sequential, given: Any, shown: str) -> None:
+    with pytest.raises(TypeError, match=rf"target_layers is {shown}; it takes a list .*: \[{shown}\]"):
+        wrap(network, given)
+
+
 class TestWrapFunction:
     def test_wrap_defaults_to_linear_and_conv(self) -> None:
         net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2), nn.LayerNorm(2))
