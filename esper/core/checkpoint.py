@@ -102,7 +102,7 @@ def load(
     path: str | os.PathLike[str],
     host: nn.Module,
     *,
-    registry: RegistryClient | str | None = None,
+    registry: RegistryClient | str | os.PathLike[str] | None = None,
     cache_size_mb: int = 128,
     preserve_original: bool = False,
     bus: Bus | str | None = None,

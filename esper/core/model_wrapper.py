@@ -46,7 +46,7 @@ def wrap(
     telemetry_enabled: bool = True,
     preserve_original: bool = True,
     *,
-    registry: RegistryClient | str | None = None,
+    registry: RegistryClient | str | os.PathLike[str] | None = None,
     bus: Bus | str | None = None,
     reserve_rank: int = 0,
     reserve_tap: Tap = "input",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -82,7 +83,7 @@ def compile(
     *,
     d_in: int,
     d_out: int,
-    registry: RegistryClient | str | None = None,
+    registry: RegistryClient | str | os.PathLike[str] | None = None,
     seed: int = 0,
     pipeline: str = "fast",
     dtype: torch.dtype | str = "float32",
