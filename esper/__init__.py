@@ -14,7 +14,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esper import artifacts, blueprints, contracts, core, distributed, execution, grow, nn, ops, optim, services
+    from esper import (
+        artifacts,
+        blueprints,
+        contracts,
+        core,
+        distributed,
+        execution,
+        grow,
+        nn,
+        oona,
+        ops,
+        optim,
+        services,
+        watch,
+    )
     from esper.artifacts.artifact import Artifact
     from esper.contracts.errors import (
         ArtifactError,
@@ -65,9 +79,11 @@ _PACKAGES = (
     "execution",
     "grow",
     "nn",
+    "oona",
     "ops",
     "optim",
     "services",
+    "watch",
 )
 
 __all__ = [
@@ -97,11 +113,13 @@ __all__ = [
     "grow",
     "load",
     "nn",
+    "oona",
     "ops",
     "optim",
     "save",
     "services",
     "unwrap",
+    "watch",
     "wrap",
 ]
 

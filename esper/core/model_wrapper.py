@@ -97,7 +97,8 @@ def wrap(
     if not targets:
         wanted = "Linear or Conv2d" if target_layers is None else ", ".join(map(_describe, target_layers))
         warnings.warn(
-            f"{type(model).__name__} has no layer to give seeds to (looked for {wanted}; name others in target_layers=)",
+            f"{type(model).__name__} has no layer to give seeds to (looked for {wanted}); "
+            "name others in target_layers=",
             stacklevel=2,
         )
     _check_seeds(targets, seeds_per_layer, reserve_rank)

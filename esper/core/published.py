@@ -40,8 +40,8 @@ class Published:
 
         Raises:
             RuntimeError: it is published already, or closed.
-            ValueError: a layer's name or ``ESPER_RUN_ID`` cannot be published, or commands are wanted of a bus that cannot
-                be followed.
+            ValueError: a layer's name or ``ESPER_RUN_ID`` cannot be published, or commands are wanted of a bus that
+                cannot be followed.
             EsperError: the key for commands is too short.
         """
         if self._publisher is not None or self._closed:

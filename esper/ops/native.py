@@ -25,8 +25,8 @@ def _import() -> tuple[ModuleType | None, str]:
         checkout = package.parent
         if (checkout / "setup.py").is_file() and (checkout / "csrc").is_dir():
             return None, (
-                f"esper._native was not built: esper was imported from the checkout {checkout}, which has no extension. "
-                "Run `make native` there, or work in another folder to use the installed package"
+                f"esper._native was not built: esper was imported from the checkout {checkout}, which has no "
+                "extension. Run `make native` there, or work in another folder to use the installed package"
             )
         return None, "esper._native was not built (`pip install .` builds it; it needs a C++ compiler)"
     except ImportError as error:

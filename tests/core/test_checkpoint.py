@@ -29,12 +29,6 @@ from esper.services.tezzeret.forge import build
 _State = SeedLifecycleState
 
 
-def test_a_missing_folder_is_named_by_the_path_that_was_given(tmp_path: Path) -> None:
-    path = tmp_path / "missing" / "g.safetensors"
-    with pytest.raises(FileNotFoundError, match=f"its folder does not exist: '{path}'"):
-        save(esper.wrap(host()), path)
-
-
 def host() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
 
@@ -58,6 +52,12 @@ def grown() -> MorphableModel:
         optimizer.step()
         model.step()
     return model
+
+
+def test_a_missing_folder_is_named_by_the_path_that_was_given(tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "g.safetensors"
+    with pytest.raises(FileNotFoundError, match=f"its folder does not exist: '{path}'"):
+        save(esper.wrap(host()), path)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def _asked_for() -> str:
 
 
 def _launchers() -> str:
-    """torchrun's ``--rdzv-id``, which may be anything, as a name: the same on all ranks."""
+    """Torchrun's ``--rdzv-id``, which may be anything, as a name: the same on all ranks."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     # torchrun calls every run "none" unless it is told a name.
     return "" if name == "none" else re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:_MAX_RUN_ID]
