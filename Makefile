@@ -71,6 +71,8 @@ native: $(VENV)/.deps
 env: $(VENV)/.deps
 
 $(VENV)/.made:
+	@command -v "$(PYTHON)" >/dev/null || { echo '$(PYTHON) is no Python that can be run.' \
+	  'Name another: make PYTHON=/path/to/python3.11' >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	  "Esper needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0] + ". Name another: make PYTHON=/path/to/python3.11")'
 	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
