@@ -1,6 +1,6 @@
 # The environment is made once and redone only when pyproject.toml changes; see docs/install.md.
 #
-#   make grow     make the environment, build, and train a network that grows (options: ARGS="--epochs 20")
+#   make grow     make the environment, build, and train a network that grows (options: ARGS="--seed 1")
 #   make test     the tests, on two cores (options: ARGS="-k lattice"; JOBS=0 for one process)
 #   make lint     ruff, mypy, import-linter
 #   make sanitize the tests of the C++ code, built with checks of every address and of undefined behaviour (ten minutes)

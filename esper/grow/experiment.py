@@ -59,7 +59,10 @@ class Progress(Protocol):
 
 @dataclass
 class NetworkResult:
-    """One trained network; accuracies are shares, losses mean cross-entropies in nats, over the test part."""
+    """One trained network; accuracies are shares, losses mean cross-entropies in nats, over the test part.
+
+    ``seeds_asked`` counts requests, ``levels`` the epochs at whose end the validation loss was level and no seed on trial.
+    """
 
     network: NetworkName
     seed: int
@@ -71,6 +74,8 @@ class NetworkResult:
     traces: list[SeedTrace] = field(default_factory=list)
     seeds_kept: int = 0
     seeds_culled: int = 0
+    seeds_asked: int = 0
+    levels: int = 0
     checkpoint: str | None = None
 
 
@@ -230,6 +235,7 @@ class Experiment:
         result = NetworkResult(network, seed, count_parameters(model), history, loss, accuracy, seconds)
         if grower is not None and isinstance(model, MorphableModel):
             result.traces, result.seeds_kept, result.seeds_culled = grower.traces, grower.kept, grower.culled
+            result.seeds_asked, result.levels = grower.asked, grower.levels
             result.checkpoint = self._save(model, split, seed, accuracy)
         self.emit(events.NetworkFinished(network, seed, result.parameters, loss, accuracy, seconds))
         self.results.append(result)

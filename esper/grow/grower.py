@@ -84,6 +84,9 @@ class Grower:
         self.traces: list[SeedTrace] = []
         self.kept = 0
         self.culled = 0
+        #: Times the loss was level, and seeds that were asked for then.
+        self.levels = 0
+        self.asked = 0
         self._steps_per_epoch = steps_per_epoch
         self._last_epoch = last_epoch
         self._emit = emit
@@ -114,6 +117,7 @@ class Grower:
         trial = self._trial
         if trial is None:
             if self.level_off.add(record.validation_loss):
+                self.levels += 1
                 self._emit(events.LevelledOff(self._seed, record.epoch, record.validation_loss))
                 self._wake()
         elif not trial.outcome.done():
@@ -150,6 +154,7 @@ class Grower:
         artifact_id = self.catalogue[layer][proposal.blueprint][seed_idx]
         ramp = self.RAMP_EPOCHS * self._steps_per_epoch
         outcome = self.model.request_kernel(layer, seed_idx, artifact_id, alpha=1.0, ramp_steps=ramp)
+        self.asked += 1
         self._trial = _Trial(proposal, outcome, self._mean_recent())
         self._emit(
             events.SeedRequested(

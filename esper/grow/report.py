@@ -108,7 +108,21 @@ def verdict(finished: Sequence[NetworkResult]) -> str:
             f"The grown network ends {amount}{side} {what} in test accuracy "
             f"(ahead in {ahead} of {len(gaps)} paired runs)."
         )
-    return " ".join(sentences) or "No pair of networks was finished; there is nothing to compare."
+    if not sentences:
+        return "No pair of networks was finished; there is nothing to compare."
+    return " ".join([*sentences, *_ungrown(finished)])
+
+
+def _ungrown(finished: Sequence[NetworkResult]) -> list[str]:
+    """Why growing networks are what their hosts are, where that is so."""
+    grown = [result for result in finished if result.network == "grown"]
+    idle = [result for result in grown if not result.seeds_asked]
+    if not idle:
+        return []
+    where = "" if len(idle) == len(grown) else f" in {len(idle)} of {len(grown)} runs"
+    never = not any(result.levels for result in idle)
+    why = "never levelled off" if never else "levelled off too late for a seed to be judged before the end"
+    return [f"No seed was asked for{where}: the validation loss {why}; train longer (--epochs)."]
 
 
 def _summary(results: Sequence[NetworkResult]) -> dict[str, Any]:

@@ -180,6 +180,17 @@ def test_report_gives_mean_spread_and_paired_differences(tmp_path: Path) -> None
     assert json.loads((tmp_path / "report.json").read_text())["runs"][0]["history"][0]["validation_loss"] is None
 
 
+def test_verdict_says_why_no_seed_was_asked_for() -> None:
+    pair = [_result("host", 0, 0.5), _result("grown", 0, 0.5)]
+    assert "No seed was asked for: the validation loss never levelled off; train longer" in verdict(pair)
+    pair[1].levels = 1
+    assert "No seed was asked for: the validation loss levelled off too late" in verdict(pair)
+    other = [_result("host", 1, 0.5), _result("grown", 1, 0.6)]
+    other[1].seeds_asked = 1
+    assert "No seed was asked for in 1 of 2 runs: " in verdict([*pair, *other])
+    assert "No seed" not in verdict(other)
+
+
 def test_verdict_says_whatever_came_out() -> None:
     assert "10.0 points above" in verdict([_result("host", 0, 0.5), _result("grown", 0, 0.6)])
     assert "10.0 points below" in verdict([_result("host", 0, 0.6), _result("grown", 0, 0.5)])
