@@ -61,7 +61,7 @@ class Progress(Protocol):
 class NetworkResult:
     """One trained network; accuracies are shares, losses mean cross-entropies in nats, over the test part.
 
-    ``seeds_asked`` counts requests, ``levels`` the epochs at whose end the validation loss was level and no seed on trial.
+    ``seeds_asked`` counts requests; ``levels`` the epochs after which the loss was level and no seed on trial.
     """
 
     network: NetworkName
