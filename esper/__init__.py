@@ -2,10 +2,10 @@
 
 import esper
 
-model = esper.wrap(network)                    # dormant seeds: same function, no cost
-kernel = esper.compile("lowrank", d_in=64, d_out=64, registry="runs/registry")
-model.request_kernel("0", 0, kernel)           # fetched in the background
-model.step()                                   # once per training step
+model = esper.wrap(network, registry="runs/registry")   # a copy with dormant seeds: same function, no cost
+kernel = esper.compile("bottleneck", d_in=64, d_out=64, rank=16, registry="runs/registry")
+model.request_kernel("0", 0, kernel)                    # fetched in the background; a future
+model.step()                                            # once per training step; wakes the seed when its kernel is here
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     model = esper.wrap(network, reserve_rank=8)
     ddp = DistributedDataParallel(model)          # or fully_shard(model)
-    esper.distributed.attach(model)
+    esper.distributed.attach(ddp)
 
 Every rank runs the same program: the same requests, culls and alphas at the same steps. What is each rank's own, how
 long a fetch takes, a batch that holds a NaN, is agreed upon (:mod:`esper.core.consensus`), so that seeds wake on all

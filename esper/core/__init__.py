@@ -1,1 +1,1 @@
-"""core."""
+"""The wrapped model: wrap and unwrap, MorphableModel, save and load, export."""

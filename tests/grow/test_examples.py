@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import esper
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -48,6 +54,23 @@ def test_huggingface(tmp_path: Path) -> None:
     assert "seed awake: True" in printed
     # It has learnt to count.
     assert printed.strip().endswith("[5, 6, 7, 8, 9, 10, 11, 12, 13]")
+
+
+def test_the_ten_lines_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (EXAMPLES.parent / "README.md").read_text()
+    (lines,) = [block.partition("```")[0] for block in page.split("```python")[1:] if "esper.wrap" in block]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+
+    def data() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        while not names["model"].morphogenetic_active:
+            time.sleep(0.002)
+            yield torch.randn(32, 64), torch.randint(10, (32,))
+
+    names["data"] = data()
+    exec(compile(lines, "README.md", "exec"), names)
+    assert names["model"].layer("0").grafts.bound
+    esper.load("grown.safetensors", names["network"])
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
