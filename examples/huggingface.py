@@ -1,12 +1,20 @@
-"""A tiny GPT-2 of transformers, built from its configuration: trained, grown by a seed, and asked to generate."""
+"""A tiny GPT-2 of transformers, built from its configuration: trained, grown by a seed, and asked to generate.
+
+Needs the package transformers.
+"""
 
 import asyncio
+import sys
 import tempfile
 
 import torch
-import transformers
 
 import esper
+
+try:
+    import transformers
+except ImportError as error:
+    sys.exit(f"this example needs the package transformers ({error}): pip install transformers")
 
 torch.manual_seed(0)
 config = transformers.GPT2Config(
