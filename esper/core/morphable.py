@@ -240,7 +240,7 @@ class MorphableModel(KernelRequests, TwoForwards, HostNames, Published, Timed):
 
         Raises:
             ValueError: unknown layer or bad seed index.
-            LifecycleError: the seed is fossilized or culled.
+            LifecycleError: the seed is fossilized.
         """
         return await self.layer(layer_name).unload_kernel(seed_idx)
 
