@@ -73,6 +73,19 @@ def test_the_ten_lines_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyP
     esper.load("grown.safetensors", names["network"])
 
 
+def test_the_page_for_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (EXAMPLES.parent / "docs" / "using.md").read_text()
+    blocks = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile("\n".join(blocks), "using.md", "exec"), names)
+    assert capsys.readouterr().out == "DORMANT\nTrue {}\n"
+    assert names["awake"]
+    assert names["again"].layer("0").state_layout.state_of(0).name == "FOSSILIZED"
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_every_example_is_tested(name: str) -> None:
     assert name in Path(__file__).read_text()
