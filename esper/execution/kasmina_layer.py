@@ -220,7 +220,7 @@ class KasminaLayer(HostForwards):
 
         Raises:
             ValueError: bad seed index.
-            LifecycleError: the seed is fossilized, or culled.
+            LifecycleError: the seed is fossilized.
         """
         self.check_seed(seed_idx)
         if self.state_layout.state_of(seed_idx) is _State.DORMANT:

@@ -77,8 +77,8 @@ class Database:
             raise DatabaseError(f"{self.shown}: {error}") from error
         except ImportError as error:
             raise DatabaseError(
-                f"{self.shown}: {error.name or 'its driver'} is not installed; PostgreSQL needs: "
-                "pip install 'esper[postgres]'"
+                f"{self.shown}: {error.name or 'its driver'} is not installed, which PostgreSQL needs; "
+                "in Esper's folder: pip install '.[postgres]'"
             ) from error
         #: The same for people: of SQLite the file.
         self.place = str(Path(str(parsed.database)).absolute()) if self.is_sqlite else self.shown

@@ -165,8 +165,8 @@ def test_what_cannot_be_used_is_one_line(tmp_path, capsys):
     ended = subprocess.run(run, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr == (
-        "esper urza: postgresql://u:***@127.0.0.1:1/db: psycopg is not installed; PostgreSQL needs: "
-        "pip install 'esper[postgres]'\n"
+        "esper urza: postgresql://u:***@127.0.0.1:1/db: psycopg is not installed, which PostgreSQL needs; "
+        "in Esper's folder: pip install '.[postgres]'\n"
     )
 
 
