@@ -78,6 +78,7 @@ class KernelRequests(nn.Module):
         Raises:
             ValueError: unknown layer, bad seed index, alpha is NaN, or ``ramp_steps`` is no whole number of at least 0;
                 or the network no longer has the module that the layer was wrapped around.
+            TypeError: ``artifact_id`` is no text, or ``alpha`` no number.
             LifecycleError: the seed is fossilized, culled, or already loading.
             RuntimeError: the model is trained by several ranks.
         """

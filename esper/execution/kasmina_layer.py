@@ -189,6 +189,7 @@ class KasminaLayer(HostForwards):
 
         Raises:
             ValueError: bad seed index, alpha is NaN, or ``ramp_steps`` is no whole number of at least 0.
+            TypeError: ``artifact_id`` is no text, or ``alpha`` no number.
             LifecycleError: the seed is fossilized, culled, or already loading.
         """
         load = self.begin_load(seed_idx, alpha, artifact_id, ramp_steps=ramp_steps)
@@ -256,10 +257,20 @@ class KasminaLayer(HostForwards):
 
         Raises:
             ValueError: bad seed index, alpha is NaN, or ``ramp_steps`` is no whole number of at least 0.
+            TypeError: ``artifact_id`` is no text, or ``alpha`` no number.
             LifecycleError: the seed is fossilized, culled, or already loading. In every case nothing was changed.
         """
         self.check_seed(seed_idx)
-        if math.isnan(alpha):
+        if not isinstance(artifact_id, str):
+            raise TypeError(
+                f"artifact_id is {artifact_id!r}; it is the text that esper.compile gave (layer '{self.layer_name}', "
+                f"seed {seed_idx})"
+            )
+        try:
+            missing = math.isnan(alpha)
+        except TypeError:
+            raise TypeError(f"alpha is {alpha!r}, not a number (layer '{self.layer_name}', seed {seed_idx})") from None
+        if missing:
             raise ValueError(f"alpha is NaN (layer '{self.layer_name}', seed {seed_idx})")
         if not _is_count(ramp_steps):
             raise ValueError(

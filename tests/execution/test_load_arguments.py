@@ -35,6 +35,27 @@ def test_bad_ramp_steps_are_refused_at_once(ramp_steps: Any) -> None:
         assert not layer.loading and not layer.grafts.bound
 
 
+@pytest.mark.parametrize(
+    ("artifact_id", "alpha", "complaint"),
+    [
+        (None, 0.5, "artifact_id is None; it is the text"),
+        (7, 0.5, "is 7"),
+        ("A", None, "alpha is None"),
+        ("A", "1", "'1'"),
+    ],
+)
+def test_other_types_are_refused_at_once(artifact_id: Any, alpha: Any, complaint: str) -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(8, 8)), telemetry_enabled=False)
+    for call in (
+        lambda: model.request_kernel("0", 0, artifact_id, alpha=alpha),
+        lambda: asyncio.run(model.load_kernel("0", 0, artifact_id, alpha=alpha)),
+    ):
+        with pytest.raises(TypeError, match=rf"{complaint}.*layer '0', seed 0"):
+            call()
+        assert model.layer("0").state_layout.state_of(0) is State.DORMANT
+        assert not model.layer("0").loading
+
+
 @pytest.mark.parametrize("ramp_steps", [0, 5, np.int64(5)])
 def test_whole_numbers_of_steps(ramp_steps: Any) -> None:
     layer = KasminaLayer(8, 8)
