@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from esper.cli.compile import PIPELINES, choose_pipeline
 from esper.cli.numbers import check_number
 from esper.contracts.errors import EsperError
+from esper.contracts.text import shown
 
 if TYPE_CHECKING:
     from esper.services.tezzeret.job import CompileJob, CompileResult
@@ -183,8 +184,6 @@ def _signer(path: Path | None) -> Callable[[bytes], bytes] | None:
 
 
 def _say(line: str) -> None:
-    from esper.services.tezzeret.job import shown
-
     print(f"tezzeret: {shown(line)}", file=sys.stderr, flush=True)
 
 

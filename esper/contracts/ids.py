@@ -12,10 +12,23 @@ from typing import NamedTuple
 
 from esper.contracts.errors import KernelNotFoundError
 
-__all__ = ["TARGET_ANY", "ArtifactId", "artifact_id_wanted", "check_sha256", "kernel_id", "parse_artifact_id"]
+__all__ = [
+    "JOB_PATTERN",
+    "TAG_PATTERN",
+    "TARGET_ANY",
+    "ArtifactId",
+    "artifact_id_wanted",
+    "check_sha256",
+    "kernel_id",
+    "parse_artifact_id",
+]
 
 #: Target of an artifact without GPU binaries: its blueprint runs wherever the package runs.
 TARGET_ANY = "any"
+
+#: A whole tag of an artifact, and the whole name of a job: what registries take, and whoever sends to them checks.
+TAG_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_.:/+=-]{0,63}"
+JOB_PATTERN = r"[0-9a-f]{32}"
 
 # No dot, slash or backslash can match, so an id that passed is safe as a file name.
 _ID = re.compile(r"([0-9a-f]{16})-([a-z0-9_]{1,32})-([a-z]{1,16})-([0-9a-f]{8})")

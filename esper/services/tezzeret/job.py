@@ -10,15 +10,15 @@ from enum import StrEnum
 from typing import Any, Final, Self
 
 from esper.contracts.errors import EsperError
+from esper.contracts.ids import TAG_PATTERN
+from esper.contracts.text import shown
 
-__all__ = ["MAX_LOG_CHARS", "CompileJob", "CompileResult", "JobError", "JobStatus", "shown"]
+__all__ = ["MAX_LOG_CHARS", "CompileJob", "CompileResult", "JobError", "JobStatus"]
 
 #: What is kept of a job's log: its end.
 MAX_LOG_CHARS: Final = 8192
 _MAX_TEXT: Final = 128
 _MAX_ITEMS: Final = 32
-#: What registries take for a tag: what they would refuse is refused before it is compiled.
-_TAG: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/+=-]{0,63}")
 
 
 class JobError(EsperError, ValueError):
@@ -75,7 +75,8 @@ class CompileJob:
                 raise JobError(f"job.{name} is {value!r:.80}; need a list of at most {_MAX_ITEMS} texts")
             for item in value:
                 _check_text(f"job.{name}", item)
-                if name == "tags" and not _TAG.fullmatch(item):
+                # What registries would refuse is refused before it is compiled.
+                if name == "tags" and not re.fullmatch(TAG_PATTERN, item):
                     raise JobError(
                         f"job.tags has {item!r:.80}; a tag is 1 to 64 letters, digits and _ . : / + = -, and "
                         f"begins with a letter or a digit"
@@ -147,11 +148,6 @@ class CompileResult:
             JobError: a field is missing, unknown or bad.
         """
         return cls(**_known_fields(cls, payload, "result", {each.name for each in fields(cls)}))
-
-
-def shown(text: str) -> str:
-    """``text`` as it may go to a terminal, whoever wrote it: lines, and ``?`` for other control characters."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in text)
 
 
 def _known_fields(cls: type[Any], payload: Mapping[str, Any], what: str, needed: set[str]) -> dict[str, Any]:

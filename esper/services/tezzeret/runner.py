@@ -16,7 +16,8 @@ from typing import Any, Final
 from esper.artifacts.workers import run_blocking
 from esper.contracts import strict_json
 from esper.contracts.errors import ArtifactError
-from esper.services.tezzeret.job import MAX_LOG_CHARS, CompileJob, shown
+from esper.contracts.text import shown
+from esper.services.tezzeret.job import MAX_LOG_CHARS, CompileJob
 from esper.services.tezzeret.limits import Limits, sandbox_environment
 from esper.services.tezzeret.sandbox import ARTIFACT, EXIT_ELSEWHERE, EXIT_INVALID, EXIT_LIMIT, REPLY
 

@@ -16,7 +16,8 @@ from esper.contracts import strict_json
 from esper.contracts.errors import ArtifactError
 from esper.contracts.messages import MAX_MESSAGE_BYTES
 from esper.contracts.registry import RegistryURLError, mask_credentials
-from esper.services.tezzeret.job import JobError, shown
+from esper.contracts.text import shown
+from esper.services.tezzeret.job import JobError
 from esper.services.tezzeret.queue import QueueUnavailableError
 
 __all__ = ["UrzaLink"]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
+from esper.contracts.ids import JOB_PATTERN
 from esper.services.tezzeret.job import CompileJob, CompileResult, JobError, JobStatus
 from esper.services.tezzeret.queue import DEFAULT_LEASE_S, Aside, Backoff, Claim, worker_name
 from esper.services.tezzeret.urza_link import UrzaLink
@@ -22,7 +23,6 @@ _LONGEST_POLL_S: Final = 5.0
 #: As many jobs as Urza takes into account when it is told which ones not to hand out.
 _MAX_ASIDE: Final = 4096
 _JOB_FIELDS: Final = ("d_in", "d_out", "seed", "dtype", "pipeline", "architectures", "tags", "job_id", "blueprint")
-_JOB_ID: Final = re.compile(r"[0-9a-f]{32}")
 #: What a server answers to a word that its version does not have.
 _NOT_KNOWN: Final = 422
 #: In Urza's words.
@@ -134,7 +134,7 @@ class UrzaQueue:
         body = {name: value for name, value in job.to_payload().items() if name != "job_id"}
         _, answer = await self._link.ask("POST", "/blueprints", body)
         job_id = answer.get("job_id")
-        if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):
+        if not isinstance(job_id, str) or not re.fullmatch(JOB_PATTERN, job_id):
             raise JobError(f"{self.url} took the blueprint, but made no job of it")
         return job_id
 

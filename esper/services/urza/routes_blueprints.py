@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from esper.blueprints import blueprint_hash, from_json, validate
 from esper.contracts.errors import BlueprintError
+from esper.contracts.ids import JOB_PATTERN
 from esper.services.urza import blueprint_store, job_store
 from esper.services.urza.access import Publisher, Reader, Shared
 from esper.services.urza.errors import invalid
@@ -17,7 +18,6 @@ from esper.services.urza.records import decode_cursor, paged
 from esper.services.urza.responses import errors
 from esper.services.urza.routes_kernels import Cursor, Limit
 from esper.services.urza.schemas import (
-    JOB_PATTERN,
     BlueprintDetail,
     BlueprintList,
     BlueprintStatusChange,
@@ -37,7 +37,7 @@ __all__ = ["router"]
 router = APIRouter(prefix="/api/v1")
 
 BlueprintId = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
-JobId = Annotated[str, Path(pattern=JOB_PATTERN)]
+JobId = Annotated[str, Path(pattern=f"^{JOB_PATTERN}$")]
 
 
 @router.post(

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from esper.contracts.ids import TAG_PATTERN
 from esper.services.urza import kernel_query, kernel_store
 from esper.services.urza.access import Publisher, Reader, Shared, Validator
 from esper.services.urza.blobs import PIECE
@@ -61,9 +62,7 @@ async def upload(
     service: Shared,
     caller: Publisher,
     x_esper_sha256: Annotated[Sha256, Header(description="SHA-256 of the body")],
-    tags: Annotated[
-        str, Query(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.:/+=-]{0,63}(,[A-Za-z0-9][A-Za-z0-9_.:/+=-]{0,63}){0,31})?$")
-    ] = "",
+    tags: Annotated[str, Query(pattern=f"^({TAG_PATTERN}(,{TAG_PATTERN}){{0,31}})?$")] = "",
 ) -> JSONResponse:
     """Take in an artifact: it is verified in full before it exists, and the same bytes twice are one kernel."""
     answer, new = await take_in(

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from esper.contracts.ids import JOB_PATTERN, TAG_PATTERN
+from esper.contracts.text import shown
 from esper.services.urza.lifecycle import BlueprintStatus, JobStatus, KernelStatus
 
 __all__ = [
@@ -49,12 +51,10 @@ def _printable(text: str) -> str:
 
 def _shown(text: str) -> str:
     # What a compiler or a person wrote is kept, and what it would do to the terminal of whoever reads it is not.
-    text = text.replace("\r\n", "\n")
-    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
+    return shown(text.replace("\r\n", "\n"), "\N{REPLACEMENT CHARACTER}")
 
 
-_TAG = r"^[A-Za-z0-9][A-Za-z0-9_.:/+=-]{0,63}$"
-Tag = Annotated[str, StringConstraints(pattern=_TAG)]
+Tag = Annotated[str, StringConstraints(pattern=f"^{TAG_PATTERN}$")]
 Tags = Annotated[list[Tag], Field(max_length=32)]
 Architecture = Annotated[str, StringConstraints(pattern=r"^sm_[0-9]{2,3}[a-z]?$")]
 ArtifactName = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}-[a-z0-9_]{1,32}-[a-z]{1,16}-[0-9a-f]{8}$")]
@@ -66,9 +66,7 @@ Lease = Annotated[float, Field(ge=1, le=86_400, allow_inf_nan=False)]
 
 
 WorkerName = Annotated[str, StringConstraints(min_length=1, max_length=128), AfterValidator(_printable)]
-#: What a job's name looks like.
-JOB_PATTERN = r"^[0-9a-f]{32}$"
-JobName = Annotated[str, StringConstraints(pattern=JOB_PATTERN)]
+JobName = Annotated[str, StringConstraints(pattern=f"^{JOB_PATTERN}$")]
 LeaseKey = Annotated[str, StringConstraints(max_length=64), AfterValidator(_no_nul)]
 Reason = Annotated[str, StringConstraints(max_length=2000), AfterValidator(_shown)]
 Log = Annotated[str, StringConstraints(max_length=65_536), AfterValidator(_shown)]

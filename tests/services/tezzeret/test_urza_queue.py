@@ -259,34 +259,15 @@ def test_nobody_there_and_somebody_else():
 
     with pytest.raises(QueueUnavailableError, match=r"http://\*\*\*@127.0.0.1:1 does not answer"):
         run("http://:secret@127.0.0.1:1", claim)
-
-    class Other(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"<html>")
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Other)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        with pytest.raises(QueueUnavailableError, match="answers what is no JSON"):
-            run(f"http://127.0.0.1:{server.server_port}", claim)
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with answering((200, b"<html>")) as address, pytest.raises(QueueUnavailableError, match="answers what is no JSON"):
+        run(address, claim)
 
 
 EVIL = "\x1b]0;pwned\x07\x1b[2J\N{RIGHT-TO-LEFT OVERRIDE}evil"
 
 
 @contextlib.contextmanager
-def answering(*replies: tuple[int, dict]) -> Iterator[str]:
+def answering(*replies: tuple[int, dict | bytes]) -> Iterator[str]:
     """Somebody who gives these answers, one after another; the address."""
     waiting = list(replies)
 
@@ -294,7 +275,7 @@ def answering(*replies: tuple[int, dict]) -> Iterator[str]:
         def do_POST(self):
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             status, body = waiting.pop(0)
-            text = json.dumps(body).encode()
+            text = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
