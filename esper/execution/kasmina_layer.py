@@ -406,7 +406,9 @@ class KasminaLayer(HostForwards):
         self._tell(EventKind.SEED_FOSSILIZED, seed_idx, self._artifacts.get(seed_idx))
 
     def on_fault_limit(self, seed_idx: int) -> None:
-        """The lattice moved a seed to ERROR_RECOVERY: take its kernel off the path."""
+        """The lattice moved a seed to ERROR_RECOVERY: take its kernel off the path, if it is there still."""
+        if self.state_layout.state_of(seed_idx) is not _State.ERROR_RECOVERY:
+            return  # what `poll` tells is history: a command has made something else of the seed since
         artifact = self._artifacts.get(seed_idx, "kernel")
         why = self.grafts.reason_of(seed_idx) or "non-finite output in three steps in a row"
         self._failures[seed_idx] = f"{artifact}: {why}"

@@ -215,7 +215,9 @@ class Lattice:
             self._reconcile()
 
     def poll(self) -> list[tuple[int, SeedLifecycleState, SeedLifecycleState]]:
-        """What changed state without a command since the last call: ``(row, old state, new state)``.
+        """What changed state without a command since the last call: ``(row, old state, new state)``, in order.
+
+        It is a history: a later command to the same seed takes nothing back.
 
         Never waits. On a CPU the answer is exact; on a GPU it is as new as the last snapshot that has arrived, and
         asking starts the next one.

@@ -233,6 +233,20 @@ def test_an_awake_seed_loads_one_kernel_at_a_time(model: MorphableModel, slow: S
     assert layer.state_layout.state_of(0) is State.ACTIVE
 
 
+def test_a_kernel_that_came_after_the_fault_limit_stays(model: MorphableModel) -> None:
+    """The lattice was stepped by hand, and so the model hears of the limit when the seed has another kernel."""
+    layer = model.layer("0")
+    assert layer.commit(0, A, alpha=0.5)
+    for _ in range(3):
+        layer.state_layout.raise_fault(0)
+        model.lattice.step(model.lattice.epoch + 1)
+    assert layer.state_layout.state_of(0) is State.ERROR_RECOVERY
+    assert layer.commit(0, B, alpha=0.5)
+    model.step()
+    assert layer.get_layer_stats()["artifacts"] == {0: B.artifact_id}
+    assert layer.failure_of(0) is None
+
+
 def test_who_watches_hears_of_the_refusal_before_the_command(
     model: MorphableModel, slow: Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:

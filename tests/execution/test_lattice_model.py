@@ -32,7 +32,7 @@ class Lives(RuleBasedStateMachine):
         super().__init__()
         self.lattices: dict[str, Lattice] = {}
         self.seeds: list[Seed] = []
-        self.states_polled: list[int] = []
+        self.own_changes: list[tuple[int, int, int]] = []
         self.epoch = 0
 
     @initialize(seeds_per_layer=st.sampled_from([1, 2, 5]))
@@ -40,7 +40,7 @@ class Lives(RuleBasedStateMachine):
         self.per_layer = seeds_per_layer
         self.lattices = {backend: Lattice(3, seeds_per_layer, DEVICE) for backend in BACKENDS}
         self.seeds = [Seed() for _ in range(3 * seeds_per_layer)]
-        self.states_polled = [model.DORMANT] * len(self.seeds)
+        self.own_changes = []
 
     def _each(self, pick: int) -> tuple[Seed, int, list[KasminaStateLayout]]:
         row = pick % len(self.seeds)
@@ -57,7 +57,6 @@ class Lives(RuleBasedStateMachine):
         seed, seed_idx, layouts = self._each(pick)
         old = seed.lifecycle_states
         if seed.transition(int(new), kernel_id, timer, self.epoch):
-            self.states_polled[self.seeds.index(seed)] = int(new)
             for layout in layouts:
                 layout.transition_seed_state(seed_idx, new, kernel_id, timer=timer)
             return
@@ -103,8 +102,6 @@ class Lives(RuleBasedStateMachine):
     def increment_error_count(self, pick: int) -> None:
         seed, seed_idx, layouts = self._each(pick)
         went = seed.add_fault(self.epoch)
-        if went:
-            self.states_polled[self.seeds.index(seed)] = seed.lifecycle_states
         assert [layout.increment_error_count(seed_idx) for layout in layouts] == [went] * len(layouts)
 
     @rule(
@@ -131,12 +128,12 @@ class Lives(RuleBasedStateMachine):
         seed, seed_idx, layouts = self._each(pick)
         row = self.seeds.index(seed)
         self.seeds[row] = Seed(last_update_epoch=self.epoch)
-        self.states_polled[row] = model.DORMANT
         for layout in layouts:
             layout.reset_seed(seed_idx)
 
     @rule(steps=st.integers(1, 3))
     def step(self, steps: int) -> None:
+        known = self._states()
         for _ in range(steps):
             self.epoch += 1
             for seed in self.seeds:
@@ -144,27 +141,36 @@ class Lives(RuleBasedStateMachine):
             for backend, lattice in self.lattices.items():
                 with registry.use_backend(backend):
                     lattice.step(self.epoch)
+            if DEVICE == "cpu":  # a GPU tells only what lies between two snapshots, here before and after this rule
+                known = self._note_changes(known)
+        self._note_changes(known)
+
+    def _states(self) -> list[int]:
+        return [seed.lifecycle_states for seed in self.seeds]
+
+    def _note_changes(self, known: list[int]) -> list[int]:
+        now = self._states()
+        pairs = enumerate(zip(known, now, strict=True))
+        self.own_changes += [(row, old, new) for row, (old, new) in pairs if old != new]
+        return now
 
     @rule()
     def poll(self) -> None:
-        """The changes since the last poll lead from the states known then, and commands since, to those of now."""
+        """Every change that no command made, in order, whatever commands did to the seed later."""
         for lattice in self.lattices.values():
-            now = list(self.states_polled)
             self._settle(lattice)
-            for row, old, new in lattice.poll():
-                # Several own changes of one row between two polls come one after another.
-                assert isinstance(new, SeedLifecycleState)
-                assert old != new
-                now[row] = new
-            assert now == [seed.lifecycle_states for seed in self.seeds]
-        self.states_polled = [seed.lifecycle_states for seed in self.seeds]
+            polled = lattice.poll()
+            assert polled == self.own_changes
+            assert all(isinstance(state, SeedLifecycleState) for _, *states in polled for state in states)
+        self.own_changes = []
 
     @rule(how=st.sampled_from(["deepcopy", "pickle", "state_dict"]))
     @precondition(lambda self: all(seed.fault_flags == 0 for seed in self.seeds))
     @precondition(lambda self: all(np.isnan(seed.health_sample) for seed in self.seeds))
     def go_on_with_a_copy(self, how: str) -> None:
-        """A copy lives on exactly as the original would; changes not yet polled are asked for first."""
-        self.poll()
+        """A copy lives on exactly as the original would; a state dict holds no changes that are yet to be polled."""
+        if how == "state_dict":
+            self.own_changes = []
         for backend, lattice in self.lattices.items():
             if how == "deepcopy":
                 twin = copy.deepcopy(lattice)
@@ -176,7 +182,8 @@ class Lives(RuleBasedStateMachine):
             assert twin.crc() == lattice.crc()
             self.lattices[backend] = twin
 
-    def _settle(self, lattice: Lattice) -> None:
+    @staticmethod
+    def _settle(lattice: Lattice) -> None:
         if DEVICE == "cuda":
             torch.cuda.synchronize()
             lattice._mirror.reload(lattice.storage)
@@ -212,6 +219,29 @@ class Lives(RuleBasedStateMachine):
     @invariant()
     def checksums_are_equal(self) -> None:
         assert len({lattice.crc() for lattice in self.lattices.values()}) <= 1
+
+
+def test_a_command_does_not_undo_what_poll_tells() -> None:
+    """What a seed did by itself is told in order, though it was reset, culled or woken again before anybody asked."""
+    lattice = Lattice(1, 2, DEVICE)
+    layout = lattice.layer(0)
+    told = []
+    for command in ("reset", "cull", "fossilize"):
+        layout.transition_seed_state(1, SeedLifecycleState.GRAFTING)
+        layout.set_alpha(1, 1.0)
+        lattice.step(1)
+        Lives._settle(lattice)
+        assert layout.state_of(1) == SeedLifecycleState.ACTIVE
+        told.append((1, SeedLifecycleState.GRAFTING, SeedLifecycleState.ACTIVE))
+        if command == "reset":
+            layout.reset_seed(1)
+        elif command == "cull":
+            layout.transition_seed_state(1, SeedLifecycleState.CULLED)
+            layout.transition_seed_state(1, SeedLifecycleState.DORMANT)
+        else:
+            layout.transition_seed_state(1, SeedLifecycleState.FOSSILIZED)
+    assert lattice.poll() == told
+    assert lattice.poll() == []
 
 
 Lives.TestCase.settings = settings(max_examples=50, stateful_step_count=30)
