@@ -10,8 +10,12 @@ void bind_stats(pybind11::module_& m);
 void bind_graft(pybind11::module_& m);
 void bind_graft_call(pybind11::module_& m);
 void bind_graft_grad(pybind11::module_& m);
+void bind_graft_host(pybind11::module_& m);
 void bind_graft_seeds_call(pybind11::module_& m);
 void bind_torch_shim(pybind11::module_& m);
+
+// A new reference, null included, that lets go of itself.
+inline pybind11::object steal(PyObject* made) { return pybind11::reinterpret_steal<pybind11::object>(made); }
 
 // Work that outlasts a thread switch lets other threads have the interpreter: those that load and publish. For less,
 // letting go of it would cost more.

@@ -4,9 +4,11 @@
 // product the interpreter's code and data have left the caches. What a tensor is and where it lies is asked through
 // DLPack's exchange table (torch_view.h). Whatever is not the plain case is answered with None, and Python goes the long way.
 #include <Python.h>
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
 #include <new>
+#include <string>
 #include <vector>
 
 #include "bindings.h"
@@ -22,80 +24,26 @@ using esper::graft::Entry;
 using esper::graft::Parts;
 using namespace esper::torch_view;
 
+// What reads a tensor's version, without the look-up of an attribute; null where it is no plain accessor.
+const PyGetSetDef* version_of = nullptr;
+
 PyObject *name_level, *name_version, *name_requires_grad, *name_weights, *name_attached;
 
-// 1: nothing transforms or records what happens; 0: something does; -1: an error is set.
-int plain() {
-    struct Question {
-        PyObject* ask;
-        PyObject* no;
-    };
-    for (const Question& q : {Question{torch_.functorch, Py_False}, Question{torch_.jit, Py_None}}) {
-        PyObject* answer = PyObject_CallNoArgs(q.ask);
-        if (answer == nullptr) return -1;
-        const bool no = answer == q.no;
-        Py_DECREF(answer);
-        if (!no) return 0;
-    }
-    PyObject* modes = PyObject_CallNoArgs(torch_.modes);
-    if (modes == nullptr) return -1;
-    const long count = PyLong_AsLong(modes);
-    Py_DECREF(modes);
-    if (count != 0) return PyErr_Occurred() ? -1 : 0;
-    PyObject* level = PyDict_GetItemWithError(torch_.forward_ad, name_level);
-    if (level == nullptr) return PyErr_Occurred() ? -1 : 0;
-    const long depth = PyLong_AsLong(level);
-    if (depth == -1 && PyErr_Occurred()) return -1;
-    return depth < 0;
+template <typename T>
+bool forward(const Call* call, const View& x, const View& h, void* y, const float* alpha, char* table) {
+    const Bank& bank = *call->native;
+    const Parts<const T> weights(call, call->weights);
+    T* numbers = reinterpret_cast<T*>(table);
+    bank.coefficients(alpha, numbers);
+    return bank.forward(static_cast<const T*>(x.data), static_cast<const T*>(h.data), static_cast<T*>(y), weights.down,
+                        weights.up, weights.bias, numbers, h.rows);
 }
-
-// -- one bank's call --------------------------------------------------------------------------------------------------
 
 Call* cast(PyObject* self) { return reinterpret_cast<Call*>(self); }
 
-// Whether the parameters are those of the bank, where they were. 1, 0, or -1 with an error set.
-int whole(const Call* call) {
-    for (const Entry& entry : *call->entries) {
-        PyObject* now = PyDict_GetItemWithError(entry.dict, entry.key);
-        if (now == nullptr && PyErr_Occurred()) return -1;
-        if (now != entry.parameter || address(now) != entry.address) return 0;
-    }
-    return 1;
-}
-
-// Whether a result can go into the graph as things are: the parameters are attached to the buffer, or none has a gradient.
-// 1, 0, or -1 with an error set.
-int ready(const Call* call) {
-    PyObject* attached = PyObject_GetAttr(call->bank, name_attached);
-    if (attached == nullptr) return -1;
-    const bool done = attached == Py_True;
-    Py_DECREF(attached);
-    if (done) return 1;
-    for (const Entry& entry : *call->entries) {
-        PyObject* flag = PyObject_GetAttr(entry.parameter, name_requires_grad);
-        if (flag == nullptr) return -1;
-        const bool set = flag == Py_True;
-        Py_DECREF(flag);
-        if (set) return 0;
-    }
-    return 1;
-}
-
-template <typename T>
-bool forward(const Call* call, const View& x, const View& h, void* y, const float* alpha, T* table) {
-    const Bank& bank = *call->native;
-    const Parts<const T> weights(call, call->weights);
-    bank.coefficients(alpha, table);
-    return bank.forward(static_cast<const T*>(x.data), static_cast<const T*>(h.data), static_cast<T*>(y), weights.down,
-                        weights.up, weights.bias, table, h.rows);
-}
-
 // y's place in the graph: apply((y, bank, table, versions, self), x, h, bank.weights).
 PyObject* attach(Call* call, PyObject* y, PyObject* table, PyObject* x, PyObject* h) {
-    PyObject* seen = esper::graft::versions(call);
-    if (seen == nullptr) return nullptr;
-    PyObject* made = PyTuple_Pack(5, y, call->bank, table, seen, reinterpret_cast<PyObject*>(call));
-    Py_DECREF(seen);
+    PyObject* made = esper::graft::made_by(call, y, table);
     PyObject* weights = made == nullptr ? nullptr : PyObject_GetAttr(call->bank, name_weights);
     PyObject* result = nullptr;
     if (weights != nullptr) {
@@ -117,36 +65,26 @@ PyObject* run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (call->native == nullptr) Py_RETURN_NONE;
     PyObject *x = call->reads_input ? args[0] : args[1], *h = args[1];
     const Bank& bank = *call->native;
-    int answer = plain();
+    int answer = esper::graft::plain();
     if (answer < 0) return nullptr;
     View tap, host, alpha, result;
     if (answer == 0 || !view(h, call->bits, &host) || host.last != bank.d_out() || !view(x, call->bits, &tap) ||
         tap.last != bank.d_in() || tap.rows != host.rows || !view(args[2], 32, &alpha) || !call->small(host.rows))
         Py_RETURN_NONE;
-    const int graph = recording();
-    if (graph < 0) return nullptr;
-    answer = whole(call);
-    if (answer == 1 && graph) answer = ready(call);
+    const bool graph = torch_.grad_enabled();
+    answer = esper::graft::whole(call);
+    if (answer == 1 && graph) answer = esper::graft::ready(call);
     if (answer < 0) return nullptr;
     if (answer == 0) Py_RETURN_NONE;
 
     PyObject* y = PyObject_CallOneArg(torch_.empty_like, h);
     if (y == nullptr) return nullptr;
-    const auto size = static_cast<Py_ssize_t>(bank.table_size()) * call->bits / 8;
-    PyObject* table = PyBytes_FromStringAndSize(nullptr, size);
+    PyObject* table = esper::graft::new_table(call);
     PyObject* found = nullptr;
     if (table != nullptr) {
-        char* raw = PyBytes_AS_STRING(table);
-        bool finite = false;
-        try {
-            const auto* factors = static_cast<const float*>(alpha.data);
-            if (view(y, call->bits, &result))
-                finite = call->bits == 32 ? forward<float>(call, tap, host, result.data, factors, reinterpret_cast<float*>(raw))
-                                          : forward<double>(call, tap, host, result.data, factors, reinterpret_cast<double*>(raw));
-            found = !finite ? Py_NewRef(Py_None) : graph ? attach(call, y, table, x, h) : Py_NewRef(y);
-        } catch (const std::bad_alloc&) {
-            PyErr_NoMemory();
-        }
+        const bool fits = view(y, call->bits, &result);
+        const int finite = fits ? esper::graft::blend(call, tap, host, result.data, alpha, table) : 0;
+        if (finite >= 0) found = !finite ? Py_NewRef(Py_None) : graph ? attach(call, y, table, x, h) : Py_NewRef(y);
     }
     Py_XDECREF(table);
     Py_DECREF(y);
@@ -156,7 +94,8 @@ PyObject* run(PyObject* self, PyObject* const* args, Py_ssize_t count) {
 int traverse(PyObject* self, visitproc visit, void* arg) {
     Call* call = cast(self);
     Py_VISIT(Py_TYPE(self));
-    for (PyObject* held : {call->owner, call->bank, call->apply, call->buffer, call->dicts, call->keys, call->parameters})
+    for (PyObject* held : {call->owner, call->bank, call->apply, call->apply_host, call->buffer, call->dicts, call->keys,
+                           call->parameters})
         Py_VISIT(held);
     return 0;
 }
@@ -168,6 +107,7 @@ int clear(PyObject* self) {
     Py_CLEAR(call->owner);
     Py_CLEAR(call->bank);
     Py_CLEAR(call->apply);
+    Py_CLEAR(call->apply_host);
     Py_CLEAR(call->buffer);
     Py_CLEAR(call->dicts);
     Py_CLEAR(call->keys);
@@ -184,13 +124,13 @@ void deallocate(PyObject* self) {
     Py_DECREF(type);
 }
 
-// BankCall(owner, address, bank, apply, dicts, keys, parameters, buffer, limit, bits, biased, reads_input)
+// BankCall(owner, address, bank, apply, apply_host, dicts, keys, parameters, buffer, limit, bits, biased, reads_input)
 PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
-    PyObject *owner, *bank, *apply, *dicts, *keys, *parameters, *buffer;
+    PyObject *owner, *bank, *apply, *apply_host, *dicts, *keys, *parameters, *buffer;
     unsigned long long native;
     long long limit;
     int bits, biased, reads_input;
-    if (!PyArg_ParseTuple(args, "OKOOO!O!O!OLipp", &owner, &native, &bank, &apply, &PyTuple_Type, &dicts,
+    if (!PyArg_ParseTuple(args, "OKOOOO!O!O!OLipp", &owner, &native, &bank, &apply, &apply_host, &PyTuple_Type, &dicts,
                           &PyTuple_Type, &keys, &PyTuple_Type, &parameters, &buffer, &limit, &bits, &biased, &reads_input))
         return nullptr;
     if (torch_.api == nullptr) {
@@ -203,6 +143,7 @@ PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
     call->owner = Py_NewRef(owner);
     call->bank = Py_NewRef(bank);
     call->apply = Py_NewRef(apply);
+    call->apply_host = Py_NewRef(apply_host);
     call->dicts = Py_NewRef(dicts);
     call->keys = Py_NewRef(keys);
     call->parameters = Py_NewRef(parameters);
@@ -232,9 +173,15 @@ PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
     return self;
 }
 
+PyObject* elapsed(PyObject* self, PyObject*) { return PyLong_FromLongLong(cast(self)->nanoseconds / 1000); }
+
 PyMethodDef methods[] = {
     {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run)), METH_FASTCALL,
      "run(x, h, alpha): y, or None where Python has to look closer."},
+    {"run_host", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(esper::graft::run_host)), METH_FASTCALL,
+     "run_host(x, parameters, alpha, timed): y of a Linear host and the seeds, or None where Python has to look closer."},
+    {"elapsed", reinterpret_cast<PyCFunction>(elapsed), METH_NOARGS,
+     "elapsed(): microseconds that the seeds of the last timed run_host took."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -251,34 +198,109 @@ PyType_Slot slots[] = {
 PyType_Spec spec = {"esper._native.BankCall", sizeof(Call), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, slots};
 
 // Whether BankCall can be used: torch's tensors have an exchange table of a version that is understood.
-bool setup(const pybind11::type& tensor, const pybind11::object& functorch, const pybind11::object& modes,
-           const pybind11::object& jit, const pybind11::dict& forward_ad, const pybind11::object& grad_enabled,
-           const pybind11::object& empty_like, const pybind11::object& as_strided,
-           const pybind11::object& split) {
+bool setup(const std::string& library, const pybind11::type& tensor, const pybind11::type& parameter,
+           const pybind11::dict& forward_ad, const pybind11::dict& functions) {
     const ExchangeApi* api = exchange_api(tensor.ptr());
-    if (api == nullptr) return false;
+    void* loaded = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);
+    if (api == nullptr || loaded == nullptr) return false;
+    *reinterpret_cast<void**>(&torch_.grad_enabled) = dlsym(loaded, "aoti_torch_grad_mode_is_enabled");
+    *reinterpret_cast<void**>(&torch_.set_grad_enabled) = dlsym(loaded, "aoti_torch_grad_mode_set_enabled");
+    if (torch_.grad_enabled == nullptr || torch_.set_grad_enabled == nullptr) return false;
+    const auto version = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(tensor.ptr(), name_version));
+    if (!version) throw pybind11::error_already_set();
+    if (Py_IS_TYPE(version.ptr(), &PyGetSetDescr_Type))
+        version_of = reinterpret_cast<PyGetSetDescrObject*>(version.ptr())->d_getset;
     // Kept for the life of the process, as the module is.
     torch_.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
-    torch_.functorch = functorch.inc_ref().ptr();
-    torch_.modes = modes.inc_ref().ptr();
-    torch_.jit = jit.inc_ref().ptr();
+    torch_.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
     torch_.forward_ad = forward_ad.inc_ref().ptr();
-    torch_.grad_enabled = grad_enabled.inc_ref().ptr();
-    torch_.empty_like = empty_like.inc_ref().ptr();
-    torch_.split = split.inc_ref().ptr();
-    torch_.as_strided = as_strided.inc_ref().ptr();
+    const std::pair<const char*, PyObject**> names[] = {
+        {"functorch", &torch_.functorch}, {"jit", &torch_.jit},
+        {"dispatch_modes", &torch_.dispatch_modes}, {"function_modes", &torch_.function_modes},
+        {"any_autocast", &torch_.any_autocast}, {"autocast", &torch_.autocast},
+        {"empty_like", &torch_.empty_like}, {"new_empty", &torch_.new_empty},
+        {"as_strided", &torch_.as_strided}, {"split", &torch_.split},
+        {"reshape", &torch_.reshape}, {"transposed", &torch_.transposed},
+        {"linear", &torch_.linear}, {"mm", &torch_.mm},
+        {"matmul", &torch_.matmul}, {"sum", &torch_.sum},
+    };
+    for (const auto& [name, function] : names) *function = pybind11::object(functions[name]).inc_ref().ptr();
     torch_.api = api;
     return true;
 }
 
 }  // namespace
 
+int esper::graft::plain() {
+    int so = answers(torch_.functorch, Py_False);
+    if (so == 1) so = answers(torch_.jit, Py_None);
+    if (so != 1) return so;
+    PyObject* modes = PyObject_CallNoArgs(torch_.dispatch_modes);
+    if (modes == nullptr) return -1;
+    const long count = PyLong_AsLong(modes);
+    Py_DECREF(modes);
+    if (count != 0) return PyErr_Occurred() ? -1 : 0;
+    PyObject* level = PyDict_GetItemWithError(torch_.forward_ad, name_level);
+    if (level == nullptr) return PyErr_Occurred() ? -1 : 0;
+    const long depth = PyLong_AsLong(level);
+    if (depth == -1 && PyErr_Occurred()) return -1;
+    return depth < 0;
+}
+
+int esper::graft::whole(const Call* call) {
+    for (const Entry& entry : *call->entries) {
+        PyObject* now = PyDict_GetItemWithError(entry.dict, entry.key);
+        if (now == nullptr && PyErr_Occurred()) return -1;
+        if (now != entry.parameter || address(now) != entry.address) return 0;
+    }
+    return 1;
+}
+
+int esper::graft::ready(const Call* call) {
+    PyObject* attached = PyObject_GetAttr(call->bank, name_attached);
+    if (attached == nullptr) return -1;
+    const bool done = attached == Py_True;
+    Py_DECREF(attached);
+    if (done) return 1;
+    for (const Entry& entry : *call->entries) {
+        PyObject* flag = PyObject_GetAttr(entry.parameter, name_requires_grad);
+        if (flag == nullptr) return -1;
+        const bool set = flag == Py_True;
+        Py_DECREF(flag);
+        if (set) return 0;
+    }
+    return 1;
+}
+
+PyObject* esper::graft::new_table(const Call* call) {
+    return PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(call->native->table_size()) * call->bits / 8);
+}
+
+int esper::graft::blend(const Call* call, const View& x, const View& h, void* y, const View& alpha, PyObject* table) {
+    try {
+        const auto run = call->bits == 32 ? forward<float> : forward<double>;
+        return run(call, x, h, y, static_cast<const float*>(alpha.data), PyBytes_AS_STRING(table));
+    } catch (const std::bad_alloc&) {
+        PyErr_NoMemory();
+        return -1;
+    }
+}
+
+PyObject* esper::graft::made_by(Call* call, PyObject* y, PyObject* table) {
+    PyObject* seen = versions(call);
+    if (seen == nullptr) return nullptr;
+    PyObject* made = PyTuple_Pack(5, y, call->bank, table, seen, reinterpret_cast<PyObject*>(call));
+    Py_DECREF(seen);
+    return made;
+}
+
 PyObject* esper::graft::versions(const Call* call) {
     PyObject* result = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(call->entries->size() * sizeof(long long)));
     if (result == nullptr) return nullptr;
     auto* out = reinterpret_cast<long long*>(PyBytes_AS_STRING(result));
     for (const Entry& entry : *call->entries) {
-        PyObject* value = PyObject_GetAttr(entry.parameter, name_version);
+        PyObject* value = version_of ? version_of->get(entry.parameter, version_of->closure)
+                                     : PyObject_GetAttr(entry.parameter, name_version);
         if (value == nullptr) {
             Py_DECREF(result);
             return nullptr;

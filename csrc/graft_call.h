@@ -1,4 +1,4 @@
-// What the two halves of a bank's call in C share: graft_call.cpp goes forward, graft_grad.cpp back.
+// What a bank's calls in C share: graft_call.cpp goes forward, graft_host.cpp with the host, graft_grad.cpp back.
 #pragma once
 
 #include <Python.h>
@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "graft_bank.h"
+#include "torch_view.h"
 
 namespace esper::graft {
 
@@ -19,12 +20,13 @@ struct Call {
     PyObject* owner;   // what holds the native bank
     PyObject* bank;    // the Python object that the backward works on
     PyObject* apply;   // puts a result into autograd's graph
+    PyObject* apply_host;  // the same for the host's result with the seeds in it
     PyObject* buffer;  // the tensor that the weights lie in
     PyObject *dicts, *keys, *parameters;
     std::vector<Entry>* entries;
     const Bank* native;
     void* weights;
-    long long limit;
+    long long limit, nanoseconds;
     int bits;
     bool biased, reads_input;
 
@@ -45,8 +47,32 @@ struct Parts {
 // BankCall, once it is bound.
 inline PyTypeObject* call_type = nullptr;
 
-// The parameters' version counters, as GraftGuard has them; null with an error set.
+using torch_view::View;
+
+// In what follows 1 is yes, 0 no, and -1 an error that is set; a null result is one too.
+
+// Whether nothing transforms or records what happens.
+int plain();
+
+// Whether the parameters are those of the bank, where they were.
+int whole(const Call* call);
+
+// Whether a result can go into the graph as things are: the parameters are attached to the buffer, or none has a gradient.
+int ready(const Call* call);
+
+// Room for the coefficients.
+PyObject* new_table(const Call* call);
+
+// The seeds in h, and the coefficients. 0 where y is not finite. y may be h.
+int blend(const Call* call, const View& x, const View& h, void* y, const View& alpha, PyObject* table);
+
+// What the backward needs: (y, bank, table, versions, call).
+PyObject* made_by(Call* call, PyObject* y, PyObject* table);
+
+// The parameters' version counters, as GraftGuard has them.
 PyObject* versions(const Call* call);
 
-}  // namespace esper::graft
+// BankCall.run_host.
+PyObject* run_host(PyObject* self, PyObject* const* args, Py_ssize_t count);
 
+}  // namespace esper::graft

@@ -1,12 +1,13 @@
 // The backward of a bank's call in C (graft_call.cpp): what autograd's engine calls, without Python in it.
 //
 // At a width of 64 the products of a backward take 4 us, and Python around them took 40 for four seeds: a node's method,
-// its saved tensors, allocations, and a view for each parameter. These functions stand in for `apply` of two nodes of
+// its saved tensors, allocations, and a view for each parameter. These functions stand in for `apply` of the nodes of
 // esper.execution.grafts.bank; whatever is not the plain case they hand to the method that was there.
 #include <Python.h>
 #include <pybind11/pybind11.h>
 
 #include <new>
+#include <vector>
 
 #include "bindings.h"
 #include "graft_bank.h"
@@ -20,16 +21,11 @@ using esper::graft::Call;
 using esper::graft::Parts;
 using namespace esper::torch_view;
 
-PyObject *name_call, *name_saved, *name_needs, *name_blocks, *name_parameters, *name_requires, *name_offset;
-PyObject* slowly;                   // BackwardCFunction.apply
+PyObject *name_call, *name_saved, *name_needs, *name_blocks, *name_parameters, *name_requires, *name_offset, *zero, *minus_one;
+PyObject* slowly;                  // BackwardCFunction.apply
 constexpr Py_ssize_t kOthers = 3;  // arguments in front of a buffer's parameters
 
-// A new reference, null included, that lets go of itself.
-pybind11::object steal(PyObject* made) { return pybind11::reinterpret_steal<pybind11::object>(made); }
-
 enum class Outcome { done, slow, failed };
-
-bool truth(PyObject* tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple, i) == Py_True; }
 
 template <typename T>
 void backward(const Call* call, const View& x, const View& gy, const char* table, void* gx, void* gh, void* flat) {
@@ -63,48 +59,136 @@ PyObject* room(bool wanted, PyObject* like, void** at) {
     return made;
 }
 
-// The gradients of one call, as Bank.backward has them: (None, for x, for h, for the buffer).
-Outcome gradients(PyObject* ctx, PyObject* gy, PyObject** found) {
-    const auto made = steal(PyObject_GetAttr(ctx, name_call));
-    if (!made) return Outcome::failed;
-    PyObject *table = PyTuple_GET_ITEM(made.ptr(), 1), *seen = PyTuple_GET_ITEM(made.ptr(), 2);
-    if (!Py_IS_TYPE(PyTuple_GET_ITEM(made.ptr(), 3), esper::graft::call_type)) return Outcome::slow;
-    auto* call = reinterpret_cast<Call*>(PyTuple_GET_ITEM(made.ptr(), 3));
-    const int graph = recording();
-    if (graph < 0) return Outcome::failed;
-    View incoming, tap;
-    if (graph || call->native == nullptr || !view(gy, call->bits, &incoming)) return Outcome::slow;
-    const Bank& bank = *call->native;
-    const auto saved = steal(PyObject_GetAttr(ctx, name_saved));
-    if (!saved) return Outcome::failed;
-    PyObject* x = PyTuple_GET_ITEM(saved.ptr(), 0);
-    if (!view(x, call->bits, &tap) || tap.rows != incoming.rows || !call->small(tap.rows)) return Outcome::slow;
+// What every backward of a bank begins with.
+struct Backward {
+    pybind11::object made, saved, needs;
+    Call* call;
+    const char* table;
+    View gy, x;
+    double host;
+    bool alike;  // h's gradient is y's
+
+    PyObject* tap() const { return PyTuple_GET_ITEM(saved.ptr(), 0); }
+    bool wants(Py_ssize_t i) const { return PyTuple_GET_ITEM(needs.ptr(), i) == Py_True; }
+};
+
+Outcome begin(PyObject* ctx, PyObject* gy, Backward* out) {
+    out->made = steal(PyObject_GetAttr(ctx, name_call));
+    if (!out->made) return Outcome::failed;
+    PyObject *bank = PyTuple_GET_ITEM(out->made.ptr(), 3), *seen = PyTuple_GET_ITEM(out->made.ptr(), 2);
+    if (!Py_IS_TYPE(bank, esper::graft::call_type)) return Outcome::slow;
+    Call* call = out->call = reinterpret_cast<Call*>(bank);
+    if (torch_.grad_enabled() || call->native == nullptr || !view(gy, call->bits, &out->gy)) return Outcome::slow;
+    out->saved = steal(PyObject_GetAttr(ctx, name_saved));
+    if (!out->saved) return Outcome::failed;
+    if (!view(out->tap(), call->bits, &out->x) || out->x.rows != out->gy.rows || !call->small(out->x.rows)) return Outcome::slow;
     const auto now = steal(esper::graft::versions(call));
     if (!now) return Outcome::failed;
     const int same = PyObject_RichCompareBool(now.ptr(), seen, Py_EQ);
     if (same < 0) return Outcome::failed;
-    double host = 0;
-    const char* raw = PyBytes_AS_STRING(table);
-    const bool awake = call->bits == 32 ? counts<float>(bank, raw, &host) : counts<double>(bank, raw, &host);
+    const Bank& native = *call->native;
+    out->table = PyBytes_AS_STRING(PyTuple_GET_ITEM(out->made.ptr(), 1));
+    const bool awake = call->bits == 32 ? counts<float>(native, out->table, &out->host)
+                                        : counts<double>(native, out->table, &out->host);
     if (same == 0 || !awake) return Outcome::slow;
+    out->alike = native.groups().size() == 1 && out->host == 1.0;
+    out->needs = steal(PyObject_GetAttr(ctx, name_needs));
+    return out->needs ? Outcome::done : Outcome::failed;
+}
 
-    const auto needs = steal(PyObject_GetAttr(ctx, name_needs));
-    if (!needs) return Outcome::failed;
-    const bool want_h = truth(needs.ptr(), 2), alike = bank.groups().size() == 1 && host == 1.0;  // h's gradient is y's
-    void *at_x, *at_h, *at_flat;
-    const auto gx = steal(room(truth(needs.ptr(), 1), x, &at_x));
-    const auto other_h = steal(room(want_h && !alike, gy, &at_h));
-    PyObject* gh = want_h && alike ? gy : other_h.ptr();
-    const auto flat = steal(room(truth(needs.ptr(), 3), call->buffer, &at_flat));
-    if (!gx || !other_h || !flat) return Outcome::failed;
+// The seeds' part of the gradients: for x at `gx`, for h and the buffer where there is room.
+Outcome compute(const Backward& b, void* gx, void* gh, void* flat) {
     try {
-        const auto run = call->bits == 32 ? backward<float> : backward<double>;
-        run(call, tap, incoming, raw, at_x, at_h, at_flat);
+        const auto run = b.call->bits == 32 ? backward<float> : backward<double>;
+        run(b.call, b.x, b.gy, b.table, gx, gh, flat);
     } catch (const std::bad_alloc&) {
         PyErr_NoMemory();
         return Outcome::failed;
     }
+    return Outcome::done;
+}
+
+// The gradients of one call, as Bank.backward has them: (None, for x, for h, for the buffer).
+Outcome gradients(PyObject* ctx, PyObject* gy, PyObject** found) {
+    Backward b;
+    const Outcome begun = begin(ctx, gy, &b);
+    if (begun != Outcome::done) return begun;
+    void *at_x, *at_h, *at_flat;
+    const auto gx = steal(room(b.wants(1), b.tap(), &at_x));
+    const auto other_h = steal(room(b.wants(2) && !b.alike, gy, &at_h));
+    PyObject* gh = b.wants(2) && b.alike ? gy : other_h.ptr();
+    const auto flat = steal(room(b.wants(3), b.call->buffer, &at_flat));
+    if (!gx || !other_h || !flat || compute(b, at_x, at_h, at_flat) != Outcome::done) return Outcome::failed;
     *found = PyTuple_Pack(4, Py_None, gx.ptr(), gh, flat.ptr());
+    return *found == nullptr ? Outcome::failed : Outcome::done;
+}
+
+pybind11::object called(PyObject* function, PyObject* first, PyObject* second) {
+    PyObject* arguments[] = {first, second};
+    return steal(PyObject_Vectorcall(function, arguments, 2, nullptr));
+}
+
+// A tensor as rows: itself, if it is that already.
+pybind11::object as_rows(PyObject* tensor, const View& view) {
+    if (view.ndim == 2) return pybind11::reinterpret_borrow<pybind11::object>(tensor);
+    const auto last = steal(PyLong_FromLongLong(view.last));
+    if (!last) return {};
+    PyObject* arguments[] = {tensor, minus_one, last.ptr()};
+    return steal(PyObject_Vectorcall(torch_.reshape, arguments, 3, nullptr));
+}
+
+// Adds what the seeds give for x to what the host gives; false where that is no plain tensor.
+template <typename T>
+bool add(PyObject* to, const char* from, const View& like) {
+    View sum;
+    if (!view(to, 8 * static_cast<int>(sizeof(T)), &sum) || sum.rows != like.rows || sum.last != like.last) return false;
+    T* out = static_cast<T*>(sum.data);
+    const T* in = reinterpret_cast<const T*>(from);
+    for (std::int64_t i = 0; i < sum.rows * sum.last; ++i) out[i] += in[i];
+    return true;
+}
+
+// The gradients of a Linear host with its seeds, by the same products that autograd has for the host:
+// (None, for x, for the weight, for the bias, for the buffer).
+Outcome host_gradients(PyObject* ctx, PyObject* gy, PyObject** found) {
+    Backward b;
+    const Outcome begun = begin(ctx, gy, &b);
+    if (begun != Outcome::done) return begun;
+    const bool want_x = b.wants(1), want_weight = b.wants(2), want_bias = b.wants(3);
+    void *at_h, *at_flat;
+    const auto other_h = steal(room((want_x || want_weight || want_bias) && !b.alike, gy, &at_h));
+    const auto flat = steal(room(b.wants(4), b.call->buffer, &at_flat));
+    if (!other_h || !flat) return Outcome::failed;
+    PyObject* gh = b.alike ? gy : other_h.ptr();
+    // Of the seeds alone: added in one rounding, as autograd adds the gradients of two nodes.
+    thread_local std::vector<char> part;
+    try {
+        if (want_x) part.resize(static_cast<std::size_t>(b.x.rows * b.x.last) * b.call->bits / 8);
+    } catch (const std::bad_alloc&) {
+        PyErr_NoMemory();
+        return Outcome::failed;
+    }
+    if (compute(b, want_x ? part.data() : nullptr, at_h, at_flat) != Outcome::done) return Outcome::failed;
+    pybind11::object gx = pybind11::none(), gweight = pybind11::none(), gbias = pybind11::none();
+    if (want_x) {
+        PyObject* weight = PyTuple_GET_ITEM(b.saved.ptr(), 1);
+        gx = called(b.gy.ndim == 2 ? torch_.mm : torch_.matmul, gh, weight);
+        if (!gx) return Outcome::failed;
+        if (!(b.call->bits == 32 ? add<float> : add<double>)(gx.ptr(), part.data(), b.x)) return Outcome::slow;
+    }
+    if (want_weight || want_bias) {
+        const auto rows = as_rows(gh, b.gy);
+        if (!rows) return Outcome::failed;
+        if (want_weight) {
+            const auto turned = steal(PyObject_CallOneArg(torch_.transposed, rows.ptr())), x = as_rows(b.tap(), b.x);
+            if (!turned || !x) return Outcome::failed;
+            gweight = called(torch_.mm, turned.ptr(), x.ptr());
+            if (!gweight) return Outcome::failed;
+        }
+        if (want_bias) gbias = called(torch_.sum, rows.ptr(), zero);
+        if (!gbias) return Outcome::failed;
+    }
+    *found = PyTuple_Pack(5, Py_None, gx.ptr(), gweight.ptr(), gbias.ptr(), flat.ptr());
     return *found == nullptr ? Outcome::failed : Outcome::done;
 }
 
@@ -162,12 +246,16 @@ PyObject* applied(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef run_method = {"apply", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(applied<gradients>)), METH_FASTCALL,
                           "apply(ctx, gy): the gradients of a bank's call."};
+PyMethodDef host_method = {"apply", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(applied<host_gradients>)), METH_FASTCALL,
+                           "apply(ctx, gy): the gradients of a host's call with its seeds."};
 PyMethodDef gather_method = {"apply", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(applied<parted>)), METH_FASTCALL,
                              "apply(ctx, grad): a buffer's gradient as its parameters'."};
 
-// Let the engine call these functions for the nodes of the two classes.
-void install(const pybind11::object& run_class, const pybind11::object& gather_class, const pybind11::object& otherwise) {
-    for (const auto& [node, method] : {std::pair{run_class, &run_method}, std::pair{gather_class, &gather_method}}) {
+// Let the engine call these functions for the nodes of the three classes.
+void install(const pybind11::object& run_class, const pybind11::object& host_class, const pybind11::object& gather_class,
+             const pybind11::object& otherwise) {
+    for (const auto& [node, method] :
+         {std::pair{run_class, &run_method}, std::pair{host_class, &host_method}, std::pair{gather_class, &gather_method}}) {
         const auto function = steal(PyCFunction_New(method, nullptr));
         if (!function) throw pybind11::error_already_set();
         const auto bound = steal(PyInstanceMethod_New(function.ptr()));
@@ -187,5 +275,7 @@ void bind_graft_grad(pybind11::module_& m) {
     name_parameters = PyUnicode_InternFromString("parameters");
     name_requires = PyUnicode_InternFromString("requires_grad");
     name_offset = PyUnicode_InternFromString("storage_offset");
-    m.def("bank_grad_setup", &install, "Give two classes of nodes their `apply`, and the one to fall back to.");
+    zero = PyLong_FromLong(0);
+    minus_one = PyLong_FromLong(-1);
+    m.def("bank_grad_setup", &install, "Give three classes of nodes their `apply`, and the one to fall back to.");
 }

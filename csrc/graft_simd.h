@@ -2,7 +2,8 @@
 // graft_bank.cpp, which compiles them once for each instruction set, with everything inlined into its entry points.
 //
 // Sizes of tiles: 12 sums, so that the latency of a multiply-add (4 to 5 cycles, two a cycle) is covered, and no more,
-// so that with what is loaded beside them they fit the 16 registers of AVX2.
+// so that with what is loaded beside them they fit the 16 registers of AVX2. AVX-512 has 32: there a product of rows with rows
+// takes 16, for a fourth more work on what is loaded.
 #pragma once
 
 #include <cstdint>
@@ -114,6 +115,8 @@ ESPER_HD void product_nt(const T* a, std::int64_t lda, const T* b, std::int64_t 
             bp[t] = b + (rows ? rows[row] : row) * ldb;
         }
         std::int64_t i = 0;
+        if constexpr (Bytes == 64)
+            for (; i + 4 <= ni; i += 4) tile_nt<T, Bytes, 4>(a + i * lda, lda, bp, k0, k1, out + i * ldo + j, ldo, used);
         for (; i + 3 <= ni; i += 3) tile_nt<T, Bytes, 3>(a + i * lda, lda, bp, k0, k1, out + i * ldo + j, ldo, used);
         if (ni - i == 2) tile_nt<T, Bytes, 2>(a + i * lda, lda, bp, k0, k1, out + i * ldo + j, ldo, used);
         if (ni - i == 1) tile_nt<T, Bytes, 1>(a + i * lda, lda, bp, k0, k1, out + i * ldo + j, ldo, used);
@@ -135,9 +138,9 @@ struct Nn {
     T factor;
 };
 
-// Rows i to i + TI, columns c to c + TC registers.
+// Rows i to i + TI, columns c to c + TC registers; in b they begin at `at`.
 template <typename T, int Bytes, int TI, int TC>
-ESPER_HD void tile_nn(const Nn<T>& p, std::int64_t i0, std::int64_t c, typename Vec<T, Bytes>::type& check) {
+ESPER_HD void tile_nn(const Nn<T>& p, std::int64_t i0, std::int64_t c, std::int64_t at, typename Vec<T, Bytes>::type& check) {
     typedef typename Vec<T, Bytes>::type V;
     constexpr std::int64_t W = Vec<T, Bytes>::width;
     const V zero = {};
@@ -148,7 +151,7 @@ ESPER_HD void tile_nn(const Nn<T>& p, std::int64_t i0, std::int64_t c, typename 
         for (int v = 0; v < TC; ++v)
             sum[i][v] = p.start ? load<T, Bytes>(p.start + (i0 + i) * p.ldo + c + v * W) * p.factor : -zero;
     for (std::int64_t j = 0; j < p.nj; ++j) {
-        const T* bp = p.b + (p.rows ? p.rows[j] : j) * p.ldb + c;
+        const T* bp = p.b + (p.rows ? p.rows[j] : j) * p.ldb + at;
         V bv[TC];
 #pragma GCC unroll 4
         for (int v = 0; v < TC; ++v) bv[v] = load<T, Bytes>(bp + v * W);
@@ -168,16 +171,33 @@ ESPER_HD void tile_nn(const Nn<T>& p, std::int64_t i0, std::int64_t c, typename 
         }
 }
 
-// All rows of TC registers' columns: what b has there stays in the first cache.
+constexpr std::int64_t kPageBytes = 4096;  // lines of memory so far apart, or a multiple, share eight places of a first cache
+constexpr std::int64_t kPackedBytes = 24 << 10;
+constexpr std::int64_t kPackedRows = 24;  // so many rows of the result that to lay b out anew pays
+
+// All rows of TC registers' columns: what b has there stays in the first cache. Where its rows would drive each other out of it,
+// they are laid side by side first.
 template <typename T, int Bytes, int TC>
-ESPER_HD void panel_nn(const Nn<T>& p, std::int64_t ni, std::int64_t c, typename Vec<T, Bytes>::type& check) {
+ESPER_HD void panel_nn(const Nn<T>& given, std::int64_t ni, std::int64_t c, typename Vec<T, Bytes>::type& check) {
+    constexpr std::int64_t size = sizeof(T), W = Vec<T, Bytes>::width, width = TC * W, room = kPackedBytes / size;
+    Nn<T> p = given;
+    alignas(64) T packed[room];
+    std::int64_t at = c;
+    if (ni >= kPackedRows && p.ldb * size % kPageBytes == 0 && p.nj * width <= room) {
+        for (std::int64_t j = 0; j < p.nj; ++j) {
+            const T* from = p.b + (p.rows ? p.rows[j] : j) * p.ldb + c;
+#pragma GCC unroll 4
+            for (int v = 0; v < TC; ++v) store<T, Bytes>(packed + j * width + v * W, load<T, Bytes>(from + v * W));
+        }
+        p.b = packed, p.ldb = width, p.rows = nullptr, at = 0;
+    }
     std::int64_t i = 0;
-    for (; i + 4 <= ni; i += 4) tile_nn<T, Bytes, 4, TC>(p, i, c, check);
+    for (; i + 4 <= ni; i += 4) tile_nn<T, Bytes, 4, TC>(p, i, c, at, check);
     if (ni - i >= 2) {
-        tile_nn<T, Bytes, 2, TC>(p, i, c, check);
+        tile_nn<T, Bytes, 2, TC>(p, i, c, at, check);
         i += 2;
     }
-    if (ni - i == 1) tile_nn<T, Bytes, 1, TC>(p, i, c, check);
+    if (ni - i == 1) tile_nn<T, Bytes, 1, TC>(p, i, c, at, check);
 }
 
 // out[i][c] = factor * start[i][c] + sum over j of a[i * si + j * sj] * b[rows[j]][c], for c in [c0, c1). Without start the sum

@@ -22,6 +22,7 @@ PYBIND11_MODULE(_native, m) {
     bind_graft(m);
     bind_graft_call(m);
     bind_graft_grad(m);
+    bind_graft_host(m);
     bind_graft_seeds_call(m);
     bind_torch_shim(m);
 }

@@ -37,8 +37,13 @@ constexpr std::uint8_t kDlpackInt = 0, kDlpackUnsigned = 1, kDlpackFloat = 2;
 // What torch has, given once.
 struct Torch {
     const ExchangeApi* api = nullptr;
-    PyTypeObject* tensor = nullptr;
-    PyObject *functorch, *modes, *jit, *forward_ad, *grad_enabled, *empty_like, *as_strided, *split;
+    PyTypeObject *tensor = nullptr, *parameter = nullptr;
+    PyObject* forward_ad;  // a module's names, among them the level
+    // Functions. First those that ask for the state of the thread.
+    PyObject *functorch, *jit, *dispatch_modes, *function_modes, *any_autocast, *autocast;
+    bool (*grad_enabled)();
+    void (*set_grad_enabled)(bool);
+    PyObject *empty_like, *new_empty, *as_strided, *split, *reshape, *transposed, *linear, *mm, *matmul, *sum;
 };
 
 inline Torch torch_;
@@ -57,6 +62,8 @@ inline const ExchangeApi* exchange_api(PyObject* tensor_type) {
 struct View {
     void* data;
     std::int64_t rows, last;
+    int ndim;
+    const std::int64_t* shape;
 };
 
 // A plain contiguous tensor of floating numbers of `bits` on the CPU, as rows; false for every other.
@@ -75,6 +82,8 @@ inline bool view(PyObject* object, int bits, View* out) {
     }
     if (expected == 0) return false;
     out->data = static_cast<char*>(t.data) + t.byte_offset;
+    out->ndim = t.ndim;
+    out->shape = t.shape;
     out->last = t.shape[t.ndim - 1];
     out->rows = expected / out->last;
     return true;
@@ -89,13 +98,13 @@ inline void* address(PyObject* tensor) {
     return static_cast<char*>(t.data) + t.byte_offset;
 }
 
-// Whether the graph is being recorded: 1, 0, or -1 with an error set.
-inline int recording() {
-    PyObject* answer = PyObject_CallNoArgs(torch_.grad_enabled);
+// Whether the answer to a question without arguments is the one that is given: 1, 0, or -1 with an error set.
+inline int answers(PyObject* question, PyObject* wanted) {
+    PyObject* answer = PyObject_CallNoArgs(question);
     if (answer == nullptr) return -1;
-    const int yes = answer == Py_True;
+    const int same = answer == wanted;
     Py_DECREF(answer);
-    return yes;
+    return same;
 }
 
 }  // namespace esper::torch_view

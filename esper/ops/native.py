@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["cuda_reason", "driver", "driver_reason", "load", "reason"]
+__all__ = ["cuda_reason", "driver", "driver_reason", "load", "reason", "torch_library"]
 
 
 def _import() -> tuple[ModuleType | None, str]:
@@ -57,6 +57,15 @@ def cuda_reason() -> str:
     import torch
 
     return "" if torch.cuda.is_available() else "no CUDA device is visible"
+
+
+def torch_library() -> str:
+    """Where torch's shared library is, whose C interface the extension looks up."""
+    import torch
+
+    libraries = Path(torch.__file__).parent / "lib"
+    names = ("libtorch_cpu.so", "libtorch_cpu.dylib")
+    return str(next((libraries / name for name in names if (libraries / name).exists()), libraries / names[0]))
 
 
 @lru_cache(maxsize=1)

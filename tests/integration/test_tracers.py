@@ -88,3 +88,17 @@ def test_operations_are_counted(model: esper.MorphableModel, x: Tensor) -> None:
         y = model(x)
     same(y, model, x)
     assert counter.get_total_flops() >= FLOPS
+
+
+def test_steps_are_counted(model: esper.MorphableModel, x: Tensor) -> None:
+    """Forward and backward, the same layers twice before the backward, in the dtype in which alphas are kept."""
+    expected = torch.autograd.grad(2 * model(x).square().sum(), list(model.parameters()), allow_unused=True)
+    with FlopCounterMode(display=False) as counter:
+        total = model(x).square().sum() + model(x).square().sum()
+        got = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    for one, two in zip(got, expected, strict=True):
+        if two is None:
+            assert one is None or not one.any(), "reserved memory that no seed uses yet"
+        else:
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.abs().max()))  # other orders of sums
+    assert counter.get_total_flops() >= 4 * FLOPS

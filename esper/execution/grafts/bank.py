@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from esper.execution.grafts import bank_kernel
@@ -53,11 +54,30 @@ class _Gather(torch.autograd.Function):
         return (None, None, None, *(v if p.requires_grad else None for v, p in zip(views, ctx.parameters, strict=True)))
 
 
-class _Run(torch.autograd.Function):
-    """Attaches the gradient to a y that is computed already.
+#: What a call leaves for its backward: its bank, the coefficients, the versions of the parameters, and the native call
+#: that made the result, if one did: its backward is native too.
+_Made = tuple["Bank", bytes, bytes, object]
 
-    The last part of ``call`` is the native call that made y, if one did: its backward is native too.
-    """
+
+def _gradients(
+    made: _Made, x: Tensor, gy: Tensor, want_x: bool, want_h: bool, want_weights: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """For x, h and the buffer, as far as the seeds go."""
+    bank, table, versions, _ = made
+    if bank.versions() != versions:
+        raise RuntimeError(
+            "a seed's parameters were modified in place between forward and backward, so its gradient cannot be "
+            "computed; call the optimizer after backward"
+        )
+    if torch.is_grad_enabled():
+        return bank.differentiable_backward(bank.weights, x, gy, table, want_x, want_h, want_weights)
+    if batched(gy):
+        return bank.differentiable_backward(bank.buffer, x, gy, table, want_x, want_h, want_weights)
+    return bank.backward(bank.buffer, x, gy, table, want_x, want_h, want_weights)
+
+
+class _Run(torch.autograd.Function):
+    """Attaches the gradient to a y that is computed already."""
 
     @staticmethod
     def forward(
@@ -70,50 +90,89 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        bank: Bank = ctx.call[0]
-        table: bytes = ctx.call[1]
-        if bank.versions() != ctx.call[2]:
-            raise RuntimeError(
-                "a seed's parameters were modified in place between forward and backward, so its gradient cannot be "
-                "computed; "
-                "call the optimizer after backward"
-            )
-        _, want_x, want_h, want_weights = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            return (None, *bank.differentiable_backward(bank.weights, x, gy, table, want_x, want_h, want_weights))
-        if batched(gy):
-            return (None, *bank.differentiable_backward(bank.buffer, x, gy, table, want_x, want_h, want_weights))
-        return (None, *bank.backward(bank.buffer, x, gy, table, want_x, want_h, want_weights))
+        return (None, *_gradients(ctx.call, x, gy, *ctx.needs_input_grad[1:]))
+
+
+class _RunHost(torch.autograd.Function):
+    """As :class:`_Run`, for the host's product and its seeds: y = F.linear(x, weight, bias) with the seeds in it.
+
+    ``forward(ctx, call, x, weight, bias, buffer)`` is native (``csrc/graft_host.cpp``), and so is the backward in the
+    plain case. The weight is saved only where x has a gradient.
+    """
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        _, want_x, want_weight, want_bias, want_seeds = ctx.needs_input_grad
+        want_h = want_x or want_weight or want_bias
+        gx, gh, flat = _gradients(ctx.call, x, gy, want_x, want_h, want_seeds)
+        gweight = gbias = None
+        if want_x:
+            assert gh is not None
+            gx = gh @ weight if gx is None else gh @ weight + gx
+        if want_weight or want_bias:
+            assert gh is not None
+            rows = gh.reshape(-1, gh.shape[-1])
+            gweight = rows.t() @ x.reshape(-1, x.shape[-1]) if want_weight else None
+            gbias = rows.sum(0) if want_bias else None
+        return None, gx, gweight, gbias, flat
 
 
 # What Function.apply does beyond this is for functorch, and costs 1 to 2 us; `usable` has excluded functorch.
 _run: Callable[..., Tensor] = super(torch.autograd.Function, _Run).apply
+_run_host: Callable[..., Tensor] = super(torch.autograd.Function, _RunHost).apply
 
 
 @functools.cache
 def _bank_call() -> Callable[..., Any] | None:
     """The extension's ``BankCall``, told about torch."""
     module = native.load()
-    if not hasattr(module, "BankCall"):
+    if not hasattr(module, "bank_host_setup"):  # neither missing nor older than this package
         return None
     assert module is not None
-    ready = module.bank_call_setup(
-        torch.Tensor,
-        torch._C._are_functorch_transforms_active,
-        torch._C._len_torch_dispatch_stack,
-        torch._C._get_tracing_state,
-        vars(torch.autograd.forward_ad),
-        torch.is_grad_enabled,
-        torch.empty_like,
-        torch.Tensor.as_strided,
-        torch.Tensor.split_with_sizes,
-    )
-    if not ready:
+    functions: dict[str, Callable[..., Any]] = {
+        "functorch": torch._C._are_functorch_transforms_active,
+        "jit": torch._C._get_tracing_state,
+        "dispatch_modes": torch._C._len_torch_dispatch_stack,
+        "function_modes": torch._C._len_torch_function_stack,
+        "any_autocast": torch._C._is_any_autocast_enabled,
+        "autocast": torch.is_autocast_enabled,
+        "empty_like": torch.empty_like,
+        "new_empty": torch.Tensor.new_empty,
+        "as_strided": torch.Tensor.as_strided,
+        "split": torch.Tensor.split_with_sizes,
+        "reshape": torch.Tensor.reshape,
+        "transposed": torch.Tensor.t,
+        "linear": torch._C._nn.linear,
+        "mm": torch.mm,
+        "matmul": torch.matmul,
+        "sum": torch.sum,
+    }
+    about = torch.Tensor, nn.Parameter, vars(torch.autograd.forward_ad)
+    if not module.bank_call_setup(native.torch_library(), *about, functions):
         return None
     # The engine asks a node for `apply`. These take the plain case, and hand the rest to the method that is there.
-    module.bank_grad_setup(_Run._backward_cls, _Gather._backward_cls, BackwardCFunction.apply)
+    nodes = _Run._backward_cls, _RunHost._backward_cls, _Gather._backward_cls
+    module.bank_grad_setup(*nodes, BackwardCFunction.apply)
+    module.bank_host_setup(native.torch_library(), _RunHost)
     call: Callable[..., Any] = module.BankCall
     return call
+
+
+@dataclass(frozen=True, slots=True)
+class FastCall:
+    """A bank's calls in C.
+
+    Attributes:
+        run: ``run(x, h, alpha)``: y, or None. x is what the host read, whatever the seeds read.
+        run_host: ``run_host(x, parameters, alpha, timed)``: y of a Linear host with these parameters, by their names,
+            with the seeds in it; or None.
+        elapsed: Microseconds that the seeds of the last timed ``run_host`` took.
+    """
+
+    run: Callable[[Tensor, Tensor, Tensor], Tensor | None]
+    run_host: Callable[[Tensor, Mapping[str, Tensor | None], Tensor, bool], Tensor | None]
+    elapsed: Callable[[], int]
 
 
 class Bank(BankKernel):
@@ -177,30 +236,31 @@ class Bank(BankKernel):
             for parameter, view in zip(self.parameters, views, strict=True):
                 self._house(parameter, view)
 
-    def fast_call(self) -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
-        """``call(x, h, alpha)``: what :meth:`usable`, ``whole`` and :meth:`run` do in the plain case, without Python.
+    def fast_call(self) -> FastCall | None:
+        """What :meth:`usable`, ``whole`` and :meth:`run` do in the plain case, without Python.
 
-        It gives None wherever one of them would say no. None where the extension or torch is too old for it. x is what
-        the host read, whatever the seeds read.
+        It gives None wherever one of them would say no. None where the extension or torch is too old for it.
         """
         make = _bank_call()
         if make is None:
             return None
         bits = 8 * self.buffer.element_size()
         call = make(
-            self._native, self._native.address, self, _run, tuple(self._dicts), tuple(self._keys),
+            self._native, self._native.address, self, _run, _run_host, tuple(self._dicts), tuple(self._keys),
             tuple(self.parameters), self.buffer, bank_kernel.NATIVE_LIMIT, bits, self.biased,
             self.reads_input,
         )  # fmt: skip
-        run: Callable[[Tensor, Tensor, Tensor], Tensor | None] = call.run
         if not self._copied:
+            return FastCall(call.run, call.run_host, call.elapsed)
+
+        def refreshed(method: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+            def run(*arguments: Any) -> Tensor | None:
+                self._refresh()
+                return method(*arguments)
+
             return run
 
-        def refreshed(x: Tensor, h: Tensor, alpha: Tensor) -> Tensor | None:
-            self._refresh()
-            return run(x, h, alpha)
-
-        return refreshed
+        return FastCall(refreshed(call.run), refreshed(call.run_host), call.elapsed)
 
     def run(self, x: Tensor, h: Tensor, alpha: Tensor) -> Tensor | None:
         """y, or None when it is not finite and the fault has to be looked into. x is the tap."""
@@ -212,10 +272,10 @@ class Bank(BankKernel):
         if not torch.is_grad_enabled():
             return y
         if not self.attached and any(map(_wants_grad, self.parameters)):
-            self._attach()
+            self.attach()
         return _run((y, self, table, self.versions(), None), x, h, self.weights)
 
-    def _attach(self) -> None:
+    def attach(self) -> None:
         """Make ``weights`` a function of the parameters.
 
         Nothing is saved in that node, so one serves any number of forwards and backwards. All parameters get an edge,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esper.contracts.errors import ShapeMismatchError
 from esper.execution.grafts import blend, compiled, fused
-from esper.execution.grafts.bank import Bank
+from esper.execution.grafts.bank import Bank, FastCall
 from esper.execution.grafts.bank_kernel import bank_eligible
 from esper.execution.grafts.bound import BoundSeeds, SeedState
 from esper.execution.grafts.device_bank import DeviceBank, capturing, packable
@@ -64,7 +64,7 @@ class GraftSet(BoundSeeds):
         self._runs: fused.Runs = ()
         self._bank: Bank | ReservedBank | DeviceBank | None = None
         self._bank_tried = False
-        self._fast: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None = None
+        self._fast: FastCall | None = None
 
     def _changed(self) -> None:
         self._layout = self._sheet = None
@@ -98,7 +98,7 @@ class GraftSet(BoundSeeds):
         bank = None if _compiling() else self._bank
         if bank is not None:
             if self._fast is not None:
-                y = self._fast(x, h, alpha)
+                y = self._fast.run(x, h, alpha)
                 if y is not None:
                     return y
             tap = x if bank.reads_input else h
@@ -141,6 +141,22 @@ class GraftSet(BoundSeeds):
             return None
         return bank.run_with_host(x, weight, bias, self.state_layout.alpha_blend)
 
+    def fast_call(self, x: Tensor) -> FastCall | None:
+        """The seeds' calls in C, made now if they can be; None without.
+
+        A forward takes the same way from its first call on: activation checkpointing counts what is saved.
+
+        Args:
+            x: What the host is about to read.
+        """
+        bank = self._bank
+        if isinstance(bank, Bank) and not bank.whole() and not bank.swapped():
+            self._forget_bank()
+        plain = not self._bank_tried and not fused.serves(x.device) and not _observed(x) and not _differentiated()
+        if plain and self._seeds and not self.misfits:
+            self._try_bank(x.device)
+        return self._fast
+
     @property
     def bank_of_seeds(self) -> tuple[int, str | None] | None:
         """Rows and activation of the bank that :meth:`with_host` would run; None without one."""
@@ -181,18 +197,24 @@ class GraftSet(BoundSeeds):
             return self._traced(x, h, alpha)
         if _differentiated():
             return self._pure(x, h, alpha)
-        if not self._bank_tried:
-            self._bank_tried = True
-            # A captured graph holds the parameters' addresses, so from then on they stay where they are.
-            if not capturing(h.device):
-                with torch.inference_mode(False):  # the buffer outlives this call, which may be in inference mode
-                    self._bank = self._pack()
-                    self._fast = self._bank.fast_call() if isinstance(self._bank, Bank) else None
-                if self._bank is not None:
-                    return self.forward(x, h, alpha)
+        if self._try_bank(h.device):
+            return self.forward(x, h, alpha)
         if h.device.type != "cpu" or fused.serves(h.device):
             return self._traced(x, h, alpha)
         return self._eager(x, h, alpha)
+
+    def _try_bank(self, device: torch.device) -> bool:
+        """Pack the seeds, if that was not tried since they changed; whether they are packed now by this call."""
+        if self._bank_tried:
+            return False
+        self._bank_tried = True
+        # A captured graph holds the parameters' addresses, so from then on they stay where they are.
+        if capturing(device):
+            return False
+        with torch.inference_mode(False):  # the buffer outlives this call, which may be in inference mode
+            self._bank = self._pack()
+            self._fast = self._bank.fast_call() if isinstance(self._bank, Bank) else None
+        return self._bank is not None
 
     def _settle(self) -> None:
         """Settle what depends on the layer's shape: which seeds fit, and where their contributions go."""
@@ -343,8 +365,10 @@ class GraftSet(BoundSeeds):
         with torch.no_grad():
             trusted = self._trusted(x, h, order)
         if traced_through(h):
-            # Plain operations: a compiler fuses them itself, and whoever else looks on sees each of them.
-            y = reference.blend(self._layout, h, parts, alpha, dim)
+            # Plain operations: a compiler fuses them itself, and whoever else looks on sees each of them. The graph
+            # must not hold the lattice's own memory, which the flags are written to.
+            factors = alpha if _compiling() else alpha.clone()
+            y = reference.blend(self._layout, h, parts, factors, dim)
             with torch.no_grad():
                 still = [p.detach() for p in parts]
                 blamed = reference.faults(self._layout, h.detach(), y.detach(), still, trusted, alpha, dim)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -213,10 +212,7 @@ def _install() -> str:
     module = native.load()
     if module is None or not hasattr(module, "install_torch_kernels"):
         return native.reason() or "esper._native is older than this package; build it again"
-    libraries = Path(torch.__file__).parent / "lib"
-    names = ("libtorch_cpu.so", "libtorch_cpu.dylib")
-    path = next((libraries / name for name in names if (libraries / name).exists()), libraries / names[0])
-    reason: str = module.install_torch_kernels(str(path), {op.name: op.schema for op in _OPS})
+    reason: str = module.install_torch_kernels(native.torch_library(), {op.name: op.schema for op in _OPS})
     return reason
 
 

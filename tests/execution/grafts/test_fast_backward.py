@@ -74,7 +74,7 @@ def both(grafts: GraftSet, x: Tensor, h: Tensor, wanted: list[Tensor]) -> tuple[
     """The gradients by the native backward and by Python's."""
     weight = torch.randn(h.shape, dtype=h.dtype)
     alpha = grafts.state_layout.alpha_blend
-    native = grafts._fast(x, h, alpha)
+    native = grafts._fast.run(x, h, alpha)
     slow = grafts._bank.run(x if grafts._bank.reads_input else h, h, alpha)
     assert native is not None
     found = [torch.autograd.grad(y, wanted, weight, allow_unused=True) for y in (native, slow)]

@@ -65,7 +65,7 @@ def slowly(grafts: GraftSet, x: Tensor, h: Tensor) -> Tensor:
 def test_same_numbers_and_gradients_as_python(shape: tuple[int, ...], tap: str, dtype: torch.dtype) -> None:
     grafts = packed(layer(dtype, tap))
     x, h = rows(*shape, dtype=dtype)
-    y = grafts._fast(x, h, grafts.state_layout.alpha_blend)
+    y = grafts._fast.run(x, h, grafts.state_layout.alpha_blend)
     expected = slowly(grafts, x, h)
     assert y is not None
     assert torch.equal(y, expected)
@@ -73,14 +73,14 @@ def test_same_numbers_and_gradients_as_python(shape: tuple[int, ...], tap: str, 
     for got, want in zip(gradients(y, tensors), gradients(expected, tensors), strict=True):
         assert torch.equal(got, want)
     with torch.no_grad():
-        bare = grafts._fast(x, h, grafts.state_layout.alpha_blend)
+        bare = grafts._fast.run(x, h, grafts.state_layout.alpha_blend)
     assert torch.equal(bare, expected)
     assert not bare.requires_grad
 
 
 def declines(grafts: GraftSet, x: Tensor, h: Tensor, alpha: Tensor | None = None) -> None:
     assert grafts._fast is not None
-    assert grafts._fast(x, h, grafts.state_layout.alpha_blend if alpha is None else alpha) is None
+    assert grafts._fast.run(x, h, grafts.state_layout.alpha_blend if alpha is None else alpha) is None
 
 
 class Marked(Tensor):
@@ -121,7 +121,7 @@ def test_what_is_not_plain_is_left_to_python(change: Any) -> None:
     grafts = packed(layer())
     x, h = rows(5)
     declines(grafts, *change(x.detach(), h.detach()))
-    assert grafts._fast(x, h, grafts.state_layout.alpha_blend) is not None
+    assert grafts._fast.run(x, h, grafts.state_layout.alpha_blend) is not None
 
 
 def test_alphas_of_another_kind_are_left_to_python() -> None:
@@ -136,7 +136,7 @@ def test_transformations_are_left_to_python() -> None:
     seen: list[bool] = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(grafts._fast(x, h, grafts.state_layout.alpha_blend) is None)
+        seen.append(grafts._fast.run(x, h, grafts.state_layout.alpha_blend) is None)
         return x.sum()
 
     torch.func.grad(look)(x)
@@ -146,7 +146,7 @@ def test_transformations_are_left_to_python() -> None:
     with Through():
         look(x)
     assert seen == [True] * 4
-    assert grafts._fast(x, h, grafts.state_layout.alpha_blend) is not None
+    assert grafts._fast.run(x, h, grafts.state_layout.alpha_blend) is not None
 
 
 def test_other_parameters_are_noticed() -> None:
@@ -157,7 +157,7 @@ def test_other_parameters_are_noticed() -> None:
     seed.weight = nn.Parameter(mine.detach().clone())
     declines(grafts, x, h)
     seed.weight = mine
-    assert grafts._fast(x, h, grafts.state_layout.alpha_blend) is not None
+    assert grafts._fast.run(x, h, grafts.state_layout.alpha_blend) is not None
     mine.data = mine.data.clone()
     declines(grafts, x, h)
     del seed._parameters["weight"]
@@ -177,7 +177,7 @@ def test_a_fault_is_left_to_python_and_contained() -> None:
 def test_large_products_are_left_to_the_blas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bank_kernel, "NATIVE_LIMIT", 4 * 5 * (D_IN + D_OUT))
     grafts = packed(layer())
-    assert grafts._fast(*rows(5), grafts.state_layout.alpha_blend) is not None
+    assert grafts._fast.run(*rows(5), grafts.state_layout.alpha_blend) is not None
     declines(grafts, *rows(6))
 
 
@@ -187,7 +187,7 @@ def test_frozen_seeds_are_attached_when_they_thaw() -> None:
         parameter.requires_grad_(False)
     packed(grafts)
     x, h = rows(5)
-    y = grafts._fast(x, h, grafts.state_layout.alpha_blend)
+    y = grafts._fast.run(x, h, grafts.state_layout.alpha_blend)
     (gx,) = torch.autograd.grad(y.sum(), x)
     assert torch.count_nonzero(gx)
     thawed = grafts.seed_parameters(2)["up.weight"]
@@ -195,13 +195,13 @@ def test_frozen_seeds_are_attached_when_they_thaw() -> None:
     declines(grafts, x, h)  # Python attaches
     grafts(x, h).sum().backward()
     assert torch.count_nonzero(thawed.grad)
-    assert grafts._fast(x, h, grafts.state_layout.alpha_blend) is not None
+    assert grafts._fast.run(x, h, grafts.state_layout.alpha_blend) is not None
     assert grafts.seed_parameters(0)["up.weight"].grad is None
 
 
 def test_parameters_moved_on_before_the_backward_are_reported() -> None:
     grafts = packed(layer())
-    y = grafts._fast(*rows(5), grafts.state_layout.alpha_blend)
+    y = grafts._fast.run(*rows(5), grafts.state_layout.alpha_blend)
     with torch.no_grad():
         parameters(grafts)[0].add_(1)
     with pytest.raises(RuntimeError, match="call the optimizer after backward"):
@@ -228,13 +228,13 @@ def test_references_are_counted() -> None:
     alpha = grafts.state_layout.alpha_blend
     objects = [x, h, alpha, grafts._bank, *parameters(grafts), None, True, False]
     for _ in range(3):
-        grafts._fast(x, h, alpha)
+        grafts._fast.run(x, h, alpha)
     before = [sys.getrefcount(o) for o in objects]
     for _ in range(100):
-        grafts._fast(x, h, alpha)
+        grafts._fast.run(x, h, alpha)
         with torch.no_grad():
-            grafts._fast(x, h, alpha)
-        grafts._fast(x[:2], h, alpha)
+            grafts._fast.run(x, h, alpha)
+        grafts._fast.run(x[:2], h, alpha)
     after = [sys.getrefcount(o) for o in objects]
     assert all(abs(a - b) < 20 for a, b in zip(after, before, strict=True)), (before, after)
 
@@ -242,6 +242,6 @@ def test_references_are_counted() -> None:
 def test_wrong_calls_are_refused() -> None:
     grafts = packed(layer())
     with pytest.raises(TypeError, match="x, h and alpha"):
-        grafts._fast(*rows(5))
+        grafts._fast.run(*rows(5))
     with pytest.raises(TypeError):
-        type(grafts._fast.__self__)(1, 2)
+        type(grafts._fast.run.__self__)(1, 2)
