@@ -259,9 +259,10 @@ bool Bank::forward_rows(const T* x, const T* h, T* y, const T* down, const T* up
     const std::vector<std::int32_t> rows = live_rows(table);
     const auto live = static_cast<std::int64_t>(rows.size());
     const std::int32_t* row = rows.data();
+    const std::int32_t* listed = live == rows_ ? nullptr : row;  // products are faster without a list
     const std::uint32_t* owner = row_seed_.data();
     T* z = scratch<T>(0, static_cast<std::size_t>(n * live));
-    nt(x, d_in_, down, d_in_, rows.data(), n, live, 0, d_in_, z, live);
+    nt(x, d_in_, down, d_in_, listed, n, live, 0, d_in_, z, live);
     if (bias || !linear_)
         for (std::int64_t i = 0; i < n; ++i)
             for (std::int64_t j = 0; j < live; ++j) {
@@ -289,7 +290,7 @@ bool Bank::forward_rows(const T* x, const T* h, T* y, const T* down, const T* up
         const Span span = groups_[g];
         // A factor of 0 must not read h: 0 * inf is NaN.
         const T* start = host == T(0) ? nullptr : h;
-        finite &= nn(scaled, live, 1, up, d_out_, group_rows.data(), n, used, span.begin, span.end, y, d_out_, start, host);
+        finite &= nn(scaled, live, 1, up, d_out_, used == rows_ ? nullptr : group_rows.data(), n, used, span.begin, span.end, y, d_out_, start, host);
     }
     return finite;
 }
@@ -300,6 +301,7 @@ void Bank::backward(const T* x, const T* gy, const T* down, const T* up, const T
     const std::vector<std::int32_t> rows = live_rows(table);
     const auto live = static_cast<std::int64_t>(rows.size());
     const std::int32_t* row = rows.data();
+    const std::int32_t* listed = live == rows_ ? nullptr : row;
     const std::uint32_t* owner = row_seed_.data();
     const auto size = static_cast<std::size_t>(n * live);
     const std::size_t stride = seeds_.size() + 1;
@@ -308,17 +310,18 @@ void Bank::backward(const T* x, const T* gy, const T* down, const T* up, const T
     T* part = scratch<T>(2, size);
     const T* none = nullptr;
     const bool nonlinear = bias || !linear_;
-    if (gup || nonlinear) nt(x, d_in_, down, d_in_, rows.data(), n, live, 0, d_in_, z, live);
+    if (gup || nonlinear) nt(x, d_in_, down, d_in_, listed, n, live, 0, d_in_, z, live);
     if (gup) std::fill(gup, gup + rows_ * d_out_, T(0));
     std::fill(gz, gz + size, T(0));
+    std::vector<T> factors(static_cast<std::size_t>(live));
     for (std::size_t g = 0; g < groups_.size(); ++g) {
         const Span span = groups_[g];
-        nt(gy, d_out_, up, d_out_, rows.data(), n, live, span.begin, span.end, part, live);
-        for (std::int64_t j = 0; j < live; ++j) {
-            const T c = table[g * stride + owner[row[j]]];
-            if (c == T(0)) continue;
-            for (std::int64_t i = 0; i < n; ++i) gz[i * live + j] += c * part[i * live + j];
-        }
+        nt(gy, d_out_, up, d_out_, listed, n, live, span.begin, span.end, part, live);
+        for (std::int64_t j = 0; j < live; ++j) factors[static_cast<std::size_t>(j)] = table[g * stride + owner[row[j]]];
+        const T* factor = factors.data();
+        for (std::int64_t i = 0; i < n; ++i)
+            for (std::int64_t j = 0; j < live; ++j)
+                gz[i * live + j] = factor[j] == T(0) ? gz[i * live + j] : gz[i * live + j] + factor[j] * part[i * live + j];
     }
     T* active = z;
     if (nonlinear) {
@@ -350,7 +353,7 @@ void Bank::backward(const T* x, const T* gy, const T* down, const T* up, const T
             }
         }
     }
-    if (gx) nn(gz, live, 1, down, d_in_, rows.data(), n, live, 0, d_in_, gx, d_in_, none, T(0));
+    if (gx) nn(gz, live, 1, down, d_in_, listed, n, live, 0, d_in_, gx, d_in_, none, T(0));
     if (gdown) {
         std::fill(gdown, gdown + rows_ * d_in_, T(0));
         for (std::int64_t j = 0; j < live;) {

@@ -218,7 +218,7 @@ bool setup(const std::string& library, const pybind11::type& tensor, const pybin
         {"functorch", &torch_.functorch}, {"jit", &torch_.jit},
         {"dispatch_modes", &torch_.dispatch_modes}, {"function_modes", &torch_.function_modes},
         {"any_autocast", &torch_.any_autocast}, {"autocast", &torch_.autocast},
-        {"empty_like", &torch_.empty_like}, {"new_empty", &torch_.new_empty},
+        {"profiling", &torch_.profiling}, {"empty_like", &torch_.empty_like}, {"new_empty", &torch_.new_empty},
         {"as_strided", &torch_.as_strided}, {"split", &torch_.split},
         {"reshape", &torch_.reshape}, {"transposed", &torch_.transposed},
         {"linear", &torch_.linear}, {"mm", &torch_.mm},

@@ -131,7 +131,7 @@ void spread(const DlTensor& shift, T* rows, std::int64_t count, std::int64_t wid
 // The same by the same product, torch's addmm or mm, in a result of its own; null without an error where that cannot be.
 pybind11::object low_product(const Call* call, const Host& host) {
     const std::int64_t d_in = host.rows.last, d_out = call->native->d_out(), rows = host.rows.rows;
-    if (!low.there || rows * d_in * d_out > kLowLimit) return {};
+    if (!low.there || rows * d_in * d_out > kLowLimit || answers(torch_.profiling, Py_False) != 1) return {};
     auto y = new_result(host, d_out);
     View out;
     if (!y || !view(y.ptr(), call->bits, &out) || out.rows != rows || out.last != d_out) return {};

@@ -40,7 +40,7 @@ struct Torch {
     PyTypeObject *tensor = nullptr, *parameter = nullptr;
     PyObject* forward_ad;  // a module's names, among them the level
     // Functions. First those that ask for the state of the thread.
-    PyObject *functorch, *jit, *dispatch_modes, *function_modes, *any_autocast, *autocast;
+    PyObject *functorch, *jit, *dispatch_modes, *function_modes, *any_autocast, *autocast, *profiling;
     bool (*grad_enabled)();
     void (*set_grad_enabled)(bool);
     PyObject *empty_like, *new_empty, *as_strided, *split, *reshape, *transposed, *linear, *mm, *matmul, *sum;

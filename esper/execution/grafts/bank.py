@@ -137,6 +137,7 @@ def _bank_call() -> Callable[..., Any] | None:
         "function_modes": torch._C._len_torch_function_stack,
         "any_autocast": torch._C._is_any_autocast_enabled,
         "autocast": torch.is_autocast_enabled,
+        "profiling": torch._C._autograd._profiler_enabled,
         "empty_like": torch.empty_like,
         "new_empty": torch.Tensor.new_empty,
         "as_strided": torch.Tensor.as_strided,

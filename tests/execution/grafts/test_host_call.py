@@ -270,6 +270,17 @@ def test_what_watches_or_changes_operations_sees_them(around: Callable[[], Any],
     assert calls.whole == 1
 
 
+def test_a_profiler_sees_the_product(calls: Calls) -> None:
+    _, layer = linear()
+    x = torch.randn(5, D_IN, dtype=torch.float64)
+    expected = layer(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y = layer(x)
+    assert torch.equal(y, expected)
+    assert [event.count for event in profile.key_averages() if event.key == "aten::linear"] == [1]
+    assert calls.whole == 2
+
+
 @pytest.mark.parametrize(
     "change",
     [lambda x: x[0], lambda x: x[:0], lambda x: torch.cat([x, x], 1)[:, :D_IN], lambda x: nn.Parameter(x)],
