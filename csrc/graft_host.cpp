@@ -128,13 +128,14 @@ void spread(const DlTensor& shift, T* rows, std::int64_t count, std::int64_t wid
     for (std::int64_t i = 1; i < count; ++i) std::memcpy(rows + i * width, rows, static_cast<std::size_t>(width) * sizeof(T));
 }
 
-// The same by the same product, torch's addmm or mm, in a result of its own; null without an error where that cannot be.
-pybind11::object low_product(const Call* call, const Host& host) {
+// The same by the same product, torch's addmm or mm, in a result of its own and where it lies; null without an error where that
+// cannot be.
+pybind11::object low_product(const Call* call, const Host& host, View* at) {
     const std::int64_t d_in = host.rows.last, d_out = call->native->d_out(), rows = host.rows.rows;
     if (!low.there || rows * d_in * d_out > kLowLimit || answers(torch_.profiling, Py_False) != 1) return {};
     auto y = new_result(host, d_out);
-    View out;
-    if (!y || !view(y.ptr(), call->bits, &out) || out.rows != rows || out.last != d_out) return {};
+    if (!y || !view(y.ptr(), call->bits, at) || at->rows != rows || at->last != d_out) return {};
+    const View& out = *at;
     const Matrix left(call->bits, host.rows.data, rows, d_in, d_in, 1), result(call->bits, out.data, rows, d_out, d_out, 1);
     const Matrix right(call->bits, memory(host.matrix), d_in, d_out, 1, d_in);  // the weight as it stands in x @ weight.T
     if (!left || !result || !right) return {};
@@ -223,17 +224,24 @@ PyObject* esper::graft::run_host(PyObject* self, PyObject* const* args, Py_ssize
     if (attached < 0) return nullptr;
     if (!attached && !steal(PyObject_CallMethodNoArgs(call->bank, key_attach))) return nullptr;
 
-    auto h = low_product(call, host);
+    auto h = low_product(call, host, &before);
     const bool own = static_cast<bool>(h);
-    if (!own && !PyErr_Occurred()) h = called_product(host, graph);
-    if (!h) return nullptr;
-    if (!view(h.ptr(), call->bits, &before) || before.last != bank.d_out() || before.rows != host.rows.rows) Py_RETURN_NONE;
+    if (!own) {
+        if (PyErr_Occurred()) return nullptr;
+        h = called_product(host, graph);
+        if (!h) return nullptr;
+        if (!view(h.ptr(), call->bits, &before) || before.last != bank.d_out() || before.rows != host.rows.rows) Py_RETURN_NONE;
+    }
     const auto start = std::chrono::steady_clock::now();
     // torch's call may give a view of rows, and a view that is made here would refuse to be changed in place by the user.
-    const auto y = own || before.ndim == 2 ? h : steal(PyObject_CallOneArg(torch_.empty_like, h.ptr()));
+    const bool in_place = own || before.ndim == 2;
+    const auto y = in_place ? h : steal(PyObject_CallOneArg(torch_.empty_like, h.ptr()));
     const auto table = steal(y ? new_table(call) : nullptr);
     if (!table) return nullptr;
-    if (!view(y.ptr(), call->bits, &after)) Py_RETURN_NONE;
+    if (in_place)
+        after = before;
+    else if (!view(y.ptr(), call->bits, &after))
+        Py_RETURN_NONE;
     const int finite = blend(call, host.rows, before, after.data, alpha, table.ptr());
     if (finite < 0) return nullptr;
     if (finite == 0) Py_RETURN_NONE;

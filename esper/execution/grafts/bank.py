@@ -123,14 +123,9 @@ _run: Callable[..., Tensor] = super(torch.autograd.Function, _Run).apply
 _run_host: Callable[..., Tensor] = super(torch.autograd.Function, _RunHost).apply
 
 
-@functools.cache
-def _bank_call() -> Callable[..., Any] | None:
-    """The extension's ``BankCall``, told about torch."""
-    module = native.load()
-    if not hasattr(module, "bank_host_setup"):  # neither missing nor older than this package
-        return None
-    assert module is not None
-    functions: dict[str, Callable[..., Any]] = {
+def _torchs_functions() -> dict[str, Callable[..., Any]]:
+    """What the calls in C ask torch, and have it do."""
+    return {
         "functorch": torch._C._are_functorch_transforms_active,
         "jit": torch._C._get_tracing_state,
         "dispatch_modes": torch._C._len_torch_dispatch_stack,
@@ -149,6 +144,19 @@ def _bank_call() -> Callable[..., Any] | None:
         "matmul": torch.matmul,
         "sum": torch.sum,
     }
+
+
+@functools.cache
+def _bank_call() -> Callable[..., Any] | None:
+    """The extension's ``BankCall``, told about torch."""
+    module = native.load()
+    if not hasattr(module, "bank_host_setup"):  # neither missing nor older than this package
+        return None
+    assert module is not None
+    try:
+        functions = _torchs_functions()
+    except AttributeError:  # another torch, in which some of them have other names
+        return None
     about = torch.Tensor, nn.Parameter, vars(torch.autograd.forward_ad)
     if not module.bank_call_setup(native.torch_library(), *about, functions):
         return None
