@@ -107,8 +107,10 @@ class HostForwards(nn.Module):
         if linear is not None:
             alpha = self.state_layout.alpha_blend
             y = None if fast is None else fast.run_host(input, linear, alpha, timed)
-            if y is None and isinstance(input, Tensor) and input.is_cpu:
-                before, fast = fast, grafts.fast_call(input)  # where the seeds were not packed yet, or moved
+            # The seeds may not be packed yet, or have moved.
+            again = y is None and (fast is not None or not grafts._bank_tried)
+            if again and isinstance(input, Tensor) and input.is_cpu:
+                before, fast = fast, grafts.fast_call(input)
                 y = None if fast is None or fast is before else fast.run_host(input, linear, alpha, timed)
             if fast is not None and y is not None:
                 counters.executions += 1
