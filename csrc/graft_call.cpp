@@ -199,10 +199,10 @@ PyType_Spec spec = {"esper._native.BankCall", sizeof(Call), 0, Py_TPFLAGS_DEFAUL
 
 // Whether BankCall can be used: torch's tensors have an exchange table of a version that is understood.
 bool setup(const std::string& library, const pybind11::type& tensor, const pybind11::type& parameter,
-           const pybind11::dict& forward_ad, const pybind11::dict& functions) {
+           const pybind11::dict& forward_ad, const pybind11::dict& functional, const pybind11::dict& functions) {
     const ExchangeApi* api = exchange_api(tensor.ptr());
-    void* loaded = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);
-    if (api == nullptr || loaded == nullptr) return false;
+    if (api == nullptr) return false;
+    void* loaded = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);  // null where it lies elsewhere: then whatever is loaded
     *reinterpret_cast<void**>(&torch_.grad_enabled) = dlsym(loaded, "aoti_torch_grad_mode_is_enabled");
     *reinterpret_cast<void**>(&torch_.set_grad_enabled) = dlsym(loaded, "aoti_torch_grad_mode_set_enabled");
     if (torch_.grad_enabled == nullptr || torch_.set_grad_enabled == nullptr) return false;
@@ -214,6 +214,7 @@ bool setup(const std::string& library, const pybind11::type& tensor, const pybin
     torch_.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
     torch_.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
     torch_.forward_ad = forward_ad.inc_ref().ptr();
+    torch_.functional = functional.inc_ref().ptr();
     const std::pair<const char*, PyObject**> names[] = {
         {"functorch", &torch_.functorch}, {"jit", &torch_.jit},
         {"dispatch_modes", &torch_.dispatch_modes}, {"function_modes", &torch_.function_modes},
@@ -223,6 +224,7 @@ bool setup(const std::string& library, const pybind11::type& tensor, const pybin
         {"reshape", &torch_.reshape}, {"transposed", &torch_.transposed},
         {"linear", &torch_.linear}, {"mm", &torch_.mm},
         {"matmul", &torch_.matmul}, {"sum", &torch_.sum},
+        {"executes", &torch_.executes},
     };
     for (const auto& [name, function] : names) *function = pybind11::object(functions[name]).inc_ref().ptr();
     torch_.api = api;

@@ -6,8 +6,8 @@
 #include <Python.h>
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <new>
-#include <vector>
 
 #include "bindings.h"
 #include "graft_bank.h"
@@ -21,7 +21,7 @@ using esper::graft::Call;
 using esper::graft::Parts;
 using namespace esper::torch_view;
 
-PyObject *name_call, *name_saved, *name_needs, *name_blocks, *name_parameters, *name_requires, *name_offset, *zero, *minus_one;
+PyObject *name_call, *name_saved, *name_needs, *name_blocks, *name_parameters, *name_requires, *name_offset, *name_next, *zero, *minus_one;
 PyObject* slowly;                  // BackwardCFunction.apply
 constexpr Py_ssize_t kOthers = 3;  // arguments in front of a buffer's parameters
 
@@ -78,10 +78,12 @@ Outcome begin(PyObject* ctx, PyObject* gy, Backward* out) {
     PyObject *bank = PyTuple_GET_ITEM(out->made.ptr(), 3), *seen = PyTuple_GET_ITEM(out->made.ptr(), 2);
     if (!Py_IS_TYPE(bank, esper::graft::call_type)) return Outcome::slow;
     Call* call = out->call = reinterpret_cast<Call*>(bank);
-    if (torch_.grad_enabled() || call->native == nullptr || !view(gy, call->bits, &out->gy)) return Outcome::slow;
-    out->saved = steal(PyObject_GetAttr(ctx, name_saved));
-    if (!out->saved) return Outcome::failed;
-    if (!view(out->tap(), call->bits, &out->x) || out->x.rows != out->gy.rows || !call->small(out->x.rows)) return Outcome::slow;
+    // Saved tensors may be asked for once only, as under activation checkpointing: whatever is left to Python, which asks for
+    // them, is found out before.
+    if (torch_.grad_enabled() || call->native == nullptr || !view(gy, call->bits, &out->gy) || !call->small(out->gy.rows))
+        return Outcome::slow;
+    const int plain = answers(torch_.any_autocast, Py_False);
+    if (plain != 1) return plain < 0 ? Outcome::failed : Outcome::slow;
     const auto now = steal(esper::graft::versions(call));
     if (!now) return Outcome::failed;
     const int same = PyObject_RichCompareBool(now.ptr(), seen, Py_EQ);
@@ -91,6 +93,9 @@ Outcome begin(PyObject* ctx, PyObject* gy, Backward* out) {
     const bool awake = call->bits == 32 ? counts<float>(native, out->table, &out->host)
                                         : counts<double>(native, out->table, &out->host);
     if (same == 0 || !awake) return Outcome::slow;
+    out->saved = steal(PyObject_GetAttr(ctx, name_saved));
+    if (!out->saved) return Outcome::failed;
+    if (!view(out->tap(), call->bits, &out->x) || out->x.rows != out->gy.rows) return Outcome::slow;
     out->alike = native.groups().size() == 1 && out->host == 1.0;
     out->needs = steal(PyObject_GetAttr(ctx, name_needs));
     return out->needs ? Outcome::done : Outcome::failed;
@@ -137,6 +142,21 @@ pybind11::object as_rows(PyObject* tensor, const View& view) {
     return steal(PyObject_Vectorcall(torch_.reshape, arguments, 3, nullptr));
 }
 
+// Multiply-adds of a host's product above which it pays to ask whether this backward wants its result at all.
+constexpr std::int64_t kAskAbove = 1 << 20;
+
+// Whether the engine goes on to what gave the node's input `i`: torch.autograd.grad may want another's gradient only. True in doubt,
+// as where the input itself is what it wants, which torch refuses to say.
+bool executed(PyObject* ctx, Py_ssize_t i) {
+    if (torch_.executes == Py_None) return true;
+    const auto edges = steal(PyObject_GetAttr(ctx, name_next));
+    const auto answer = edges && PyTuple_Check(edges.ptr()) && i < PyTuple_GET_SIZE(edges.ptr())
+                            ? steal(PyObject_CallOneArg(torch_.executes, PyTuple_GET_ITEM(PyTuple_GET_ITEM(edges.ptr(), i), 0)))
+                            : pybind11::object();
+    if (!answer) PyErr_Clear();
+    return !answer || answer.ptr() != Py_False;
+}
+
 // Adds what the seeds give for x to what the host gives; false where that is no plain tensor.
 template <typename T>
 bool add(PyObject* to, const char* from, const View& like) {
@@ -154,27 +174,31 @@ Outcome host_gradients(PyObject* ctx, PyObject* gy, PyObject** found) {
     Backward b;
     const Outcome begun = begin(ctx, gy, &b);
     if (begun != Outcome::done) return begun;
-    const bool want_x = b.wants(1), want_weight = b.wants(2), want_bias = b.wants(3);
+    bool want_x = b.wants(1), want_weight = b.wants(2);
+    const bool want_bias = b.wants(3);
+    if (b.gy.rows * b.gy.last * b.x.last > kAskAbove) {
+        want_x = want_x && executed(ctx, 0);
+        want_weight = want_weight && executed(ctx, 1);
+    }
     void *at_h, *at_flat;
     const auto other_h = steal(room((want_x || want_weight || want_bias) && !b.alike, gy, &at_h));
     const auto flat = steal(room(b.wants(4), b.call->buffer, &at_flat));
     if (!other_h || !flat) return Outcome::failed;
     PyObject* gh = b.alike ? gy : other_h.ptr();
+    pybind11::object gx = pybind11::none(), gweight = pybind11::none(), gbias = pybind11::none();
     // Of the seeds alone: added in one rounding, as autograd adds the gradients of two nodes.
-    thread_local std::vector<char> part;
-    try {
-        if (want_x) part.resize(static_cast<std::size_t>(b.x.rows * b.x.last) * b.call->bits / 8);
-    } catch (const std::bad_alloc&) {
+    const auto size = static_cast<std::size_t>(b.x.rows * b.x.last) * b.call->bits / 8;
+    const std::unique_ptr<char[]> part(want_x ? new (std::nothrow) char[size] : nullptr);
+    if (want_x && !part) {
         PyErr_NoMemory();
         return Outcome::failed;
     }
-    if (compute(b, want_x ? part.data() : nullptr, at_h, at_flat) != Outcome::done) return Outcome::failed;
-    pybind11::object gx = pybind11::none(), gweight = pybind11::none(), gbias = pybind11::none();
+    if (compute(b, part.get(), at_h, at_flat) != Outcome::done) return Outcome::failed;
     if (want_x) {
         PyObject* weight = PyTuple_GET_ITEM(b.saved.ptr(), 1);
         gx = called(b.gy.ndim == 2 ? torch_.mm : torch_.matmul, gh, weight);
         if (!gx) return Outcome::failed;
-        if (!(b.call->bits == 32 ? add<float> : add<double>)(gx.ptr(), part.data(), b.x)) return Outcome::slow;
+        if (!(b.call->bits == 32 ? add<float> : add<double>)(gx.ptr(), part.get(), b.x)) return Outcome::slow;
     }
     if (want_weight || want_bias) {
         const auto rows = as_rows(gh, b.gy);
@@ -275,6 +299,7 @@ void bind_graft_grad(pybind11::module_& m) {
     name_parameters = PyUnicode_InternFromString("parameters");
     name_requires = PyUnicode_InternFromString("requires_grad");
     name_offset = PyUnicode_InternFromString("storage_offset");
+    name_next = PyUnicode_InternFromString("next_functions");
     zero = PyLong_FromLong(0);
     minus_one = PyLong_FromLong(-1);
     m.def("bank_grad_setup", &install, "Give three classes of nodes their `apply`, and the one to fall back to.");

@@ -21,7 +21,7 @@ using esper::graft::Bank;
 using esper::graft::Call;
 using namespace esper::torch_view;
 
-PyObject *key_weight, *key_bias, *key_call, *key_save, *key_needs, *key_attach, *key_weights, *key_cpu;
+PyObject *key_weight, *key_bias, *key_parameters, *key_linear, *key_call, *key_save, *key_needs, *key_attach, *key_weights, *key_cpu;
 
 // Products below torch's dispatcher, by its C interface: what is in front of a small product costs more than it does.
 struct Low {
@@ -34,8 +34,9 @@ struct Low {
     bool there = false;
 } low;
 
-// Multiply-adds up to which it is used. A larger product must let other threads have the interpreter, as torch's call does.
-constexpr std::int64_t kLowLimit = 1 << 23;
+// Multiply-adds up to which it is used: for a larger product it does not matter what is in front of it. And those above which
+// other threads may have the interpreter meanwhile, as in torch's own call.
+constexpr std::int64_t kLowLimit = 1 << 23, kBriefLimit = 1 << 18;
 
 // A matrix in somebody's memory, as torch sees it.
 class Matrix {
@@ -83,10 +84,20 @@ bool rows_of(const DlTensor& t, std::int64_t width) {
     return t.shape[1] == width && (t.strides == nullptr || (t.strides[0] == width && t.strides[1] == 1));
 }
 
+// What `host.weight` finds, for two names that no class above it has: first in the host's own names, where FSDP puts what it has
+// gathered, then among its parameters. Borrowed; null where it finds nothing, or would ask somebody else's kind of dictionary.
+PyObject* attribute(PyObject* names, PyObject* key) {
+    PyObject* found = PyDict_GetItemWithError(names, key);
+    if (found != nullptr || PyErr_Occurred()) return found;
+    PyObject* parameters = PyDict_GetItemWithError(names, key_parameters);
+    return parameters == nullptr || !PyDict_CheckExact(parameters) ? nullptr : PyDict_GetItemWithError(parameters, key);
+}
+
 // Whether torch.nn.functional.linear does what it says: nothing takes it over, and no autocast is at work.
 int undisturbed() {
     int so = esper::graft::plain();
     if (so != 1) return so;
+    if (PyDict_GetItemWithError(torch_.functional, key_linear) != torch_.linear) return PyErr_Occurred() ? -1 : 0;
     const auto modes = steal(PyObject_CallNoArgs(torch_.function_modes));
     if (!modes) return -1;
     const long count = PyLong_AsLong(modes.ptr());
@@ -108,7 +119,7 @@ pybind11::object called_product(const Host& host, bool graph) {
 
 // An empty result; null with an error set.
 pybind11::object new_result(const Host& host, std::int64_t d_out) {
-    if (host.rows.last == d_out) return steal(PyObject_CallOneArg(torch_.empty_like, host.x));
+    if (host.rows.last == d_out && host.rows.exact) return steal(PyObject_CallOneArg(torch_.empty_like, host.x));
     const auto shape = steal(PyTuple_New(host.rows.ndim));
     if (!shape) return {};
     for (int i = 0; i < host.rows.ndim; ++i) {
@@ -139,12 +150,14 @@ pybind11::object low_product(const Call* call, const Host& host, View* at) {
     const Matrix left(call->bits, host.rows.data, rows, d_in, d_in, 1), result(call->bits, out.data, rows, d_out, d_out, 1);
     const Matrix right(call->bits, memory(host.matrix), d_in, d_out, 1, d_in);  // the weight as it stands in x @ weight.T
     if (!left || !result || !right) return {};
-    if (!host.biased()) return low.mm_out(result.get(), left.get(), right.get()) == 0 ? y : pybind11::object();
-    if (call->bits == 32)
-        spread(host.shift, static_cast<float*>(out.data), rows, d_out);
-    else
-        spread(host.shift, static_cast<double*>(out.data), rows, d_out);
-    return low.addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0) == 0 ? y : pybind11::object();
+    if (host.biased() && call->bits == 32) spread(host.shift, static_cast<float*>(out.data), rows, d_out);
+    if (host.biased() && call->bits == 64) spread(host.shift, static_cast<double*>(out.data), rows, d_out);
+    int failed = 0;
+    without_python(rows * d_in * d_out > kBriefLimit, [&] {
+        failed = host.biased() ? low.addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0)
+                               : low.mm_out(result.get(), left.get(), right.get());
+    });
+    return failed == 0 ? y : pybind11::object();
 }
 
 // y's place in the graph: apply(made, x, weight, bias, bank.weights).
@@ -200,12 +213,14 @@ void install_host(const std::string& library, const pybind11::object& node) {
 
 PyObject* esper::graft::run_host(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Call* call = reinterpret_cast<Call*>(self);
-    if (count != 4 || !PyDict_Check(args[1])) {
-        PyErr_SetString(PyExc_TypeError, "run_host takes x, the host's parameters, alpha and whether to take the time");
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError, "run_host takes x, the host, alpha and whether to take the time");
         return nullptr;
     }
     if (call->native == nullptr || !call->reads_input) Py_RETURN_NONE;
-    Host host{args[0], PyDict_GetItemWithError(args[1], key_weight), PyDict_GetItemWithError(args[1], key_bias), {}, {}, {}};
+    const auto names = steal(PyObject_GenericGetDict(args[1], nullptr));
+    if (!names) return nullptr;
+    Host host{args[0], attribute(names.ptr(), key_weight), attribute(names.ptr(), key_bias), {}, {}, {}};
     if (PyErr_Occurred()) return nullptr;
     // Other threads may have the interpreter meanwhile, and put others in their places.
     const auto weight = steal(Py_XNewRef(host.weight)), bias = steal(Py_XNewRef(host.bias));
@@ -254,6 +269,8 @@ PyObject* esper::graft::run_host(PyObject* self, PyObject* const* args, Py_ssize
 void bind_graft_host(pybind11::module_& m) {
     key_weight = PyUnicode_InternFromString("weight");
     key_bias = PyUnicode_InternFromString("bias");
+    key_parameters = PyUnicode_InternFromString("_parameters");
+    key_linear = PyUnicode_InternFromString("linear");
     key_call = PyUnicode_InternFromString("call");
     key_save = PyUnicode_InternFromString("save_for_backward");
     key_needs = PyUnicode_InternFromString("needs_input_grad");

@@ -38,12 +38,13 @@ constexpr std::uint8_t kDlpackInt = 0, kDlpackUnsigned = 1, kDlpackFloat = 2;
 struct Torch {
     const ExchangeApi* api = nullptr;
     PyTypeObject *tensor = nullptr, *parameter = nullptr;
-    PyObject* forward_ad;  // a module's names, among them the level
+    PyObject *forward_ad, *functional;  // the names of two modules: among them the level; linear, as anybody may have replaced it
     // Functions. First those that ask for the state of the thread.
     PyObject *functorch, *jit, *dispatch_modes, *function_modes, *any_autocast, *autocast, *profiling;
     bool (*grad_enabled)();
     void (*set_grad_enabled)(bool);
     PyObject *empty_like, *new_empty, *as_strided, *split, *reshape, *transposed, *linear, *mm, *matmul, *sum;
+    PyObject* executes;  // whether autograd's engine will come to a node; None where torch cannot say
 };
 
 inline Torch torch_;
@@ -64,6 +65,7 @@ struct View {
     std::int64_t rows, last;
     int ndim;
     const std::int64_t* shape;
+    bool exact;  // the strides are those of a new tensor, along dimensions of one element too
 };
 
 // A plain contiguous tensor of floating numbers of `bits` on the CPU, as rows; false for every other.
@@ -76,14 +78,18 @@ inline bool view(PyObject* object, int bits, View* out) {
     }
     if (t.device_type != kDlpackCpu || t.code != kDlpackFloat || t.bits != bits || t.lanes != 1 || t.ndim < 1) return false;
     std::int64_t expected = 1;
+    bool exact = true;
     for (int i = t.ndim - 1; i >= 0; --i) {
-        if (t.shape[i] != 1 && t.strides != nullptr && t.strides[i] != expected) return false;
+        const bool here = t.strides == nullptr || t.strides[i] == expected;
+        if (t.shape[i] != 1 && !here) return false;
+        exact = exact && here;
         expected *= t.shape[i];
     }
     if (expected == 0) return false;
     out->data = static_cast<char*>(t.data) + t.byte_offset;
     out->ndim = t.ndim;
     out->shape = t.shape;
+    out->exact = exact;
     out->last = t.shape[t.ndim - 1];
     out->rows = expected / out->last;
     return true;

@@ -43,6 +43,8 @@ class HostBinding:
         self._hook: RemovableHandle | None = None
         self._given_up = False
         self.base: Forward = self._own_forward()
+        #: The host, if its forward is the product with its attributes ``weight`` and ``bias`` and nothing else.
+        self.product = host if self.untouched and _is_linear(type(host)) else None
 
     @property
     def untouched(self) -> bool:
@@ -112,6 +114,20 @@ class HostBinding:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.base = self._own_forward()
+
+
+def _is_linear(kind: type[nn.Module]) -> bool:
+    """Whether modules of this class multiply with their ``weight``, add their ``bias``, and do nothing else."""
+    code = getattr(nn.Linear.forward, "__code__", None)  # somebody may have put another in its place for all
+    return (
+        issubclass(kind, nn.Linear)
+        and kind.forward is nn.Linear.forward
+        and code is not None
+        and code.co_filename == nn.Linear.extra_repr.__code__.co_filename
+        and kind.__getattribute__ is object.__getattribute__
+        and kind.__getattr__ is nn.Module.__getattr__
+        and not any(name in vars(base) for base in kind.__mro__ for name in ("weight", "bias"))
+    )
 
 
 def is_held(host: nn.Module) -> bool:

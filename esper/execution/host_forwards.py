@@ -58,7 +58,7 @@ class HostForwards(nn.Module):
         self.__dict__["_grafts"] = self.grafts
         self._bind_host(host, fast_path)
         self._in_place = bool(getattr(host, "inplace", False))
-        self._linear = host._parameters if self._binding.untouched and _is_linear(type(host)) else None
+        self._linear = host._parameters if type(host) is nn.Linear and self._binding.untouched else None
         self._fused_host: FusedHost | None = None
         self._counters = _Counters()
         self._observer: Observer | None = None
@@ -102,16 +102,16 @@ class HostForwards(nn.Module):
     def _awake_forward(self, input: Tensor) -> Tensor:
         if _tracing():
             return self._traced_forward(input)
-        grafts, counters, linear = self._grafts, self._counters, self._linear
+        grafts, counters, product = self._grafts, self._counters, self._binding.product
         fast, timed = grafts._fast, not (counters.executions + 1) % LATENCY_PERIOD
-        if linear is not None:
+        if product is not None:
             alpha = self.state_layout.alpha_blend
-            y = None if fast is None else fast.run_host(input, linear, alpha, timed)
+            y = None if fast is None else fast.run_host(input, product, alpha, timed)
             # The seeds may not be packed yet, or have moved.
             again = y is None and (fast is not None or not grafts._bank_tried)
             if again and isinstance(input, Tensor) and input.is_cpu:
                 before, fast = fast, grafts.fast_call(input)
-                y = None if fast is None or fast is before else fast.run_host(input, linear, alpha, timed)
+                y = None if fast is None or fast is before else fast.run_host(input, product, alpha, timed)
             if fast is not None and y is not None:
                 counters.executions += 1
                 if timed:
@@ -343,17 +343,6 @@ def _shadow(host: nn.Module) -> HostForwards | None:
     """The layer whose forward stands in front of the host's, or None."""
     owner = getattr(host.__dict__.get("forward"), "__self__", None)
     return owner if isinstance(owner, HostForwards) else None
-
-
-def _is_linear(kind: type[nn.Module]) -> bool:
-    """Whether modules of this class multiply with what is in ``_parameters``, and do nothing else."""
-    return (
-        issubclass(kind, nn.Linear)
-        and kind.forward is nn.Linear.forward
-        and kind.__getattribute__ is object.__getattribute__
-        and kind.__getattr__ is nn.Module.__getattr__
-        and not any(name in vars(base) for base in kind.__mro__ for name in ("weight", "bias"))
-    )
 
 
 def _first_name(forward: Forward) -> str | None:

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import esper
 from esper.artifacts.file_registry import FileRegistry
 from esper.contracts.registry import ArtifactSummary
+from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.telemetry.options import TelemetryOptions
 from tests.distributed.ranks import WORLD, digest
+from tests.nn.cases import kernel as ready_kernel
 
 WIDTH = 8
 
@@ -188,6 +192,29 @@ def trains(rank: int, kind: str, options: dict[str, Any]) -> dict[str, Any]:
     found = {"states": run.states, "weights": weights, "done": [future.result(timeout=0) for future in futures]}
     run.close()
     return found
+
+
+def gathers_under_checkpoints(rank: int, together: bool) -> dict[str, Any]:
+    """One layer under the older FSDP, whose repeated forwards find the gathered weight under another name.
+
+    Host and seeds as one call, or each by itself.
+    """
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    layer = KasminaLayer.from_host(block[0], num_seeds=1, register_host=False)
+    assert layer.commit(0, ready_kernel("lowrank", WIDTH, WIDTH, rank=2), alpha=0.5)
+    if not together:
+        layer._binding.product = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+        model = FullyShardedDataParallel(wrapped, use_orig_params=True, device_id=torch.device("cpu"))
+    torch.manual_seed(1 + rank)
+    x = torch.randn(5, WIDTH, requires_grad=True)
+    model(x).square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.numel()}
+    seeds = {name: p.grad for name, p in layer.grafts.named_parameters()}
+    return {name: t.tolist() for name, t in {"x": x.grad, **gradients, **seeds}.items() if t is not None}
 
 
 def sleeps(rank: int, options: dict[str, Any], compiled: str | None) -> dict[str, Any]:

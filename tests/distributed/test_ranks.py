@@ -79,6 +79,12 @@ def test_fsdp_trains_what_ddp_trains(ranks: Ranks) -> None:
                 )
 
 
+def test_gradients_are_the_same_under_the_older_fsdp_with_checkpoints(ranks: Ranks) -> None:
+    one, two = (ranks.run(scenarios.gathers_under_checkpoints, together) for together in (True, False))
+    assert one == two
+    assert all({"x", "seed0.down.weight", "seed0.up.weight"} < result.keys() for result in one)
+
+
 @pytest.mark.parametrize("bad", [False, True], ids=["missing", "bad"])
 def test_what_one_rank_cannot_have_none_gets(bad: bool, ranks: Ranks) -> None:
     results = ranks.run(scenarios.one_rank_fails, bad)

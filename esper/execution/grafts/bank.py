@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,7 @@ _run: Callable[..., Tensor] = super(torch.autograd.Function, _Run).apply
 _run_host: Callable[..., Tensor] = super(torch.autograd.Function, _RunHost).apply
 
 
-def _torchs_functions() -> dict[str, Callable[..., Any]]:
+def _torchs_functions() -> dict[str, Callable[..., Any] | None]:
     """What the calls in C ask torch, and have it do."""
     return {
         "functorch": torch._C._are_functorch_transforms_active,
@@ -143,6 +143,7 @@ def _torchs_functions() -> dict[str, Callable[..., Any]]:
         "mm": torch.mm,
         "matmul": torch.matmul,
         "sum": torch.sum,
+        "executes": getattr(torch._C, "_will_engine_execute_node", None),
     }
 
 
@@ -157,7 +158,7 @@ def _bank_call() -> Callable[..., Any] | None:
         functions = _torchs_functions()
     except AttributeError:  # another torch, in which some of them have other names
         return None
-    about = torch.Tensor, nn.Parameter, vars(torch.autograd.forward_ad)
+    about = torch.Tensor, nn.Parameter, vars(torch.autograd.forward_ad), vars(nn.functional)
     if not module.bank_call_setup(native.torch_library(), *about, functions):
         return None
     # The engine asks a node for `apply`. These take the plain case, and hand the rest to the method that is there.
@@ -174,13 +175,12 @@ class FastCall:
 
     Attributes:
         run: ``run(x, h, alpha)``: y, or None. x is what the host read, whatever the seeds read.
-        run_host: ``run_host(x, parameters, alpha, timed)``: y of a Linear host with these parameters, by their names,
-            with the seeds in it; or None.
+        run_host: ``run_host(x, host, alpha, timed)``: y of a Linear host with the seeds in it, or None.
         elapsed: Microseconds that the seeds of the last timed ``run_host`` took.
     """
 
     run: Callable[[Tensor, Tensor, Tensor], Tensor | None]
-    run_host: Callable[[Tensor, Mapping[str, Tensor | None], Tensor, bool], Tensor | None]
+    run_host: Callable[[Tensor, nn.Module, Tensor, bool], Tensor | None]
     elapsed: Callable[[], int]
 
 

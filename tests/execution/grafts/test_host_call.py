@@ -190,6 +190,34 @@ def test_only_what_is_wanted(wanted: str, calls: Calls) -> None:
     assert (calls.whole, calls.in_python) == (1, 0)
 
 
+@pytest.mark.parametrize("rows", [5, 300])
+@pytest.mark.parametrize("wanted", ["x", "weight", "x weight", "seeds", "everything"])
+def test_one_gradient_does_not_cost_the_others(wanted: str, rows: int, calls: Calls) -> None:
+    """A node is told what has a gradient, not what this backward wants: where a product is large, the engine is asked."""
+    host, layer = linear(WIDE, WIDE, dtype=torch.float32)
+    x = torch.randn(rows, WIDE, requires_grad=True)
+    named = {"x": [x], "weight": [host.weight], "seeds": parameters(layer.grafts)}
+    named["everything"] = [x, *host.parameters(), *named["seeds"]]
+    some = [t for name in wanted.split() for t in named[name]]
+    gy = torch.randn(rows, WIDE)
+    for through in ("grad", "inputs"):
+        y, expected = layer(x), in_two(layer, x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            if through == "grad":
+                got = torch.autograd.grad(y, some, gy)
+            else:
+                y.backward(gy, inputs=some)
+                got = tuple(t.grad for t in some)
+        for one, two in zip(got, torch.autograd.grad(expected, some, gy), strict=True):
+            assert torch.equal(one, two)
+        for t in named["everything"]:
+            assert t.grad is None or any(t is other for other in some)
+            t.grad = None
+        products = sum(event.count for event in profile.key_averages() if event.key == "aten::mm")
+        assert products == (2 if rows == 5 or wanted == "everything" else len(set(wanted.split()) & {"x", "weight"}))
+    assert calls.in_python == 0
+
+
 @pytest.mark.parametrize("alphas", [(0.0, 0.0, 0.0), (1.0, 0.0, 0.0)], ids=str)
 def test_alphas_at_their_ends(alphas: tuple[float, ...]) -> None:
     torch.manual_seed(0)
@@ -360,6 +388,84 @@ def test_other_weights_for_one_call(calls: Calls) -> None:
     one, two = (torch.autograd.grad(t.square().sum(), scale, retain_graph=True) for t in (y, expected))
     assert torch.equal(one[0], two[0])
     assert calls.whole == 2
+
+
+class Gathering(dict):
+    """As sharded training has it: whoever asks for a parameter gets it from elsewhere."""
+
+    def __getitem__(self, name: str) -> Any:
+        return 2 * super().__getitem__(name)
+
+
+@pytest.mark.parametrize("how", ["beside", "instead", "another dictionary", "a dictionary of another kind"])
+def test_weights_are_what_the_host_finds(how: str, calls: Calls) -> None:
+    """FSDP puts what it has gathered among the host's own names, before a repeated forward there alone."""
+    host, layer = linear()
+    x = torch.randn(5, D_IN, dtype=torch.float64, requires_grad=True)
+    layer(x)
+    other = {name: 2 * p.detach() for name, p in host.named_parameters()}
+    if how in ("beside", "instead"):
+        host.__dict__.update(other)
+        if how == "instead":
+            host._parameters.clear()
+    else:
+        host._parameters = dict(other) if how == "another dictionary" else Gathering(host._parameters)
+    expected = F.linear(x, other["weight"], other["bias"])
+    assert torch.equal(host._parameters["weight"] if how.startswith("a") else host.weight, other["weight"])
+    assert torch.equal(layer(x), layer.grafts(x, expected))
+    assert calls.whole == (1 if how == "a dictionary of another kind" else 2)
+
+
+def test_a_replaced_linear_is_called(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who counts or changes products puts a function of his own in the place of torch's, or a forward."""
+    host, layer = linear()
+    x = torch.randn(5, D_IN, dtype=torch.float64)
+    layer(x)
+    original, seen = F.linear, []
+
+    def watched(*arguments: Any) -> Tensor:
+        seen.append(len(arguments))
+        return 2 * original(*arguments)
+
+    monkeypatch.setattr(F, "linear", watched)
+    y = layer(x)
+    assert seen == [3]
+    assert torch.equal(y, layer.grafts(x, 2 * original(x, host.weight, host.bias)))
+    monkeypatch.undo()
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, input: 2 * original(input, self.weight, self.bias))
+    host, layer = linear()
+    assert torch.equal(layer(x), layer.grafts(x, 2 * original(x, host.weight, host.bias)))
+    assert calls.whole == 1
+
+
+@pytest.mark.parametrize("alphas", [(0.0, 0.0, 0.0), (0.3, 0.6, 0.0)], ids=str)
+@pytest.mark.parametrize("around", [nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["", "autocast"])
+def test_checkpoints_let_saved_tensors_be_asked_for_once(around: Callable[[], Any], alphas: tuple[float, ...]) -> None:
+    """All alphas are 0 at the start of a ramp; a backward may be inside autocast though the forward was not."""
+    torch.manual_seed(0)
+    layer = layer_on(nn.Linear(D_IN, D_OUT), alphas)
+    x = torch.randn(5, D_IN, requires_grad=True)
+    gy = torch.randn(5, D_OUT)
+    for _ in range(3):
+        y = checkpoint(layer, x, use_reentrant=False)
+        with around():
+            (got,) = torch.autograd.grad(y, x, gy)
+            (expected,) = torch.autograd.grad(layer(x) if around is nullcontext else _outside(layer, x), x, gy)
+        assert torch.equal(got, expected)
+
+
+def _outside(layer: KasminaLayer, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return layer(x)
+
+
+def test_results_lie_as_the_hosts_do() -> None:
+    """Rows of one element along a dimension may have any stride; the host's result has its own."""
+    host, layer = linear(16, 16, dtype=torch.float32)
+    last = torch.randn(1, 4, 16)[:, -1]
+    image = torch.randn(2, 5, 1, 16).permute(0, 2, 1, 3)
+    for x in (last, image, torch.randn(1, 16), torch.randn(2, 1, 3, 16)):
+        assert layer(x).stride() == F.linear(x, host.weight, host.bias).stride()
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (3, MANY // 3)], ids=str)
@@ -542,13 +648,14 @@ def test_wrong_calls_are_refused() -> None:
     fast = layer.grafts.fast_call(x)
     assert fast is not None
     alpha = layer.state_layout.alpha_blend
-    for arguments in [(x, host._parameters, alpha), (x, host, alpha, False)]:
-        with pytest.raises(TypeError, match="run_host takes x, the host's parameters, alpha"):
-            fast.run_host(*arguments)
-    for others in [{}, {"weight": host.weight}, {"weight": None, "bias": None}, {"weight": host.weight, "bias": 3}]:
-        assert fast.run_host(x, others, alpha, False) is None
-    assert fast.run_host(x, {"weight": host.weight.detach(), "bias": None}, alpha, False) is not None
-    assert fast.run_host(x, {"weight": host.weight[:, :4], "bias": None}, alpha, False) is None
+    with pytest.raises(TypeError, match="run_host takes x, the host, alpha"):
+        fast.run_host(x, host, alpha)
+    assert fast.run_host(x, host, alpha, False) is not None
+    for weight, bias in [(host.weight[:, :4], None), (host.weight, 3), (None, host.bias), (host.weight.float(), None)]:
+        other = nn.Module()
+        other.__dict__.update(weight=weight, bias=bias)
+        assert fast.run_host(x, other, alpha, False) is None
+    assert fast.run_host(x, nn.Module(), alpha, False) is None
 
 
 def test_a_set_of_grafts_alone_has_no_host() -> None:
@@ -561,5 +668,5 @@ def test_a_set_of_grafts_alone_has_no_host() -> None:
     fast = layer.grafts.fast_call(x)
     assert isinstance(layer.grafts, GraftSet)
     assert fast is not None
-    assert fast.run_host(x, host._parameters, layer.state_layout.alpha_blend, False) is None
+    assert fast.run_host(x, host, layer.state_layout.alpha_blend, False) is None
     assert torch.equal(layer(x), in_two(layer, x))
