@@ -6,8 +6,8 @@
 #include <Python.h>
 #include <pybind11/pybind11.h>
 
-#include <memory>
 #include <new>
+#include <vector>
 
 #include "bindings.h"
 #include "graft_bank.h"
@@ -157,6 +157,9 @@ bool executed(PyObject* ctx, Py_ssize_t i) {
     return !answer || answer.ptr() != Py_False;
 }
 
+// Memory that a thread keeps for the seeds' part of x's gradient.
+constexpr std::size_t kKeptBytes = 1 << 20;
+
 // Adds what the seeds give for x to what the host gives; false where that is no plain tensor.
 template <typename T>
 bool add(PyObject* to, const char* from, const View& like) {
@@ -186,20 +189,23 @@ Outcome host_gradients(PyObject* ctx, PyObject* gy, PyObject** found) {
     if (!other_h || !flat) return Outcome::failed;
     PyObject* gh = b.alike ? gy : other_h.ptr();
     pybind11::object gx = pybind11::none(), gweight = pybind11::none(), gbias = pybind11::none();
-    // Of the seeds alone: added in one rounding, as autograd adds the gradients of two nodes.
-    const auto size = static_cast<std::size_t>(b.x.rows * b.x.last) * b.call->bits / 8;
-    const std::unique_ptr<char[]> part(want_x ? new (std::nothrow) char[size] : nullptr);
-    if (want_x && !part) {
+    // Of the seeds alone: added in one rounding, as autograd adds the gradients of two nodes. The memory is kept, because what
+    // goes back to the system comes again page by page; a backward that runs inside of this one has its own.
+    thread_local std::vector<char> kept;
+    std::vector<char> part = std::move(kept);
+    try {
+        if (want_x) part.resize(static_cast<std::size_t>(b.x.rows * b.x.last) * b.call->bits / 8);
+    } catch (const std::bad_alloc&) {
         PyErr_NoMemory();
         return Outcome::failed;
     }
-    if (compute(b, part.get(), at_h, at_flat) != Outcome::done) return Outcome::failed;
+    if (compute(b, want_x ? part.data() : nullptr, at_h, at_flat) != Outcome::done) return Outcome::failed;
     if (want_x) {
-        PyObject* weight = PyTuple_GET_ITEM(b.saved.ptr(), 1);
-        gx = called(b.gy.ndim == 2 ? torch_.mm : torch_.matmul, gh, weight);
+        gx = called(b.gy.ndim == 2 ? torch_.mm : torch_.matmul, gh, PyTuple_GET_ITEM(b.saved.ptr(), 1));
         if (!gx) return Outcome::failed;
-        if (!(b.call->bits == 32 ? add<float> : add<double>)(gx.ptr(), part.get(), b.x)) return Outcome::slow;
+        if (!(b.call->bits == 32 ? add<float> : add<double>)(gx.ptr(), part.data(), b.x)) return Outcome::slow;
     }
+    if (part.size() <= kKeptBytes) kept = std::move(part);
     if (want_weight || want_bias) {
         const auto rows = as_rows(gh, b.gy);
         if (!rows) return Outcome::failed;

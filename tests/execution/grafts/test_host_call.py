@@ -193,7 +193,7 @@ def test_only_what_is_wanted(wanted: str, calls: Calls) -> None:
 @pytest.mark.parametrize("rows", [5, 300])
 @pytest.mark.parametrize("wanted", ["x", "weight", "x weight", "seeds", "everything"])
 def test_one_gradient_does_not_cost_the_others(wanted: str, rows: int, calls: Calls) -> None:
-    """A node is told what has a gradient, not what this backward wants; where a product is large, the engine is asked."""
+    """A node is told what has a gradient, not what this backward wants. Of a large product the engine is asked."""
     host, layer = linear(WIDE, WIDE, dtype=torch.float32)
     x = torch.randn(rows, WIDE, requires_grad=True)
     named = {"x": [x], "weight": [host.weight], "seeds": parameters(layer.grafts)}
