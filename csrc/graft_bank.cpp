@@ -290,7 +290,8 @@ bool Bank::forward_rows(const T* x, const T* h, T* y, const T* down, const T* up
         const Span span = groups_[g];
         // A factor of 0 must not read h: 0 * inf is NaN.
         const T* start = host == T(0) ? nullptr : h;
-        finite &= nn(scaled, live, 1, up, d_out_, used == rows_ ? nullptr : group_rows.data(), n, used, span.begin, span.end, y, d_out_, start, host);
+        const std::int32_t* used_rows = used == rows_ ? nullptr : group_rows.data();
+        finite &= nn(scaled, live, 1, up, d_out_, used_rows, n, used, span.begin, span.end, y, d_out_, start, host);
     }
     return finite;
 }

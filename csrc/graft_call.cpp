@@ -4,7 +4,6 @@
 // product the interpreter's code and data have left the caches. What a tensor is and where it lies is asked through
 // DLPack's exchange table (torch_view.h). Whatever is not the plain case is answered with None, and Python goes the long way.
 #include <Python.h>
-#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
 #include <new>
@@ -14,6 +13,7 @@
 #include "bindings.h"
 #include "graft_bank.h"
 #include "graft_call.h"
+#include "torch_library.h"
 #include "torch_view.h"
 
 namespace {
@@ -179,7 +179,7 @@ PyMethodDef methods[] = {
     {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run)), METH_FASTCALL,
      "run(x, h, alpha): y, or None where Python has to look closer."},
     {"run_host", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(esper::graft::run_host)), METH_FASTCALL,
-     "run_host(x, parameters, alpha, timed): y of a Linear host and the seeds, or None where Python has to look closer."},
+     "run_host(x, host, alpha, timed): y of a Linear host and the seeds, or None where Python has to look closer."},
     {"elapsed", reinterpret_cast<PyCFunction>(elapsed), METH_NOARGS,
      "elapsed(): microseconds that the seeds of the last timed run_host took."},
     {nullptr, nullptr, 0, nullptr},
@@ -202,11 +202,11 @@ bool setup(const std::string& library, const pybind11::type& tensor, const pybin
            const pybind11::dict& forward_ad, const pybind11::dict& functional, const pybind11::dict& functions) {
     const ExchangeApi* api = exchange_api(tensor.ptr());
     if (api == nullptr) return false;
-    void* loaded = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);  // null where it lies elsewhere: then whatever is loaded
-    *reinterpret_cast<void**>(&torch_.grad_enabled) = dlsym(loaded, "aoti_torch_grad_mode_is_enabled");
-    *reinterpret_cast<void**>(&torch_.set_grad_enabled) = dlsym(loaded, "aoti_torch_grad_mode_set_enabled");
-    if (torch_.grad_enabled == nullptr || torch_.set_grad_enabled == nullptr) return false;
-    const auto version = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(tensor.ptr(), name_version));
+    void* loaded = esper::torch_library(library);
+    if (!esper::find(loaded, "aoti_torch_grad_mode_is_enabled", &torch_.grad_enabled) ||
+        !esper::find(loaded, "aoti_torch_grad_mode_set_enabled", &torch_.set_grad_enabled))
+        return false;
+    const auto version = steal(PyObject_GetAttr(tensor.ptr(), name_version));
     if (!version) throw pybind11::error_already_set();
     if (Py_IS_TYPE(version.ptr(), &PyGetSetDescr_Type))
         version_of = reinterpret_cast<PyGetSetDescrObject*>(version.ptr())->d_getset;

@@ -4,7 +4,6 @@
 // the caches have forgotten since the layer before. The product is torch's own, so h is what the host alone gives, bit for
 // bit; the seeds are added where it lies. Whatever is not the plain case is answered with None, and Python goes the long way.
 #include <Python.h>
-#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
 #include <chrono>
@@ -13,10 +12,12 @@
 
 #include "bindings.h"
 #include "graft_call.h"
+#include "torch_library.h"
 #include "torch_view.h"
 
 namespace {
 
+using esper::find;
 using esper::graft::Bank;
 using esper::graft::Call;
 using namespace esper::torch_view;
@@ -190,19 +191,13 @@ PyObject* node_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef forward_method = {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(node_forward)), METH_FASTCALL,
                               "forward(ctx, made, x, weight, bias, buffer): y, which is there already."};
 
-template <typename F>
-bool find(void* library, const char* name, F* function) {
-    *reinterpret_cast<void**>(function) = dlsym(library, name);
-    return *function != nullptr;
-}
-
 void install_host(const std::string& library, const pybind11::object& node) {
     const auto function = steal(PyCFunction_New(&forward_method, nullptr));
     if (!function) throw pybind11::error_already_set();
     pybind11::setattr(node, "forward", function);
-    void* loaded = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);
+    void* loaded = esper::torch_library(library);
     std::int32_t (*float32)() = nullptr, (*float64)() = nullptr;
-    low.there = loaded != nullptr && find(loaded, "aoti_torch_create_tensor_from_blob", &low.from_memory) &&
+    low.there = find(loaded, "aoti_torch_create_tensor_from_blob", &low.from_memory) &&
                 find(loaded, "aoti_torch_delete_tensor_object", &low.let_go) &&
                 find(loaded, "aoti_torch_cpu_addmm_out", &low.addmm_out) && find(loaded, "aoti_torch_cpu_mm_out", &low.mm_out) &&
                 find(loaded, "aoti_torch_dtype_float32", &float32) && find(loaded, "aoti_torch_dtype_float64", &float64);

@@ -1,5 +1,4 @@
 // Finding torch's C interface, and putting kernels under it into the dispatcher.
-#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,11 +7,13 @@
 
 #include "bindings.h"
 #include "graft_seeds.h"
+#include "torch_library.h"
 #include "torch_shim.h"
 
 namespace {
 
 using esper::Array;
+using esper::find;
 using esper::shim::Arguments;
 using esper::shim::from_value;
 using esper::shim::Handle;
@@ -21,12 +22,6 @@ using esper::shim::Value;
 
 // Of the interface that these kernels are written for: 2.10, (major << 56) | (minor << 48).
 constexpr std::uint64_t kVersion = (2ULL << 56) | (10ULL << 48);
-
-template <typename F>
-bool find(void* library, const char* name, F* function) {
-    *reinterpret_cast<void**>(function) = dlsym(library, name);
-    return *function != nullptr;
-}
 
 bool number(void* library, const char* name, std::int32_t* value) {
     std::int32_t (*function)() = nullptr;
@@ -71,7 +66,7 @@ std::string install(const std::string& path, const std::map<std::string, std::st
         if (declared == schemas.end() || declared->second != entry.schema)
             return std::string("esper._native was built for another ") + entry.name + " than this package's; build it again";
     }
-    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
+    void* library = esper::torch_library(path);
     if (library == nullptr) return "torch's shared library is not at " + path;
     auto& api = esper::shim::api;
     const bool found = find(library, "aoti_torch_delete_tensor_object", &api.delete_tensor) &&

@@ -14,15 +14,10 @@ from esper.execution.grafts import GraftSet, bank
 
 from .helpers import graft_set, kernel, parameters
 
+pytestmark = pytest.mark.usefixtures("native_calls")
+
 D_IN, D_OUT = 10, 12
 DTYPE = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def the_call_exists() -> None:
-    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-        pytest.skip("torch has no __dlpack_c_exchange_api__, so banks are called through Python")
-    assert bank._bank_call() is not None
 
 
 def layer(alphas: tuple[float, ...] = (0.3, 0.5, 0.6), dtype: torch.dtype = DTYPE, **extra: Any) -> GraftSet:

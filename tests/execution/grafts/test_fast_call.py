@@ -16,16 +16,9 @@ from esper.execution.grafts.bank import Bank
 
 from .helpers import gradients, graft_set, kernel, parameters
 
+pytestmark = pytest.mark.usefixtures("native_calls")
+
 D_IN, D_OUT = 10, 12
-
-
-@pytest.fixture(autouse=True)
-def the_call_exists() -> None:
-    from esper.execution.grafts import bank
-
-    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-        pytest.skip("torch has no __dlpack_c_exchange_api__, so banks are called through Python")
-    assert bank._bank_call() is not None
 
 
 def layer(dtype: torch.dtype = torch.float64, tap: str = "input", **extra: Any) -> GraftSet:

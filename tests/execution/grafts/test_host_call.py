@@ -25,16 +25,11 @@ from esper.execution.kasmina_layer import KasminaLayer
 
 from .helpers import Kernel, kernel, parameters
 
+pytestmark = pytest.mark.usefixtures("native_calls")
+
 D_IN, D_OUT = 10, 12
 #: 2100 rows of 64 to 64 pass the limit below which torch's product is called past the dispatcher.
 WIDE, MANY = 64, 2100
-
-
-@pytest.fixture(autouse=True)
-def the_call_exists() -> None:
-    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-        pytest.skip("torch has no __dlpack_c_exchange_api__, so banks are called through Python")
-    assert bank._bank_call() is not None
 
 
 def kernels(d_in: int, d_out: int, dtype: torch.dtype) -> dict[int, Kernel]:
@@ -44,7 +39,7 @@ def kernels(d_in: int, d_out: int, dtype: torch.dtype) -> dict[int, Kernel]:
     }
 
 
-def layer_on(host: nn.Module, alphas: tuple[float, ...] = (0.3, 0.6, 0.0), **seeds: Kernel) -> KasminaLayer:
+def layer_on(host: nn.Module, alphas: tuple[float, ...] = (0.3, 0.6, 0.0)) -> KasminaLayer:
     """A layer around this host, with awake seeds, whose host's forward is the awake one."""
     layer = KasminaLayer.from_host(host, num_seeds=len(alphas))
     dtype = next(host.parameters()).dtype
