@@ -221,8 +221,9 @@ PyObject* esper::graft::run_host(PyObject* self, PyObject* const* args, Py_ssize
     const auto weight = steal(Py_XNewRef(host.weight)), bias = steal(Py_XNewRef(host.bias));
     const Bank& bank = *call->native;
     View alpha, before, after;
+    // A single number lies like a column as well, and then autograd has another product backward, with other bits.
     if (!view(host.x, call->bits, &host.rows) || host.rows.ndim < 2 || host.rows.last != bank.d_in() ||
-        !call->small(host.rows.rows) || !view(args[2], 32, &alpha) || !usable(host.weight, call, 2, &host.matrix) ||
+        host.rows.rows * host.rows.last == 1 || !call->small(host.rows.rows) || !view(args[2], 32, &alpha) || !usable(host.weight, call, 2, &host.matrix) ||
         !rows_of(host.matrix, bank.d_in()) || !(host.bias == Py_None || usable(host.bias, call, 1, &host.shift)))
         Py_RETURN_NONE;
     int answer = undisturbed();

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         ShapeMismatchError,
     )
     from esper.contracts.registry import KernelNotFoundError, RegistryUnavailableError
-    from esper.core.checkpoint import load, save
+    from esper.core.checkpoint import load, restore, save
     from esper.core.export import export
     from esper.core.model_wrapper import MorphableModel, unwrap, wrap
     from esper.execution.kasmina_layer import KasminaLayer
@@ -66,6 +66,7 @@ _HOMES = {
     "compile": "esper.services.tezzeret.forge",
     "export": "esper.core.export",
     "load": "esper.core.checkpoint",
+    "restore": "esper.core.checkpoint",
     "save": "esper.core.checkpoint",
     "unwrap": "esper.core.model_wrapper",
     "wrap": "esper.core.model_wrapper",
@@ -116,6 +117,7 @@ __all__ = [
     "oona",
     "ops",
     "optim",
+    "restore",
     "save",
     "services",
     "unwrap",

@@ -1,4 +1,4 @@
-"""``esper.save`` and ``esper.load``: a grown network in one file that rebuilds itself.
+"""``esper.save``, ``esper.load`` and ``esper.restore``: a grown network in one file that rebuilds itself.
 
 The file is safetensors: the entries of the model's ``state_dict`` (host, grafts, lattice) under their own names, and a
 manifest in the metadata that tells what stands where: layers, woken seeds with their blueprints and artifact ids, a
@@ -47,7 +47,7 @@ from esper.execution.lattice import Lattice
 from esper.execution.lifecycle import AWAKE, SeedLifecycleState
 from esper.execution.telemetry.options import TelemetryOptions
 
-__all__ = ["FORMAT_VERSION", "CheckpointError", "load", "save"]
+__all__ = ["FORMAT_VERSION", "CheckpointError", "load", "restore", "save"]
 
 _MARKER = f"{GRAFT_PREFIX}."
 #: More than any layer could use; what a file asks for beyond it is a damaged file's.
@@ -156,7 +156,7 @@ def load(
     )
     try:
         for seed in record.seeds:
-            _bind(source, model, seed, tensors)
+            _bind(source, model, seed, _kernel(source, model, seed, tensors))
         _fill(source, model, tensors)
     except BaseException:
         for layer in model.kasmina_layers.values():
@@ -168,6 +168,80 @@ def load(
         model.close()
         raise
     return model
+
+
+def restore(model: MorphableModel, path: str | os.PathLike[str]) -> None:
+    """Make of a wrapped model that is there what :func:`save` wrote: go back to a checkpoint, or go on from one.
+
+    The model stays the same object, with its registry, bus, monitor and optimizers. Seeds get the file's kernels,
+    weights, alphas and states; those that are awake and sleep in the file go to sleep; loads under way come to nothing.
+    A seed that has the file's kernel already keeps its parameters, as objects, and so does the host: only their values
+    change. An optimizer that is attached (:mod:`esper.optim`) follows; load its own state after this.
+
+    Call it between two training steps, with several ranks on each of them at the same step.
+
+    Args:
+        model: The wrapped model, on any device.
+        path: What :func:`save` wrote, of a model with the same layers and as many seeds in each.
+
+    Raises:
+        TypeError: ``model`` is not one that ``esper.wrap`` gave.
+        CheckpointError: as for :func:`load`, or the file is of a model with other layers or seeds; ``model`` is as it
+            was. Only what no look at the file can foresee, such as memory that runs out, leaves it half restored, with
+            the host's weights as they were; the message then says so.
+        FileNotFoundError: there is no such file.
+    """
+    model = grown_model(model, "restore")
+    source = Path(path)
+    record, tensors = _read(source)
+    _check_model(source, record, model)
+    _check_host(source, record, tensors, model.wrapped_model)
+    _check_lattice(source, record, tensors)
+    kernels = [_kernel(source, model, seed, tensors) for seed in record.seeds]
+    for seed, kernel in zip(record.seeds, kernels, strict=True):
+        try:
+            model.kasmina_layers[seed.layer].grafts.check(seed.seed_idx, kernel)
+        except EsperError as error:
+            raise CheckpointError(f"{source}: layer '{seed.layer}', seed {seed.seed_idx}: {error}") from None
+    kept = {(seed.layer, seed.seed_idx) for seed in record.seeds if _has_kernel_of(model, seed)}
+    for name, layer in model.kasmina_layers.items():
+        for seed_idx in range(layer.num_seeds):
+            if (name, seed_idx) in kept:
+                layer.overtake(seed_idx, "restored")
+            else:
+                layer.reset(seed_idx, "restored")
+    try:
+        for seed, kernel in zip(record.seeds, kernels, strict=True):
+            if (seed.layer, seed.seed_idx) not in kept:
+                _bind(source, model, seed, kernel)
+        _fill(source, model, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. The model is half restored: its other seeds are the file's") from None
+
+
+def _check_model(path: Path, record: Record, model: MorphableModel) -> None:
+    """Refuse a file of a model with other layers or another number of seeds."""
+    theirs, ours = [layer.name for layer in record.layers], list(model.kasmina_layers)
+    if theirs != ours:
+        odd = ", ".join(sorted(set(theirs) ^ set(ours))[:4]) or "they stand in another order"
+        raise CheckpointError(f"{path}: the model has seeds in other layers than the file: {odd}")
+    if record.seeds_per_layer != model.lattice.seeds_per_layer:
+        raise CheckpointError(
+            f"{path}: {record.seeds_per_layer} seeds a layer in the file, {model.lattice.seeds_per_layer} in the model"
+        )
+
+
+def _has_kernel_of(model: MorphableModel, seed: SeedRecord) -> bool:
+    """Whether the seed is bound to the very kernel that the record names."""
+    grafts = model.kasmina_layers[seed.layer].grafts
+    if seed.seed_idx not in grafts.bound:
+        return False
+    kernel = grafts.kernel(seed.seed_idx)
+    return (
+        kernel.artifact_id == seed.artifact_id
+        and kernel.kernel_id == seed.kernel_id
+        and json.loads(kernel.manifest.to_json()) == seed.manifest
+    )
 
 
 def _seeds_with_kernels(model: MorphableModel, states: Sequence[int]) -> list[tuple[str, int]]:
@@ -326,7 +400,8 @@ def _check_host(path: Path, record: Record, tensors: Mapping[str, Tensor], host:
             )
 
 
-def _bind(path: Path, model: MorphableModel, seed: SeedRecord, tensors: Mapping[str, Tensor]) -> None:
+def _kernel(path: Path, model: MorphableModel, seed: SeedRecord, tensors: Mapping[str, Tensor]) -> LoadedKernel:
+    """A seed's kernel with its trained weights, checked against its blueprint."""
     where = f"{path}: layer '{seed.layer}', seed {seed.seed_idx}"
     if seed.layer not in model.kasmina_layers or not 0 <= seed.seed_idx < model.lattice.seeds_per_layer:
         raise CheckpointError(f"{where}: there is no such seed")
@@ -341,7 +416,7 @@ def _bind(path: Path, model: MorphableModel, seed: SeedRecord, tensors: Mapping[
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != needed:
         raise CheckpointError(f"{where}: its weights have shapes {found}, its blueprint needs {needed}")
-    kernel = LoadedKernel(
+    return LoadedKernel(
         artifact_id=seed.artifact_id,
         kernel_id=seed.kernel_id,
         blueprint=blueprint,
@@ -352,9 +427,12 @@ def _bind(path: Path, model: MorphableModel, seed: SeedRecord, tensors: Mapping[
         manifest=manifest,
         nbytes=sum(tensor.nbytes for tensor in weights.values()),
     )
+
+
+def _bind(path: Path, model: MorphableModel, seed: SeedRecord, kernel: LoadedKernel) -> None:
     layer = model.kasmina_layers[seed.layer]
     if not layer.commit(seed.seed_idx, kernel, alpha=0.0):
-        raise CheckpointError(f"{where}: {layer.get_layer_stats()['errors'].get(seed.seed_idx)}")
+        raise CheckpointError(f"{path}: layer '{seed.layer}', seed {seed.seed_idx}: {layer.failure_of(seed.seed_idx)}")
 
 
 def _check_lattice(path: Path, record: Record, tensors: Mapping[str, Tensor]) -> None:

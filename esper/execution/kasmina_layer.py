@@ -315,7 +315,7 @@ class KasminaLayer(HostForwards):
             memory that ran out (it is dormant), or a command has overtaken the load (it is left as it is).
         """
         if load is None:
-            self._overtake(seed_idx, "given another kernel")
+            self.overtake(seed_idx, "given another kernel")
         elif not self._finish(seed_idx, load):
             return False
         self._drop_graft(seed_idx)
@@ -391,7 +391,7 @@ class KasminaLayer(HostForwards):
         """
         self.check_seed(seed_idx)
         self.state_layout.transition_seed_state(seed_idx, state)
-        self._overtake(seed_idx, "culled" if state is _State.CULLED else "unloaded")
+        self.overtake(seed_idx, "culled" if state is _State.CULLED else "unloaded")
         artifact = self._artifacts.get(seed_idx)
         self._drop_graft(seed_idx)
         self._refresh()
@@ -402,7 +402,7 @@ class KasminaLayer(HostForwards):
         """Keep a seed for good: it stays awake at its alpha, is never unloaded, and gets no other kernel."""
         self.check_seed(seed_idx)
         self.state_layout.transition_seed_state(seed_idx, _State.FOSSILIZED)
-        self._overtake(seed_idx, "fossilized")
+        self.overtake(seed_idx, "fossilized")
         self._tell(EventKind.SEED_FOSSILIZED, seed_idx, self._artifacts.get(seed_idx))
 
     def on_fault_limit(self, seed_idx: int) -> None:
@@ -420,7 +420,19 @@ class KasminaLayer(HostForwards):
         """Why the seed's last load or kernel failed; None when none did. Reads no device memory."""
         return self._failures.get(seed_idx)
 
-    def _overtake(self, seed_idx: int, what: str) -> None:
+    def reset(self, seed_idx: int, what: str = "reset") -> None:
+        """Put a seed to sleep from any state, fossilized or at fault, and drop its kernel; ``what`` goes on record."""
+        self.check_seed(seed_idx)
+        self.overtake(seed_idx, what)
+        artifact = self._artifacts.get(seed_idx)
+        self.state_layout.reset_seed(seed_idx)
+        self._drop_graft(seed_idx)
+        self._failures.pop(seed_idx, None)
+        self._refresh()
+        if artifact is not None:
+            self._tell(EventKind.SEED_UNLOADED, seed_idx, artifact, what)
+
+    def overtake(self, seed_idx: int, what: str) -> None:
         """A command was given to the seed: the load under way, if there is one, comes to nothing."""
         load = self._loads.pop(seed_idx, None)
         if load is not None:
@@ -433,7 +445,7 @@ class KasminaLayer(HostForwards):
         state = self.state_layout.state_of(seed_idx)
         # Not by a command of this layer: by a state_dict, or by hand.
         if not load.ended and state in (_State.CULLED, _State.FOSSILIZED):
-            self._overtake(seed_idx, state.name.lower())
+            self.overtake(seed_idx, state.name.lower())
         if self._loads.get(seed_idx) is load:
             del self._loads[seed_idx]
         return not load.ended

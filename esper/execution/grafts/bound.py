@@ -91,7 +91,7 @@ class BoundSeeds(nn.Module):
                 then. On an activation that has seen no input yet any kernel is taken; one that turns out not to fit is
                 put in :attr:`misfits` with the reason at the first forward, and its fault flag is raised.
         """
-        self._check(seed_idx, kernel)
+        self.check(seed_idx, kernel)
         # A seed may wake in the middle of an evaluation, and no optimizer may write to what is made in inference mode.
         with torch.inference_mode(False):
             self._hold(seed_idx, kernel, dtype, device)
@@ -107,7 +107,7 @@ class BoundSeeds(nn.Module):
             self._forget_reasons(seed_idx)
             self._changed()
 
-    def _check(self, seed_idx: int, kernel: LoadedKernel) -> None:
+    def check(self, seed_idx: int, kernel: LoadedKernel) -> None:
         """Raise what :meth:`bind` raises."""
         if not isinstance(seed_idx, int) or not 0 <= seed_idx < self.state_layout.num_seeds:
             raise ValueError(f"Invalid seed index {seed_idx!r}: this layer has {self.state_layout.num_seeds} seeds")

@@ -69,8 +69,9 @@ class ReservedGraftSet(GraftSet):
 
     # -- waking -------------------------------------------------------------------------------------------------------
 
-    def _check(self, seed_idx: int, kernel: LoadedKernel) -> None:
-        super()._check(seed_idx, kernel)
+    def check(self, seed_idx: int, kernel: LoadedKernel) -> None:
+        """Raise what :meth:`bind` raises, and ReservationError for a kernel that the memory does not hold."""
+        super().check(seed_idx, kernel)
         self.reservation.check(kernel)
 
     def _hold(

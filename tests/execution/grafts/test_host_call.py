@@ -137,12 +137,13 @@ def test_same_bits_as_in_two(
     host, layer = linear(*widths, bias=bias, dtype=dtype)
     x = torch.randn(*shape, widths[0], dtype=dtype, requires_grad=True)
     equal(layer, x, [x, *host.parameters(), *parameters(layer.grafts)])
-    assert (calls.whole, calls.in_python) == (1, 0)
+    one = x.numel() > 1  # of a single number autograd has another product
+    assert (calls.whole, calls.in_python) == (one, 0)
     with torch.no_grad():
         assert torch.equal(layer(x), in_two(layer, x))
     with torch.inference_mode():
         assert torch.equal(layer(x), in_two(layer, x))
-    assert calls.whole == 3
+    assert calls.whole == 3 * one
 
 
 @pytest.mark.parametrize("shape", [(MANY,), (3, MANY // 3)], ids=str)
