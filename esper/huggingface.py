@@ -9,14 +9,14 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
 
 try:
     import transformers
-    from transformers.utils import can_return_loss, find_labels
+    from transformers.utils.generic import can_return_loss, find_labels
 except ImportError as error:
     raise ImportError(f"esper.huggingface needs two packages: pip install transformers accelerate ({error})") from error
 
@@ -31,7 +31,7 @@ __all__ = ["CHECKPOINT_NAME", "SeededTrainer", "StepSeeds"]
 CHECKPOINT_NAME = "esper.safetensors"
 
 
-class StepSeeds(transformers.TrainerCallback):  # type: ignore[misc]
+class StepSeeds(transformers.TrainerCallback):
     """Calls the wrapped model's ``step()`` after every training step; :class:`SeededTrainer` brings it."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -39,7 +39,7 @@ class StepSeeds(transformers.TrainerCallback):  # type: ignore[misc]
         model.step()
 
 
-class SeededTrainer(transformers.Trainer):  # type: ignore[misc]
+class SeededTrainer(transformers.Trainer):
     """A ``transformers.Trainer`` whose model is one that ``esper.wrap`` gave.
 
     It does what its base does, and besides:
@@ -77,10 +77,14 @@ class SeededTrainer(transformers.Trainer):  # type: ignore[misc]
         self._read_signature(self.model.wrapped_model)
         self.add_callback(StepSeeds)
 
+    @property
+    def _grown(self) -> MorphableModel:
+        return cast(MorphableModel, self.model)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """As the base; seeds join it."""
         optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
-        attach(optimizer, self.model, **self.seed_options)
+        attach(optimizer, self._grown, **self.seed_options)
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -92,7 +96,8 @@ class SeededTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _read_signature(self, host: nn.Module) -> None:
         """What the base has read off the wrapped model's ``forward``, which takes anything, read off the host's."""
-        base: nn.Module = host.get_base_model() if hasattr(host, "get_base_model") else host  # an adapted one's (PEFT)
+        adapted: Any = host  # by PEFT
+        base: nn.Module = adapted.get_base_model() if hasattr(host, "get_base_model") else host
         if self.args.label_names is None:
             self.label_names = find_labels(type(base))
         self.can_return_loss = can_return_loss(type(base))
@@ -103,7 +108,7 @@ class SeededTrainer(transformers.Trainer):  # type: ignore[misc]
     @contextlib.contextmanager
     def _host_in_place(self) -> Iterator[None]:
         """While the base looks at its model's class, it sees the host."""
-        grown = self.model
+        grown = self._grown
         self.model = grown.wrapped_model
         try:
             yield
@@ -117,13 +122,14 @@ class SeededTrainer(transformers.Trainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with self._host_in_place():
             super()._save(output_dir, state_dict)
-        save(self.model, Path(output_dir if output_dir is not None else self.args.output_dir) / CHECKPOINT_NAME)
+        folder = self.args.output_dir if output_dir is None else output_dir
+        save(self._grown, Path(str(folder)) / CHECKPOINT_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._restore(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._restore(self.state.best_model_checkpoint)
+        self._restore(str(self.state.best_model_checkpoint))
 
     def _restore(self, folder: str) -> None:
         path = Path(folder) / CHECKPOINT_NAME
@@ -132,4 +138,4 @@ class SeededTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"{path}: no such file. A SeededTrainer resumes from what one has saved; load a plain network's "
                 "weights before wrapping it (from_pretrained)"
             )
-        restore(self.model, path)
+        restore(self._grown, path)
