@@ -1,7 +1,8 @@
-"""Puts the stored ratios into ``docs/performance.md``, as tables and plots: ``make bench-report``.
+"""Puts the stored ratios into ``docs/performance.md`` and its tables, and draws plots: ``make bench-report``.
 
-The document holds places, ``<!-- measured: NAME -->`` to ``<!-- end -->``; each is filled with the table of that name.
-The plots are SVG files beside it, the same bytes for the same numbers.
+The documents hold places, ``<!-- measured: NAME -->`` to ``<!-- end -->``; each is filled with the table of that name,
+or, where it is ``NAME in cpu-2022``, with that of another machine, whose ratios are stored beside the first one's. The
+plots are SVG files beside the documents, the same bytes for the same numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from bench.results import judge, stored_path
 
 __all__ = ["fill", "main", "tables"]
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+DOCUMENTS = tuple(Path(__file__).parents[1] / "docs" / name for name in ("performance.md", "performance-tables.md"))
+#: The machine on which the code of today was compared over all sizes: its numbers are plotted.
+COMPARED = "cpu-2023"
 
 Row = Mapping[str, float]
 Ratios = Mapping[str, Mapping[str, Row]]
@@ -46,6 +49,10 @@ COLOURS = {
     "esper compiled": "#56B4E9",
     "compiled": "#009E73",
 }
+#: Width and batch, and seeds, of the comparison's short table.
+SHORT_SIZES = ((64, 8), (64, 512), (256, 8), (256, 512), (1024, 8), (1024, 512), (4096, 8), (4096, 512))
+SHORT_SEEDS = (1, 4)
+_MODES = ("forward", "step")
 _SIZE = re.compile(r"compare/(\d+)x(\d+)/seeds-(\d+)/(\w+)")
 
 
@@ -64,28 +71,29 @@ def tables(ratios: Ratios) -> dict[str, str]:
                 ],
             )
     sizes = _sizes(ratios)
-    for mode in ("forward", "step"):
+    for mode in _MODES:
         rows = [
-            [
-                f"{d} x {n}",
-                str(seeds),
-                *(f"{row[name]['ratio']:.2f}" if name in row else "" for name in BESIDE),
-                _ahead(row),
-            ]
+            [f"{d} x {n}", str(seeds), *_ratios(row), _ahead(row)]
             for (d, n, seeds, m), row in sorted(sizes.items())
             if m == mode
         ]
         if rows:
             found[f"compare {mode}"] = _markdown(["d x batch", "seeds", *BESIDE, "Esper is behind"], rows)
+    short = [
+        [f"{d} x {n}", str(seeds), *(cell for mode in _MODES for cell in _ratios(sizes[d, n, seeds, mode]))]
+        for d, n in SHORT_SIZES
+        for seeds in SHORT_SEEDS
+        if all((d, n, seeds, mode) in sizes for mode in _MODES)
+    ]
+    if short:
+        head = [f"{mode}: {name}" if name == BESIDE[0] else name for mode in _MODES for name in BESIDE]
+        found["compare short"] = _markdown(["d x batch", "seeds", *head], short)
     memory = {key: row for key, row in ratios.items() if key.startswith("compare-memory/")}
     if memory:
         found["compare memory"] = _markdown(
             ["d x batch, seeds", *BESIDE],
             [
-                [
-                    key.removeprefix("compare-memory/").replace("/seeds-", ", "),
-                    *(f"{row[n]['ratio']:.2f}" if n in row else "" for n in BESIDE),
-                ]
+                [key.removeprefix("compare-memory/").replace("/seeds-", ", "), *_ratios(row)]
                 for key, row in sorted(memory.items(), key=_sized)
             ],
         )
@@ -106,6 +114,10 @@ def fill(text: str, found: Mapping[str, str]) -> str:
         return match[0] if table is None else f"<!-- measured: {match[1]} -->\n\n{table}\n\n<!-- end -->"
 
     return re.sub(r"<!-- measured: (.+?) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def _ratios(row: Mapping[str, Row]) -> list[str]:
+    return [f"{row[name]['ratio']:.2f}" if name in row else "" for name in BESIDE]
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -228,10 +240,12 @@ def draw(ratios: Ratios, folder: Path) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Fill the document and draw the plots."""
+    """Fill the documents and draw the plots."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--from", dest="source", type=Path, default=stored_path(), metavar="FILE", help="stored ratios")
-    parser.add_argument("--into", type=Path, default=DOCUMENT, metavar="FILE", help="the document")
+    parser.add_argument(
+        "--into", type=Path, action="append", metavar="FILE", help="a document; repeatable (default: those in docs/)"
+    )
     args = parser.parse_args(argv)
     if not args.source.exists():
         print(
@@ -239,11 +253,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    ratios: Ratios = json.loads(args.source.read_text())["ratios"]
-    args.into.write_text(fill(args.into.read_text(), tables(ratios)))
-    for path in draw(ratios, args.into.parent / "plots"):
+    ratios = _stored(args.source)
+    others = {path.stem: _stored(path) for path in sorted(args.source.parent.glob(f"{args.source.stem}-*.json"))}
+    found = tables(ratios)
+    for machine, theirs in others.items():
+        found |= {f"{name} in {machine}": table for name, table in tables(theirs).items()}
+    documents = args.into or DOCUMENTS
+    for document in documents:
+        document.write_text(fill(document.read_text(), found))
+    compared = {key: row for key, row in others.get(COMPARED, {}).items() if _SIZE.fullmatch(key)}
+    if compared:
+        ratios = {key: row for key, row in ratios.items() if not _SIZE.fullmatch(key)} | compared
+    for path in draw(ratios, documents[0].parent / "plots"):
         print(path)
     return 0
+
+
+def _stored(path: Path) -> Ratios:
+    ratios: Ratios = json.loads(path.read_text())["ratios"]
+    return ratios
 
 
 if __name__ == "__main__":

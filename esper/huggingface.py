@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ except ImportError as error:
 from esper.core.checkpoint import restore, save
 from esper.core.morphable import MorphableModel
 from esper.core.naming import GRAFT_PREFIX
+from esper.distributed import attach as join_ranks
 from esper.optim import attach
 
 __all__ = ["CHECKPOINT_NAME", "SeededTrainer", "StepSeeds"]
@@ -32,7 +34,20 @@ CHECKPOINT_NAME = "esper.safetensors"
 
 
 class StepSeeds(transformers.TrainerCallback):
-    """Calls the wrapped model's ``step()`` after every training step; :class:`SeededTrainer` brings it."""
+    """Calls the wrapped model's ``step()`` after every training step, and lets ranks agree on what its seeds do.
+
+    :class:`SeededTrainer` brings it.
+    """
+
+    def __init__(self, trainer: transformers.Trainer) -> None:
+        self._trainer = weakref.ref(trainer)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer when model and optimizer are as they will be."""
+        trainer = self._trainer()
+        wrapped = trainer.model_wrapped if trainer is not None else None
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            join_ranks(wrapped)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Called by the Trainer."""
@@ -60,6 +75,8 @@ class SeededTrainer(transformers.Trainer):
 
     Raises:
         TypeError: the model is not one that ``esper.wrap`` gave.
+        ValueError: several processes train a model without reserved memory: DDP reduces no gradient of a parameter that
+            comes later.
         NotImplementedError: FSDP or DeepSpeed is asked for; one process, and DDP, are what it trains with.
     """
 
@@ -74,8 +91,13 @@ class SeededTrainer(transformers.Trainer):
                 f"SeededTrainer does not train with {way}; use one process or DDP, or torch's own FSDP2 without a "
                 "Trainer (docs/reserved.md)"
             )
+        if self.args.world_size > 1 and not self.model.reserve_rank:
+            raise ValueError(
+                f"{self.args.world_size} processes need reserved memory, esper.wrap(model, reserve_rank=8): DDP does "
+                "not reduce gradients of parameters that come later (docs/reserved.md)"
+            )
         self._read_signature(self.model.wrapped_model)
-        self.add_callback(StepSeeds)
+        self.add_callback(StepSeeds(self))
 
     @property
     def _grown(self) -> MorphableModel:

@@ -75,7 +75,7 @@ def add_parser(subparsers: Subparsers) -> None:
     where.add_argument(
         "--registry",
         metavar="URL",
-        help="publish it there: file:// URL or path (default ESPER_REGISTRY, else the user's)",
+        help="publish it there: a path, a file:// or an http(s):// URL (default ESPER_REGISTRY, else the user's)",
     )
 
 

@@ -22,13 +22,16 @@ VARIABLES = (
     "ESPER_CONTROL_KEY",
     "ESPER_DEBUG",
     "ESPER_REGISTRY",
+    "ESPER_REGISTRY_TOKEN",
     "ESPER_RUN_ID",
     "ESPER_TRUSTED_KEYS",
+    "ESPER_TRUST_POLICY",
+    "ESPER_URZA_DATABASE",
     "REDIS_URL",
     "TRITON_INTERPRET",
 )
 #: Of these, what is shown is that they are set.
-SECRETS = frozenset(("ESPER_CONTROL_KEY",))
+SECRETS = frozenset(("ESPER_CONTROL_KEY", "ESPER_REGISTRY_TOKEN"))
 #: Of these, what is shown is where the bus is.
 BUSES = frozenset(("REDIS_URL",))
 

@@ -67,8 +67,8 @@ def wrap(
         telemetry_enabled: Whether the activations are monitored; without, ``REDIS_URL`` is not looked at either.
         preserve_original: True wraps a copy and keeps a reference to ``model``; False wraps ``model`` itself and
             copies no weight.
-        registry: Where kernels come from: a client, a ``file://`` URL or a path. None means ``ESPER_REGISTRY``, else
-            the user's own registry folder.
+        registry: Where kernels come from: a client, a path, a ``file://`` or ``http(s)://`` URL. None means
+            ``ESPER_REGISTRY``, else the user's own registry folder.
         bus: Where the model publishes its telemetry: a client, or a URL (``redis://``, ``rediss://``, ``memory://``).
             None means ``REDIS_URL``; where that is not set either, nothing is published and no thread is started.
         reserve_rank: R > 0 sets memory aside for every seed from the start, for low-rank kernels of rank up to R:

@@ -51,8 +51,8 @@ class KernelCache:
         max_cache_size_mb: Memory for kernels, in MiB of artifact bytes; the least recently used go first. A kernel
             larger than this is handed out, but not kept.
         max_entries: Most kernels kept.
-        registry: Where kernels come from: a client, a ``file://`` URL or a path. None means ``ESPER_REGISTRY``, else
-            the user's own registry folder. A client's coroutines run on the background loop.
+        registry: Where kernels come from: a client, a path, a ``file://`` or ``http(s)://`` URL. None means
+            ``ESPER_REGISTRY``, else the user's own registry folder. A client's coroutines run on the background loop.
         device: Where the kernels' tensors go.
         disk_dir: Folder of the disk tier, which processes may share; None means ``ESPER_CACHE_DIR``, else the XDG
             cache folder.

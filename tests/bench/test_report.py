@@ -77,3 +77,29 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["--from", str(stored), "--into", str(document)]) == 0
     assert "| bank |" in document.read_text()
     assert (tmp_path / "plots" / "floors.svg").exists()
+
+
+def test_other_machines_have_places_of_their_own(tmp_path: Path) -> None:
+    for name, ratio in (("cpu", 3.0), ("cpu-2022", 4.0)):
+        ratios = {**RATIOS, "floors/bank": {"over the bytes": row(ratio)}}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"ratios": ratios}))
+    documents = [tmp_path / "performance.md", tmp_path / "tables.md"]
+    for document in documents:
+        document.write_text(
+            "<!-- measured: floors --><!-- end --> <!-- measured: floors in cpu-2022 --><!-- end -->"
+            "<!-- measured: floors in cpu-2017 -->as it was<!-- end -->"
+        )
+    into = [argument for document in documents for argument in ("--into", str(document))]
+    assert main(["--from", str(tmp_path / "cpu.json"), *into]) == 0
+    for document in documents:
+        first, second, third = document.read_text().split("<!-- end -->")[:3]
+        assert "3.00 [2.99, 3.01]" in first and "4.00 [3.99, 4.01]" in second and "as it was" in third
+
+
+def test_the_short_table_has_both_modes_side_by_side() -> None:
+    step = {"esper": row(1.9), "peft": row(5.0)}
+    short = tables({**RATIOS, "compare/64x8/seeds-4/step": step})["compare short"].splitlines()
+    assert (
+        short[0].startswith("| d x batch | seeds | forward: esper | peft | ") and "| step: esper | peft |" in short[0]
+    )
+    assert short[2:] == ["| 64 x 8 | 4 | 1.70 | 6.00 | 3.00 | 1.60 | 1.50 | 1.90 | 5.00 |  |  |  |"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +194,20 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     plain.train()
     with pytest.raises(FileNotFoundError, match=r"checkpoint-1/esper.safetensors: no such file.*before wrapping"):
         trainer(grown(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_two_processes_train_one_network(tmp_path: Path) -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this build of PyTorch has no gloo")
+    script = Path(__file__).with_name("trainer_on_ranks.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(script), str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, two = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert one == two
+    assert one["woken"] is True and one["awake"] == [1] and one["steps"] == 202 and one["end"] != one["again"]
+    assert one["refused"].startswith("2 processes need reserved memory, esper.wrap(model, reserve_rank=8)")
+    assert (tmp_path / "run" / "checkpoint-200" / CHECKPOINT_NAME).is_file()

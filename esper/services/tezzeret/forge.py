@@ -99,8 +99,8 @@ def compile(
         blueprint: A blueprint, or the name of one of the library's.
         d_in: Features the sub-network reads: those of the layer's input or output, as the blueprint's tap says.
         d_out: Features it changes: the layer's, or the chunk's where the scope is ``chunk``.
-        registry: Where to publish: a client, a ``file://`` URL or a path. None means ``ESPER_REGISTRY``, else the
-            user's own registry folder.
+        registry: Where to publish: a client, a path, a ``file://`` or ``http(s)://`` URL. None means
+            ``ESPER_REGISTRY``, else the user's own registry folder.
         seed: Of the initial weights, in [0, 2**63); the same seed gives the same bits, whatever torch's global
             generator does.
         pipeline: ``fast``: weights and blueprint, run by the package's own kernels. ``standard`` adds GPU binaries for
