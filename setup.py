@@ -3,7 +3,8 @@
 Environment:
     ESPER_CUDA: unset or ``auto`` builds the CUDA kernels if it can and says why if it cannot, ``1`` insists on them,
         ``0`` leaves them out.
-    ESPER_CUDA_ARCHS: compute capabilities, ``80;90;100`` if unset; PTX of the last one goes in as well.
+    ESPER_CUDA_ARCHS: compute capabilities, all of which ``ESPER_CUDA=1`` then insists on; if unset, those of ``80;90;100``
+        that nvcc knows. PTX of the last one goes in as well.
     CUDACXX, CUDA_HOME, CUDA_PATH: where nvcc is, asked in this order before ``PATH`` and ``/usr/local/cuda``.
     CXX: the C++ compiler. Without any the package installs and runs on its other backends, unless ``ESPER_CUDA=1``.
 """
@@ -90,9 +91,8 @@ def choose_cuda(environ: Mapping[str, str]) -> CudaChoice:
     if mode == "0":
         return CudaChoice(reason="ESPER_CUDA=0 at build time")
     required = mode == "1"
-    wanted = [
-        arch.strip() for arch in re.split(r"[;,\s]+", environ.get("ESPER_CUDA_ARCHS", "") or DEFAULT_ARCHS) if arch
-    ]
+    named = environ.get("ESPER_CUDA_ARCHS", "").strip()
+    wanted = [arch.strip() for arch in re.split(r"[;,\s]+", named or DEFAULT_ARCHS) if arch]
     if bad := [arch for arch in wanted if not re.fullmatch(r"\d{2,3}[af]?", arch)]:
         raise OptionError(f"ESPER_CUDA_ARCHS: {bad[0]!r} is no compute capability; write them like {DEFAULT_ARCHS}")
 
@@ -114,7 +114,8 @@ def choose_cuda(environ: Mapping[str, str]) -> CudaChoice:
     can = nvcc_archs(nvcc)
     unknown = [arch for arch in wanted if arch.rstrip("af") not in can]
     known = [arch for arch in wanted if arch not in unknown]
-    if unknown and (required or not known):
+    # Nobody asked for the last of the default ones: nvcc 12.0 knows two of three, and is new enough.
+    if unknown and ((required and named) or not known):
         return without(f"{nvcc} {found} cannot build for {', '.join(unknown)}; change ESPER_CUDA_ARCHS")
     if unknown:
         say(f"nvcc {found} cannot build for {', '.join(unknown)}: left out")

@@ -88,9 +88,21 @@ def test_unusable_compiler(
     assert reason in str(error.value)
 
 
-def test_required_drops_nothing(build: ModuleType, nvcc: Callable[..., dict[str, str]]) -> None:
-    with pytest.raises(OptionError, match="cannot build for 100"):
-        build.choose_cuda(nvcc("12.4", archs="80 90") | {"ESPER_CUDA": "1"})
+def test_required_drops_nothing_that_was_asked_for(build: ModuleType, nvcc: Callable[..., dict[str, str]]) -> None:
+    with pytest.raises(OptionError, match="cannot build for 100; change ESPER_CUDA_ARCHS"):
+        build.choose_cuda(nvcc("12.4", archs="80 90") | {"ESPER_CUDA": "1", "ESPER_CUDA_ARCHS": "80;90;100"})
+
+
+@pytest.mark.parametrize("archs", [{}, {"ESPER_CUDA_ARCHS": ""}, {"ESPER_CUDA_ARCHS": " "}], ids=str)
+def test_required_drops_what_nobody_asked_for(
+    build: ModuleType, nvcc: Callable[..., dict[str, str]], capsys: pytest.CaptureFixture[str], archs: dict[str, str]
+) -> None:
+    """``make`` insists on CUDA wherever there is an nvcc, and one of 12.0 to 12.7 knows no sm_100."""
+    choice = build.choose_cuda(nvcc("12.0", archs="80 90") | {"ESPER_CUDA": "1"} | archs)
+    assert (choice.archs, choice.required) == ("80-real;90", True)
+    assert "12.0 cannot build for 100: left out" in capsys.readouterr().out
+    with pytest.raises(OptionError, match="cannot build for 80, 90, 100"):
+        build.choose_cuda(nvcc("12.0", archs="75") | {"ESPER_CUDA": "1"} | archs)
 
 
 def test_no_compiler(build: ModuleType) -> None:
