@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from esper.ops import native
+from esper.ops import captures, native
 from esper.ops.captures import beside_captures
 from tests.ops.recorder import Recorder
 
@@ -57,6 +57,30 @@ def test_a_refusal_is_told_in_the_drivers_words(driver, recorder):
     recorder.fail("cuThreadExchangeStreamCaptureMode", 4)
     with pytest.raises(extension.DriverError, match=r"cuThreadExchangeStreamCaptureMode: CUDA_ERROR_TEST \(4\)"):
         driver.exchange_capture_mode(RELAXED)
+
+
+@needs_extension
+def test_a_refusal_fails_nothing_and_is_said_once(driver, recorder, caplog):
+    """Whoever loads a seed or sends a window has no use for the error: only a capture elsewhere would."""
+    captures._refused.cache_clear()
+    recorder.fail("cuThreadExchangeStreamCaptureMode", 4)
+    ran = []
+    for _ in range(2):
+        with beside_captures():
+            ran.append(True)
+    assert len(ran) == 2
+    (said,) = caplog.messages
+    assert said.endswith("may fail: cuThreadExchangeStreamCaptureMode: CUDA_ERROR_TEST (4)")
+    with pytest.raises(RuntimeError, match="of the block"), beside_captures():
+        raise RuntimeError("of the block")
+
+
+@needs_extension
+def test_a_refusal_on_the_way_out_fails_nothing_either(driver, recorder, caplog):
+    captures._refused.cache_clear()
+    with beside_captures():
+        recorder.fail("cuThreadExchangeStreamCaptureMode", 4)
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("driver", [None, SimpleNamespace()], ids=["no driver", "an older extension"])
