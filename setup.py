@@ -3,8 +3,8 @@
 Environment:
     ESPER_CUDA: unset or ``auto`` builds the CUDA kernels if it can and says why if it cannot, ``1`` insists on them,
         ``0`` leaves them out.
-    ESPER_CUDA_ARCHS: compute capabilities, all of which ``ESPER_CUDA=1`` then insists on; if unset, those of ``80;90;100``
-        that nvcc knows. PTX of the last one goes in as well.
+    ESPER_CUDA_ARCHS: compute capabilities, all of which ``ESPER_CUDA=1`` then insists on; if unset, those of
+        ``80;90;100`` that nvcc knows. PTX of the last one goes in as well.
     CUDACXX, CUDA_HOME, CUDA_PATH: where nvcc is, asked in this order before ``PATH`` and ``/usr/local/cuda``.
     CXX: the C++ compiler. Without any the package installs and runs on its other backends, unless ``ESPER_CUDA=1``.
 """

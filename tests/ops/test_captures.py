@@ -70,7 +70,7 @@ def test_a_refusal_fails_nothing_and_is_said_once(driver, recorder, caplog):
             ran.append(True)
     assert len(ran) == 2
     (said,) = caplog.messages
-    assert said.endswith("may fail: cuThreadExchangeStreamCaptureMode: CUDA_ERROR_TEST (4)")
+    assert "may fail: cuThreadExchangeStreamCaptureMode: CUDA_ERROR_TEST (4)" in said
     with pytest.raises(RuntimeError, match="of the block"), beside_captures():
         raise RuntimeError("of the block")
 
