@@ -2,7 +2,9 @@
 
 Every benchmark that measures a ratio calls :func:`record`. The ratios of a run gather in
 ``bench/results/latest.json``; ``python -m bench.results check`` compares them with the stored ones of this kind of
-machine and with the promised limits, and ``python -m bench.results keep`` makes them the stored ones.
+machine and with the promised limits, and ``python -m bench.results keep`` makes them the stored ones. Ratios of two
+machines say nothing about each other: then ``check`` judges the limits alone, and ``keep`` wants to be told
+``--replace`` before it drops what another machine has measured.
 """
 
 from __future__ import annotations
@@ -84,24 +86,46 @@ def machine() -> dict[str, str]:
     }
 
 
+def differences(latest: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
+    """In what the machines of two sets of ratios differ; "" if in nothing, or if nothing is stored."""
+    if not stored["ratios"] or latest.get("machine") == stored.get("machine"):
+        return ""
+    here, there = latest.get("machine", {}), stored.get("machine", {})
+    names = [name for name in dict.fromkeys((*here, *there)) if here.get(name) != there.get(name)]
+    return ", ".join(f"{name} {here.get(name, '?')} and not {there.get(name, '?')}" for name in names)
+
+
 def check(latest: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """Every ratio that got worse beyond noise, or misses its limit, as a line of text."""
+    """Every ratio that misses its limit, or got worse beyond noise on the same machine, as a line of text."""
     problems = []
+    before_here: Mapping[str, Any] = {} if differences(latest, stored) else stored["ratios"]
     for key, rows in latest["ratios"].items():
         for name, row in rows.items():
             if "limit" in row and judge(row) == "missed":
                 problems.append(
                     f"{key}: {name} {row['ratio']:.4f} [{row['low']:.4f}, {row['high']:.4f}] is over {row['limit']}"
                 )
-            before = stored["ratios"].get(key, {}).get(name)
+            before = before_here.get(key, {}).get(name)
             if before is not None and row["low"] > before["high"] and row["ratio"] > before["ratio"] * (1 + DRIFT):
                 problems.append(f"{key}: {name} went from {before['ratio']:.4f} to {row['ratio']:.4f}")
     return problems
 
 
-def kept(latest: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """What is stored after ``latest``: all of one machine. Rows of another machine go."""
-    before = stored["ratios"] if stored.get("machine") == latest["machine"] else {}
+def kept(latest: Mapping[str, Any], stored: Mapping[str, Any], *, replace: bool = False) -> dict[str, Any]:
+    """What is stored after ``latest``: all of one machine.
+
+    Args:
+        latest: The ratios of a run.
+        stored: What is stored until now.
+        replace: Whether the stored ratios may go if another machine measured them.
+
+    Raises:
+        ValueError: another machine measured what is stored, and it may not go.
+    """
+    others = differences(latest, stored)
+    if others and not replace:
+        raise ValueError(f"{len(stored['ratios'])} measurements of another machine are stored ({others})")
+    before = {} if others else stored["ratios"]
     return {"machine": latest["machine"], "ratios": {**before, **latest["ratios"]}}
 
 
@@ -127,20 +151,35 @@ def main(argv: list[str] | None = None) -> int:
     """Command line: ``check``, ``keep`` or ``table``."""
     parser = argparse.ArgumentParser(prog="python -m bench.results", description=__doc__)
     parser.add_argument("action", choices=["check", "keep", "table"])
-    action = parser.parse_args(argv).action
+    parser.add_argument("--replace", action="store_true", help="keep: even if another machine's ratios are dropped")
+    args = parser.parse_args(argv)
     if not LATEST.exists():
         print(f"{LATEST} is missing: run the benchmarks first (make bench)", file=sys.stderr)
         return 1
     latest = json.loads(LATEST.read_text())
-    if action == "table":
+    if args.action == "table":
         print(table(latest))
         return 0
-    stored = json.loads(stored_path().read_text()) if stored_path().exists() else {"ratios": {}}
-    if action == "keep":
-        stored_path().write_text(json.dumps(kept(latest, stored), indent=1, sort_keys=True) + "\n")
+    path = stored_path()
+    stored = json.loads(path.read_text()) if path.exists() else {"ratios": {}}
+    if args.action == "keep":
+        try:
+            found = kept(latest, stored, replace=args.replace)
+        except ValueError as error:
+            print(
+                f"nothing was kept: in {path} {error}. Give that file another name, as {path.stem}-2022.json, or drop "
+                "what is in it: python -m bench.results keep --replace",
+                file=sys.stderr,
+            )
+            return 1
+        path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
         return 0
+    others = differences(latest, stored)
+    if others:
+        print(f"{path.name} is of another machine, so that only the limits are judged: here {others}")
     problems = check(latest, stored)
-    print("\n".join(problems) if problems else f"{len(latest['ratios'])} measurements, none worse beyond noise")
+    judged = "no limit missed" if others else "none worse beyond noise"
+    print("\n".join(problems) if problems else f"{len(latest['ratios'])} measurements, {judged}")
     return 1 if problems else 0
 
 

@@ -28,16 +28,25 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="only the benchmarks that pytest's -k selects")
     parser.add_argument("--list", action="store_true", help="list the scripts and exit")
     after = parser.add_mutually_exclusive_group()
-    after.add_argument("--check", action="store_true", help="then compare with the stored ratios; fail beyond noise")
+    after.add_argument(
+        "--check",
+        action="store_true",
+        help="then compare with the stored ratios; fail beyond noise (of another machine: judge the limits alone)",
+    )
     after.add_argument("--keep", action="store_true", help="then make these ratios the stored ones")
+    parser.add_argument(
+        "--replace", action="store_true", help="with --keep: drop the stored ratios if another machine measured them"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmarks; the exit status is pytest's, or that of the comparison after it.
 
     Raises:
-        ValueError: if there is no checkout here, or a script of that name is not in it.
+        ValueError: if there is no checkout here, a script of that name is not in it, or ``--replace`` stands alone.
     """
+    if args.replace and not args.keep:
+        raise ValueError("--replace says what --keep may drop: give both")
     checkout = find_checkout(Path.cwd())
     scripts = {path.stem.removeprefix("test_"): path for path in sorted((checkout / "bench").glob("test_*.py"))}
     if args.list:
@@ -52,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     status = subprocess.run(command, cwd=checkout, check=False).returncode
     action = "check" if args.check else "keep" if args.keep else ""
     if status == 0 and action:
-        results = [sys.executable, "-m", "bench.results", action]
+        results = [sys.executable, "-m", "bench.results", action, *(["--replace"] if args.replace else [])]
         status = subprocess.run(results, cwd=checkout, check=False).returncode
     return status
 

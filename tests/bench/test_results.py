@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.results import check, judge, kept, table
+from bench.results import check, differences, judge, kept, main, table
 
 
 def row(ratio: float, spread: float = 0.001, **more: float) -> dict[str, float]:
@@ -46,9 +48,51 @@ def test_table() -> None:
     assert "| key | 1.000 [0.999, 1.001] | 1.250 [1.249, 1.251] |" in text
 
 
-def test_keeping_adds_to_what_one_machine_has_and_drops_another_s() -> None:
-    latest = {"machine": {"processor": "a"}, "ratios": {"new": {}, "both": {"x": row(2.0)}}}
-    stored = {"machine": {"processor": "a"}, "ratios": {"old": {}, "both": {"x": row(1.0)}}}
+HERE, THERE = {"processor": "a", "torch": "2"}, {"processor": "b", "torch": "2"}
+
+
+def test_another_machine_s_ratios_are_no_measure() -> None:
+    latest = {"machine": HERE, **results(wrapped=row(1.05, limit=2.0), over=row(3.0, limit=2.0))}
+    stored = {"machine": THERE, **results(wrapped=row(1.00))}
+    assert differences(latest, stored) == "processor a and not b"
+    (problem,) = check(latest, stored)
+    assert "over" in problem and "is over 2.0" in problem
+    assert len(check(latest, {**stored, "machine": HERE})) == 2
+    assert differences(latest, {"ratios": {}}) == "", "nothing is stored"
+
+
+def test_keeping_adds_to_what_one_machine_has() -> None:
+    latest = {"machine": HERE, "ratios": {"new": {}, "both": {"x": row(2.0)}}}
+    stored = {"machine": HERE, "ratios": {"old": {}, "both": {"x": row(1.0)}}}
     assert kept(latest, stored)["ratios"] == {"old": {}, "new": {}, "both": {"x": row(2.0)}}
-    assert kept(latest, {**stored, "machine": {"processor": "b"}}) == latest
     assert kept(latest, {"ratios": {}}) == latest
+
+
+def test_keeping_drops_another_machine_s_only_if_told() -> None:
+    latest = {"machine": HERE, "ratios": {"new": {}}}
+    stored = {"machine": THERE, "ratios": {"old": {}}}
+    with pytest.raises(ValueError, match=r"1 measurements of another machine are stored \(processor a and not b"):
+        kept(latest, stored)
+    assert kept(latest, stored, replace=True) == latest
+
+
+def test_the_command_says_what_it_did_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bench.results.LATEST", tmp_path / "latest.json")
+    monkeypatch.setattr("bench.results.stored_path", lambda: tmp_path / "cpu.json")
+    here = {"machine": HERE, **results(wrapped=row(1.05, limit=2.0))}
+    there = json.dumps({"machine": THERE, **results(wrapped=row(1.00))})
+    (tmp_path / "latest.json").write_text(json.dumps(here))
+    (tmp_path / "cpu.json").write_text(there)
+    assert main(["check"]) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "cpu.json is of another machine, so that only the limits are judged: here processor a and not b"
+    assert last == "1 measurements, no limit missed"
+    assert main(["keep"]) == 1
+    assert "python -m bench.results keep --replace" in capsys.readouterr().err
+    assert (tmp_path / "cpu.json").read_text() == there
+    assert main(["keep", "--replace"]) == 0
+    assert json.loads((tmp_path / "cpu.json").read_text()) == here
+    assert main(["check"]) == 0
+    assert capsys.readouterr().out == "1 measurements, none worse beyond noise\n"

@@ -160,10 +160,11 @@ class TestBench:
         assert "no benchmark 'shrinking'" in error
         assert "dormant_overhead" in error
 
-    @pytest.mark.parametrize(("flag", "last"), [("--check", "check"), ("--keep", "keep"), (None, None)])
-    def test_runs_pytest_and_then_judges(
-        self, monkeypatch: pytest.MonkeyPatch, flag: str | None, last: str | None
-    ) -> None:
+    @pytest.mark.parametrize(
+        ("flag", "last"),
+        [("--check", ["check"]), ("--keep", ["keep"]), ("--keep --replace", ["keep", "--replace"]), ("", [])],
+    )
+    def test_runs_pytest_and_then_judges(self, monkeypatch: pytest.MonkeyPatch, flag: str, last: list[str]) -> None:
         calls: list[list[str]] = []
 
         def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
@@ -171,10 +172,14 @@ class TestBench:
             return subprocess.CompletedProcess(command, returncode=0)
 
         monkeypatch.setattr(bench.subprocess, "run", run)
-        assert main.main(["bench", "dormant_overhead", *([flag] if flag else [])]) == 0
+        assert main.main(["bench", "dormant_overhead", *flag.split()]) == 0
         assert calls[0][1:3] == ["-m", "pytest"]
         assert calls[0][-1] == "bench/test_dormant_overhead.py"
-        assert [call[-1] for call in calls[1:]] == ([last] if last else [])
+        assert [call[2:] for call in calls[1:]] == ([["bench.results", *last]] if last else [])
+
+    def test_replace_says_what_keep_may_drop(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main.main(["bench", "--check", "--replace"]) == 1
+        assert "give both" in capsys.readouterr().err
 
     def test_failed_benchmarks_are_not_judged(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[list[str]] = []
