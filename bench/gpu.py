@@ -1,8 +1,8 @@
 """What is promised for a GPU, measured on the one at hand: ``python -m bench.gpu --out FOLDER``.
 
     dormant     wrapped over bare: eager, compiled, and as a CUDA graph
-    lattice     one step for a million seeds
-    stats       activation and statistics: its bandwidth as a share of a copy's
+    lattice     one step for a million seeds that the GPU's cache does not hold, and for as many that it holds
+    stats       activation and statistics: its bandwidth as a share of a copy's, as a CUDA graph and called from Python
     grafts      forward and backward of a grown Linear against PEFT, the plain composition, the compiled composition,
                 and the floors that bytes and operations set
     linear      the ways of a linear layer with its seeds, as ``esper.ops.linear.tune_linear`` measures them
@@ -19,19 +19,19 @@ works, and nothing about a GPU. ``--short`` makes few rounds of the smallest cas
 
 Times on a GPU are between two events on the stream, around so many calls that the host's part is hidden or, where it is
 not, included, as it would be in a training; the median of the repetitions counts. Ratios come from ``paired.py``.
+Before anything is timed it runs for a third of a second: while the host compiled, the GPU's clocks went down.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,43 +39,14 @@ import torch
 from torch import Tensor, nn
 
 import esper
+from bench.gpu_report import Report, Row, gather
 from bench.models import composed, mlp, same_weights
 from bench.paired import Ratio, compare
 from bench.results import machine
 from bench.test_dormant_overhead import stepped
 from bench.test_grafts import adapted, grown
 
-__all__ = ["Report", "Row", "Setting", "elsewhere", "gather", "main", "measure", "table"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured number.
-
-    Attributes:
-        part: Which part of the script.
-        name: What was measured, with its sizes.
-        value: The number.
-        unit: Of it; ``x`` for ratios.
-        target: What it is meant to be, or None.
-        higher: Whether more is better.
-        note: What else there is to say.
-    """
-
-    part: str
-    name: str
-    value: float
-    unit: str
-    target: float | None = None
-    higher: bool = False
-    note: str = ""
-
-    @property
-    def verdict(self) -> str:
-        """``kept`` or ``missed``; nothing without a target."""
-        if self.target is None:
-            return ""
-        return "kept" if (self.value >= self.target) == self.higher or self.value == self.target else "missed"
+__all__ = ["PARTS", "Setting", "main", "measure"]
 
 
 @dataclass(frozen=True)
@@ -107,15 +78,27 @@ class Setting:
             self.failed.append(f"{what}: {said}")
             print(f"failed: {self.failed[-1]}", file=sys.stderr, flush=True)
 
+    def warm_up(self, calls: Iterable[Callable[[], object]]) -> None:
+        """Run them in turn, and wait for the GPU, until its clocks are where they stay."""
+        calls, until = tuple(calls), time.perf_counter() + (0.02 if self.short else 0.3)
+        while True:
+            # More than one, so that a GPU which is faster than the host still has something to do.
+            for call in calls * 5:
+                call()
+            if self.gpu:
+                torch.cuda.synchronize()
+            if time.perf_counter() >= until:
+                return
+
     def ratios(self, calls: Mapping[str, Callable[[], object]], baseline: str) -> dict[str, Ratio]:
         """Compare, within the patience that the setting has."""
+        self.warm_up(calls.values())
         return compare(calls, baseline, rounds=self.rounds, seconds=2.0 if self.short else 30.0)
 
     def seconds(self, call: Callable[[], object], calls: int = 20) -> float:
         """Median seconds of one call."""
         repetitions = 3 if self.short else 21
-        for _ in range(3):
-            call()
+        self.warm_up([call])
         samples = []
         for _ in range(repetitions):
             if self.gpu:
@@ -195,24 +178,32 @@ def dormant(setting: Setting) -> Iterator[Row]:
 
 
 def lattice(setting: Setting) -> Iterator[Row]:
-    """A step of a million seeds: 15 us on a GPU."""
-    from bench.test_lattice import storage_of
+    """A step of a million seeds: 15 us on a GPU, whose cache has held other things since the step before."""
+    from bench.test_lattice import storage_of, touched_bytes
     from esper.ops.lattice import lattice_step
 
     rows = 10_000 if setting.short else 1_000_000
     step = lattice_step.resolve(setting.device.type)
     for case in ("dormant", "ramping"):
-        with setting.apart(f"lattice, {case}"):
-            storage = storage_of(rows, case).to(setting.device)
-            steps = 20
+        made = storage_of(rows, case)
+        # Steps in turn over so many lattices that each has left the cache when its turn comes again.
+        number = 2
+        if setting.gpu:
+            cache = torch.cuda.get_device_properties(setting.device).L2_cache_size
+            number = max(8, -(-4 * cache // touched_bytes(made, rows, case)))
+        for kind, count, target in (("cold", number, 15.0 if setting.gpu else None), ("in the cache", 1, None)):
+            with setting.apart(f"lattice, {case}, {kind}"):
+                storages = [made.to(setting.device, copy=True) for _ in range(count)]
+                turns = -(-20 // count)
 
-            def many(storage: Tensor = storage, steps: int = steps) -> None:
-                for _ in range(steps):
-                    step(storage, rows, 1)
+                def many(storages: Sequence[Tensor] = storages, turns: int = turns) -> None:
+                    for storage in (*storages,) * turns:
+                        step(storage, rows, 1)
 
-            # As a graph: what is meant is the kernel, and not what it costs to launch it from Python.
-            taken = setting.seconds(setting.captured(many), 5) / steps
-            yield Row("lattice", f"step of {rows} seeds, {case}", taken * 1e6, "us", 15.0 if setting.gpu else None)
+                # As a graph: what is meant is the kernel, and not what it costs to launch it from Python.
+                taken = setting.seconds(setting.captured(many), 5) / (turns * count)
+                note = f"{count} lattices in turn"
+                yield Row("lattice", f"step of {rows} seeds, {case}, {kind}", taken * 1e6, "us", target, note=note)
 
 
 def copy_bandwidth(setting: Setting) -> float:
@@ -234,10 +225,23 @@ def stats(setting: Setting) -> Iterator[Row]:
         x = torch.randn(shape, device=setting.device).to(dtype)
         for activation in ("relu", "gelu"):
             with setting.apart(f"stats, {activation} {dtype}"):
-                taken = setting.seconds(lambda x=x, activation=activation: kernel(x, activation, 4, -1))
-                share = 2 * x.numel() * x.element_size() / taken / copied
+
+                def call(x: Tensor = x, activation: str = activation) -> None:
+                    kernel(x, activation, 4, -1)
+
+                def many(call: Callable[[], None] = call) -> None:
+                    for _ in range(4):
+                        call()
+
+                moved = 2 * x.numel() * x.element_size()
                 name = f"{activation} with statistics, {dtype} {shape[0]} x {shape[1]}, share of a copy's bandwidth"
-                yield Row("stats", name, share, "x", 0.9 if setting.gpu else None, higher=True)
+                # Three launches and five tensors from Python take as long as the kernels do at the smaller type: that
+                # is reported, and the kernels are judged.
+                if setting.gpu:
+                    taken = setting.seconds(setting.captured(many), 5) / 4
+                    yield Row("stats", f"{name}, as a graph", moved / taken / copied, "x", 0.9, higher=True)
+                share = moved / setting.seconds(call) / copied
+                yield Row("stats", f"{name}, called from Python", share, "x", higher=True)
 
 
 @dataclass(frozen=True)
@@ -320,7 +324,18 @@ def _layer_rows(
 
     def step(network: Any) -> Callable[[], object]:
         gy = torch.ones(layer.rows, layer.width, device=x.device, dtype=x.dtype)
-        return lambda: network(x).backward(gy)
+        leaves = leaves_of(network)
+
+        def run() -> None:
+            # As after an optimizer's step: a gradient that is still there would be read and added to.
+            for leaf in leaves:
+                leaf.grad = None
+            network(x).backward(gy)
+
+        return run
+
+    def leaves_of(*networks: Any) -> list[Tensor]:
+        return [x, *(leaf for network in networks for leaf in network.parameters() if leaf.requires_grad)]
 
     for kind, make, limit in (("forward", forward, 1.06), ("forward and backward", step, 1.10)):
         calls: dict[str, Callable[[], object]] = {}
@@ -352,6 +367,9 @@ def _layer_rows(
         if setting.gpu:
             for name in ("bare", "esper", "peft", "composed"):
                 if name in calls:
+                    # What is freed in the call would hide as much of what it allocates.
+                    for leaf in leaves_of(*networks.values()):
+                        leaf.grad = None
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()
                     calls[name]()
@@ -385,79 +403,6 @@ PARTS: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
 }
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file; nothing where there is none, or only half of one because its writer was stopped."""
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
-
-
-def _write(path: Path, text: str) -> None:
-    """In one step: whoever is stopped here leaves the file as it was."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def gather(folder: Path) -> None:
-    """Put together what each file of benchmarks left under ``bench/`` in the folder: all of it in ``bench.json``."""
-    found = [document for path in sorted((folder / "bench").glob("*.json")) if (document := _read(path))]
-    if found:
-        benchmarks = [entry for document in found for entry in document.get("benchmarks", [])]
-        _write(folder / "bench.json", json.dumps({**found[-1], "benchmarks": benchmarks}, indent=1) + "\n")
-
-
-def elsewhere(folder: Path) -> Iterator[Row]:
-    """What the benchmarks beside this one left in the folder: launches and loads."""
-    for key, found in _read(folder / "ratios.json").get("ratios", {}).items():
-        if key.startswith("launch/"):
-            for name, row in found.items():
-                yield Row("launch", f"{key}: {name} / triton", row["ratio"], "x", row.get("limit"))
-    for entry in _read(folder / "bench.json").get("benchmarks", []):
-        taken = entry.get("extra_info", {}).get("microseconds_per_call")
-        if taken is not None:
-            yield Row("load", entry["name"], taken, "us")
-
-
-class Report:
-    """``gpu.json`` and ``gpu.md`` in a folder, written anew whenever there is more to say.
-
-    Args:
-        folder: Where. What an earlier run on the same machine and device left there about other parts stays.
-        about: The machine, the device, and whether the cases were short.
-        parts: What this run measures.
-    """
-
-    def __init__(self, folder: Path, about: Mapping[str, str], parts: Sequence[str]) -> None:
-        self._folder = folder
-        self._about = dict(about)
-        folder.mkdir(parents=True, exist_ok=True)
-        before = _read(folder / "gpu.json")
-        if before.get("machine") != self._about:
-            before = {}
-        others = [row for row in before.get("rows", []) if row["part"] not in (*parts, "launch", "load")]
-        self._rows = [Row(**{key: row[key] for key in row if key != "verdict"}) for row in others]
-        self._failed = [text for text in before.get("failed", []) if not text.startswith(tuple(parts))]
-
-    def write(self, rows: Sequence[Row], failed: Sequence[str], unfinished: str = "") -> None:
-        """Write what is known now.
-
-        Args:
-            rows: What this run has measured until now.
-            failed: What could not be measured.
-            unfinished: The part that is being measured.
-        """
-        order = {part: number for number, part in enumerate((*PARTS, "launch", "load"))}
-        found = sorted([*self._rows, *rows, *elsewhere(self._folder)], key=lambda row: order.get(row.part, len(order)))
-        said = [*self._failed, *failed, *([f"{unfinished}: not finished"] if unfinished else [])]
-        whole = [{**asdict(row), "verdict": row.verdict} for row in found]
-        document = {"machine": self._about, "failed": said, "rows": whole}
-        _write(self._folder / "gpu.json", json.dumps(document, indent=1) + "\n")
-        _write(self._folder / "gpu.md", table(found, self._about))
-
-
 def measure(setting: Setting, parts: Sequence[str], report: Report | None = None) -> tuple[list[Row], list[str]]:
     """Run the parts; a part that fails is said and does not stop the others.
 
@@ -482,16 +427,6 @@ def measure(setting: Setting, parts: Sequence[str], report: Report | None = None
     return rows, setting.failed
 
 
-def table(rows: Sequence[Row], about: Mapping[str, str]) -> str:
-    """The rows in Markdown."""
-    lines = [", ".join(f"{key}: {value}" for key, value in about.items()), ""]
-    lines += ["| part | measurement | value | target | |", "|---|---|---|---|---|"]
-    for row in rows:
-        target = "" if row.target is None else f"{'>=' if row.higher else '<='} {row.target:g}"
-        lines.append(f"| {row.part} | {row.name} | {row.value:.4g} {row.unit} | {target} | {row.verdict} |")
-    return "\n".join(lines) + "\n"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; 1 if a part failed. A missed target is a result, not a failure."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
@@ -499,18 +434,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="run the CPU parts, whether there is a GPU or not")
     parser.add_argument("--short", action="store_true", help="few rounds of small cases")
     parser.add_argument("--part", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
-    parser.add_argument(
-        "--gather", action="store_true", help="measure nothing; take in what the benchmarks left in FOLDER"
-    )
     args = parser.parse_args(argv)
     gpu = torch.cuda.is_available() and not args.cpu
     setting = Setting(torch.device("cuda" if gpu else "cpu"), args.short)
     if not gpu:
         torch.set_num_threads(1)
     gather(args.out)
-    parts: Sequence[str] = () if args.gather else args.part
-    report = Report(args.out, {**machine(), "device": str(setting.device), "short": str(args.short).lower()}, parts)
-    rows, failed = measure(setting, parts, report)
+    about = {**machine(), "device": str(setting.device), "short": str(args.short).lower()}
+    report = Report(args.out, about, args.part)
+    rows, failed = measure(setting, args.part, report)
     report.write(rows, failed)
     return 1 if failed else 0
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -39,6 +40,8 @@ _OPTIONS: Final = ("num_warps", "num_stages")
 #: Rows of the activations that are measured with.
 ROWS: Final = 4096
 _WARM_UP, _REPEATS, _LAUNCHES = 3, 15, 10
+#: Seconds that a candidate runs before it is timed: while the host compiled it, the GPU's clocks went down.
+_WARM_SECONDS: Final = 0.05
 #: A change must be worth this much to be kept: less is noise.
 WORTH: Final = 0.98
 _TORCH: Final[Mapping[str, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -151,8 +154,13 @@ def time_of(load: Workload) -> float:
     """Median milliseconds of one run."""
     samples: list[float] = []
     with use_backend("triton"):
-        for _ in range(_WARM_UP):
-            load.run()
+        until = time.perf_counter() + _WARM_SECONDS
+        while True:
+            for _ in range(_WARM_UP):
+                load.run()
+            torch.cuda.synchronize()
+            if time.perf_counter() >= until:
+                break
         for _ in range(_REPEATS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

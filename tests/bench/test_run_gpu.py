@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import PARTS, Report, Row, Setting, elsewhere, gather, measure, table
+from bench.gpu import PARTS, Layer, Setting, _layer_rows, measure
+from bench.gpu_report import Report, Row, elsewhere, gather, main, table
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "run_gpu.sh"
 CPU = torch.device("cpu")
@@ -304,3 +305,61 @@ def test_launches_and_loads_are_taken_from_the_other_benchmarks(tmp_path: Path) 
         ("launch", 0.2, 0.25),
         ("load", 0.7, None),
     ]
+
+
+def test_what_is_gathered_is_of_one_machine(tmp_path: Path) -> None:
+    one, other = {"processor": "a", "gpu": "one"}, {"processor": "a", "gpu": "other"}
+    ratios = {"launch/few": {"chosen": {"ratio": 0.2, "limit": 0.25}}}
+    (tmp_path / "ratios.json").write_text(json.dumps({"machine": one, "ratios": ratios}))
+
+    def gathered() -> tuple[dict[str, str], list[str]]:
+        assert main(["--out", str(tmp_path)]) == 0
+        document = json.loads((tmp_path / "gpu.json").read_text())
+        return document["machine"], [row["part"] for row in document["rows"]]
+
+    assert gathered() == (one, ["launch"]), "launches come before anything else has a table"
+    Report(tmp_path, {**one, "device": "cuda"}, ["stats"]).write([Row("stats", "copy", 1.0, "GB/s")], [])
+    assert gathered() == ({**one, "device": "cuda"}, ["stats", "launch"])
+    Report(tmp_path, other, ["stats"]).write([Row("stats", "copy", 1.0, "GB/s")], [])
+    assert gathered() == (one, ["launch"])
+
+
+def test_gathering_does_without_pytorch(tmp_path: Path) -> None:
+    code = "import sys, bench.gpu_report as r; r.main(['--out', sys.argv[1]]); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=SCRIPT.parents[1], check=True)
+    assert (tmp_path / "gpu.md").exists()
+
+
+def test_everything_runs_for_a_while_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ran = [0.0], []
+    monkeypatch.setattr("bench.gpu.time.perf_counter", lambda: now[0])
+
+    def call(name: str) -> None:
+        ran.append(name)
+        now[0] += 0.01
+
+    Setting(CPU, False).warm_up([lambda: call("a"), lambda: call("b")])
+    assert now[0] == pytest.approx(0.3, abs=0.1)
+    assert ran[:4] == ["a", "b", "a", "b"] and ran.count("a") == ran.count("b")
+
+
+def test_no_gradient_is_added_to_one_that_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any candidate: reading and adding would be timed as well."""
+    there = []
+    backward = torch.Tensor.backward
+
+    def watched(y: torch.Tensor, gy: torch.Tensor) -> None:
+        seen, leaves = [y.grad_fn], set()
+        while seen:
+            node = seen.pop()
+            leaves |= {node.variable} if hasattr(node, "variable") else set()
+            seen += [before for before, _ in node.next_functions if before is not None]
+        there.append([leaf for leaf in leaves if leaf.grad is not None])
+        backward(y, gy)
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    layer = Layer(4, 8, 1, 2, torch.float32)
+    networks = {"bare": torch.nn.Linear(8, 8), "composed": torch.nn.Sequential(torch.nn.Linear(8, 8))}
+    x = torch.randn(4, 8, requires_grad=True)
+    list(_layer_rows(Setting(CPU, True), layer, networks, x, 1e9, judged=False))
+    assert len(there) > 10 and not any(there)

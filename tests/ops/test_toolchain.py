@@ -130,6 +130,36 @@ def test_neighbours_change_one_value_each():
     assert all(each.constants["BLOCK_R"] == 64 and each.constants["ACT"] == 1 for each in found["BLOCK_M"])
 
 
+def test_a_candidate_runs_for_a_while_before_it_is_timed(monkeypatch):
+    """Its compiler kept the GPU waiting, whose clocks go down meanwhile."""
+    from esper.ops import tuning
+
+    now, began = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+            began.append(self.at)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    def run():
+        now[0] += 0.002
+
+    monkeypatch.setattr(tuning.torch.cuda, "Event", Event)
+    monkeypatch.setattr(tuning.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: now[0])
+    assert tuning.time_of(tuning.Workload(run, "bf16")) == pytest.approx(2.0)
+    assert 0.05 <= began[0] <= 0.06
+
+
 def test_the_best_of_each_value_is_kept_if_its_results_agree(monkeypatch):
     """The search alone, on a made-up table of costs; that a GPU is measured is the next test's."""
     from esper.ops import tuning
