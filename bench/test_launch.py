@@ -4,7 +4,9 @@ The package's way is that of every graft: ``choose`` finds the binary that an ar
 for the current stream and launches. Beside it stands the launch alone.
 
 On a GPU both launch the same kernel, which does nothing, with as many arguments and constants as a graft has; the ratio
-is recorded. The queue is kept short, so that the host's work is measured and not the device's.
+is recorded. The queue is kept short, so that the host's work is measured and not the device's. What the driver itself
+takes is in both; it is measured too, from C, and the ratio of what remains without it is recorded beside the other. The
+promise is about the whole launch, and judged there.
 
 Without a GPU a library takes the driver's place, for both, and returns at once (``tests/ops/recorder.c``): what is
 compared is all that the host does, without what the driver itself takes for a launch, the same for both.
@@ -25,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bench import driver_loop
 from bench.paired import Ratio, compare, compare_in_processes
 from bench.results import record
 from esper.kernels import graft_bank
@@ -87,7 +90,7 @@ def arguments(kernel: Kernel, device: str) -> list[Any]:
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU; without one the host's part is measured below")
 @pytest.mark.parametrize("name", KERNELS)
-def test_against_triton(benchmark: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_against_triton(benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     kernel = KERNELS[name]
     driver = native.driver()
     major, minor = driver.capability(0)
@@ -99,9 +102,33 @@ def test_against_triton(benchmark: Any, monkeypatch: pytest.MonkeyPatch, name: s
     candidates = {"triton": tritons(kernel, values), **ours(table, kernel, values)}
     assert launched_by_ours(table, candidates["chosen"])
     ratios = compare(candidates, "triton", inner=200)
+    _beside_the_driver(benchmark, name, ratios, made, tmp_path)
     record(benchmark, f"launch/{name}", ratios, {"chosen": LIMIT})
     print(_times(ratios), end="")
     benchmark.pedantic(candidates["chosen"], rounds=5, iterations=200)
+
+
+def _beside_the_driver(
+    benchmark: Any, name: str, ratios: Mapping[str, Ratio], made: aot.Compiled, folder: Path
+) -> None:
+    """Record the ratios of what is not the driver's own; they are told, not judged."""
+    kernel = KERNELS[name]
+    try:
+        seconds = driver_loop.launch_seconds(
+            made.cubin,
+            made.symbol,
+            folder=folder,
+            wait=torch.cuda.synchronize,
+            num_warps=kernel.options["num_warps"],
+            shared=made.resources.shared,
+        )
+        remaining = {way: driver_loop.without_driver(ratio, seconds) for way, ratio in ratios.items()}
+    except (OSError, ValueError) as error:
+        print(f"\nlaunch/{name}: without a measurement of the driver itself: {error}", end="")
+        return
+    record(benchmark, f"launch/{name}/without the driver", remaining)
+    benchmark.extra_info["driver_microseconds"] = seconds * 1e6
+    print(f"  (the driver {seconds * 1e6:.2f} us)", end="")
 
 
 # Where there is a driver PyTorch has loaded it, and Triton's launches would go there with the stand-in's handles.

@@ -298,12 +298,14 @@ def test_launches_and_loads_are_taken_from_the_other_benchmarks(tmp_path: Path) 
     (tmp_path / "ratios.json").write_text(json.dumps({"ratios": ratios}))
     entries = [
         {"name": "test_memory_hit", "extra_info": {"microseconds_per_call": 0.7}},
+        {"name": "test_against_triton[few]", "extra_info": {"driver_microseconds": 1.5}},
         {"name": "test_other", "extra_info": {}},
     ]
     (tmp_path / "bench.json").write_text(json.dumps({"benchmarks": entries}))
     assert [(row.part, row.value, row.target) for row in elsewhere(tmp_path)] == [
         ("launch", 0.2, 0.25),
         ("load", 0.7, None),
+        ("launch", 1.5, None),
     ]
 
 
