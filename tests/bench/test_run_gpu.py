@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -119,18 +121,23 @@ def test_what_needs_the_gpu_comes_first(tmp_path: Path) -> None:
     pytest_call = re.compile(r"pytest .*--benchmark-json=OUT/bench/(\w+)\.json bench/\1\.py")
     benches = [(number, found[1]) for number, call in enumerate(short) if (found := pytest_call.fullmatch(call))]
     tests = [(number, call) for number, call in enumerate(short) if "--ignore=tests/packaging" in call]
-    parts = [f"bench.gpu --out OUT --part {part}" for part in PARTS]
-    assert short[:3] == ["setup.py -q build_ext --inplace", "esper.cli.main env --json", tests[0][1]]
-    assert tests[0][1].endswith(" -m gpu")
-    assert short[3:8] == parts
-    assert benches[:2] == [(8, "test_launch"), (9, "test_kernel_cache")]
-    assert short[10] == "bench.gpu --out OUT --gather"
-    assert [number for number, _ in tests] == [2, 11, 12]
+    order = ["lattice", "stats", "dormant", "grafts", "linear"]
+    assert sorted(order) == sorted(PARTS)
+    parts = [f"bench.gpu --out OUT --part {part}" for part in order]
+    assert short[:2] == ["setup.py -q build_ext --inplace", "esper.cli.main env --json"]
+    assert benches[:2] == [(2, "test_launch"), (3, "test_kernel_cache")]
+    # Now, and not in the end: what comes next takes long.
+    assert short[4] == "bench.gpu_report --out OUT"
+    # What is short, the tests, and what takes minutes.
+    assert short[5:8] == parts[:3]
+    assert short[8] == tests[0][1] and tests[0][1].endswith(" -m gpu")
+    assert short[9:11] == parts[3:]
+    assert [number for number, _ in tests] == [8, 11, 12]
     assert all(" -m not gpu " in call for _, call in tests[1:])
     assert short[13] == "esper.ops.aot"
     # Every file by itself, and none forgotten.
     assert sorted(name for _, name in benches) == sorted(path.stem for path in SCRIPT.parent.glob("test_*.py"))
-    assert short[-1] == "bench.gpu --out OUT --gather"
+    assert short[-1] == "bench.gpu_report --out OUT"
     assert {result for result, _ in became(machine.out).values()} == {"ok"}
 
 
@@ -181,24 +188,92 @@ def test_single_stages(tmp_path: Path) -> None:
     stages = became(machine.out)
     assert stages["gpu tests"] == ("left out", "no GPU")
     assert stages["build"] == stages["tests"] == ("left out", "not among --only")
+    assert machine.run("--only", "grafts").returncode == 0
+    assert [call.split()[-1] for call in machine.calls if "--part" in call][len(PARTS) :] == ["grafts"]
 
 
 def test_a_limit_stops_and_leaves_out(tmp_path: Path) -> None:
-    """And what was measured until then is there: the log, and the summary."""
-    machine = Machine(tmp_path, 'case "$*" in *"-m gpu"*) echo begun; sleep 50 ;; esac')
-    result = machine.run("--limit", "6", "--no-build")
+    """And what was measured until then is there: the log, the table, and the summary, all of it within the limit."""
+    machine = Machine(tmp_path, 'case "$*" in *env*|*report*|-c*) ;; *) echo begun; sleep 50 ;; esac')
+    began = time.monotonic()
+    result = machine.run(
+        "--limit", "9", "--no-build", "--only", "promises,launch,gpu", "--tar", f"{tmp_path}/all.tar.gz"
+    )
+    assert time.monotonic() - began < 9.5
     assert result.returncode == 1
     stages = became(machine.out)
-    assert stages["gpu tests"] == ("stopped", "after 6 s in all; see gpu-tests.log")
-    assert stages["promises: dormant"] == ("left out", "of 6 s none are left")
-    assert (machine.out / "gpu-tests.log").read_text() == "begun\n"
+    # Three seconds are the least that is a share.
+    assert stages["launch: launch"] == ("stopped", "after its 3 s of 9; see launch.log")
+    assert stages["promises: linear"] == ("left out", "of 9 s none are left")
+    assert (machine.out / "launch.log").read_text().startswith("begun\n")
+    assert machine.calls[-1].startswith("-m bench.gpu_report")
+    with tarfile.open(tmp_path / "all.tar.gz") as archive:
+        assert {"out/summary.txt", "out/launch.log"} <= set(archive.getnames())
+
+
+def test_a_share_grows_by_what_nobody_else_wants(tmp_path: Path) -> None:
+    """Alone, a stage has all of the limit; its share is kept for one behind it."""
+    machine = Machine(tmp_path, 'case "$*" in *"-m gpu"*) sleep 50 ;; esac')
+    assert machine.run("--limit", "7", "--no-build", "--only", "gpu").returncode == 1
+    (seconds,) = re.findall(r"after the last (\d) s of 7; ", became(machine.out)["gpu tests"][1])
+    assert int(seconds) in (4, 5)
+    assert machine.run("--limit", "9", "--no-build", "--only", "gpu,linear").returncode == 1
+    stages = became(machine.out)
+    (seconds,) = re.findall(r"after its (\d) s of 9; ", stages["gpu tests"][1])
+    assert int(seconds) in (3, 4)
+    assert stages["promises: linear"][0] == "ok"
+
+
+def test_what_a_command_leaves_behind_is_not_waited_for(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, 'case "$*" in *"-m gpu"*) setsid sleep 30 & echo done ;; esac')
+    began = time.monotonic()
+    assert machine.run("--limit", "6", "--no-build", "--only", "gpu").returncode == 0
+    assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize("name", ["all.tar", "inside"])
+def test_everything_in_one_file(tmp_path: Path, name: str) -> None:
+    machine = Machine(tmp_path, gpu=False)
+    path = machine.out / "all.tar" if name == "inside" else tmp_path / name
+    result = machine.run("--only", "kernels", "--tar", str(path))
+    assert result.returncode == 0 and f"and in {path}" in result.stdout
+    with tarfile.open(path) as archive:
+        names = archive.getnames()
+    assert {"out/summary.txt", "out/kernels.txt", "out/environment.json"} <= set(names)
+    assert not [name for name in names if name.endswith(".tar")]
+    assert machine.run("--only", "kernels", f"--tar={tmp_path}/missing/all.tar").returncode == 1
+
+
+def test_an_old_setuptools_leaves_the_build_to_cmake(tmp_path: Path) -> None:
+    """``pyproject.toml`` is not for it, and nothing may be downloaded."""
+    python = """case "$*" in
+        *"import sys, setuptools"*) exit 1 ;;
+        *realpath*) echo /base/python3 ;;
+        *cmakedir*) echo /pybind11 ;;
+    esac"""
+    machine = Machine(tmp_path, python)
+    said = tmp_path / "cmake-calls"
+    cmake = f'echo "$CUDACXX $*" >>"{said}"; exit 3'
+    machine._program("cmake", tmp_path, cmake)
+    machine._program("nvcc", tmp_path, "exit 0")
+    assert machine.run("--only", "build").returncode == 1
+    stages = became(machine.out)
+    assert stages["build"][0] == stages["build without CUDA"][0] == "failed"
+    assert not any("setup.py" in call for call in machine.calls)
+    first, second = said.read_text().splitlines()
+    assert first.startswith(f"{tmp_path}/nvcc -S . -B ")
+    assert "-DPython_EXECUTABLE=/base/python3 -Dpybind11_DIR=/pybind11 -DESPER_CUDA_ARCHS=90" in first
+    assert "-DESPER_CUDA_ARCHS= -DESPER_CUDA_REASON=ESPER_CUDA was not 1 at build time" in second
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--fast"], "unknown option --fast"),
-        (["--only", "gpu,speed"], "unknown stage speed, there are build gpu promises launch tests kernels bench"),
+        (
+            ["--only", "gpu,speed"],
+            "speed, there are build launch lattice stats dormant gpu grafts linear tests kernels bench, and promises",
+        ),
         (["--limit", "ten"], "--limit takes whole seconds, not ten"),
         (["--only"], "--only needs a value"),
     ],
