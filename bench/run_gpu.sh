@@ -181,7 +181,7 @@ run() {
     shift 2
     if [ "$limit" -gt 0 ]; then
         left=$(remaining)
-        if [ "$left" -lt 3 ]; then
+        if [ "$left" -lt 2 ]; then
             note "$what" "left out" 0 "of $limit s none are left"
             return 0
         fi
