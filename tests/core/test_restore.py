@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("safetensors")
+
 import esper
 from esper.core.checkpoint import CheckpointError, load, restore, save
 from esper.core.model_wrapper import MorphableModel
