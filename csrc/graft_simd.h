@@ -31,21 +31,88 @@ ESPER_HD void store(T* to, typename Vec<T, Bytes>::type value) {
     *reinterpret_cast<typename Vec<T, Bytes>::unaligned*>(to) = value;
 }
 
-// Lanes A, B, C and D of two vectors in a row.
-template <int A, int B, int C, int D, typename V>
+// These lanes of two float vectors in a row.
+template <int... Lanes, typename V>
 ESPER_HD V shuffled(V v, V w) {
 #if defined(__clang__) || __GNUC__ >= 12
-    return __builtin_shufflevector(v, w, A, B, C, D);
+    return __builtin_shufflevector(v, w, Lanes...);
 #else
-    typedef std::int32_t Lanes __attribute__((vector_size(16)));
-    return __builtin_shuffle(v, w, Lanes{A, B, C, D});
+    typedef std::int32_t Mask __attribute__((vector_size(sizeof...(Lanes) * 4)));
+    return __builtin_shuffle(v, w, Mask{Lanes...});
 #endif
+}
+
+// Halves of two vectors of 16 floats in one: lanes in turn, pairs of lanes in turn, and quarters, always within a quarter but for the last.
+template <typename V>
+ESPER_HD V lanes_low(V v, V w) {
+    return shuffled<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(v, w);
+}
+template <typename V>
+ESPER_HD V lanes_high(V v, V w) {
+    return shuffled<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(v, w);
+}
+template <typename V>
+ESPER_HD V pairs_low(V v, V w) {
+    return shuffled<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>(v, w);
+}
+template <typename V>
+ESPER_HD V pairs_high(V v, V w) {
+    return shuffled<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(v, w);
+}
+template <typename V>
+ESPER_HD V quarters_even(V v, V w) {
+    return shuffled<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(v, w);
+}
+template <typename V>
+ESPER_HD V quarters_odd(V v, V w) {
+    return shuffled<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(v, w);
+}
+
+// Steps towards the sums of the lanes of several vectors: each makes one of two, with the sums of both.
+template <typename V>
+ESPER_HD V add_quarters(V v, V w) {
+    return quarters_even(v, w) + quarters_odd(v, w);
+}
+
+// Of four vectors: in each quarter the sums of its lanes, one a vector.
+template <typename V>
+ESPER_HD V quarter_sums(const V* v) {
+    const V first = lanes_low(v[0], v[1]) + lanes_high(v[0], v[1]), second = lanes_low(v[2], v[3]) + lanes_high(v[2], v[3]);
+    return pairs_low(first, second) + pairs_high(first, second);
+}
+
+// 16 rows of 16 floats, row(i) where one begins, as columns.
+template <typename V, typename Row>
+ESPER_HD void turn_block(const Row& row, float* to, std::int64_t ldo) {
+    V a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = load<float, 64>(row(i));
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) b[i] = lanes_low(a[i], a[i + 1]), b[i + 1] = lanes_high(a[i], a[i + 1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = pairs_low(b[i], b[i + 2]), a[i + 1] = pairs_high(b[i], b[i + 2]);
+        a[i + 2] = pairs_low(b[i + 1], b[i + 3]), a[i + 3] = pairs_high(b[i + 1], b[i + 3]);
+    }
+    // a[4 g + c]: of the rows 4 g to 4 g + 3 the columns c, 4 + c, 8 + c, 12 + c, one a quarter.
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        const V even0 = quarters_even(a[c], a[4 + c]), even1 = quarters_even(a[8 + c], a[12 + c]);
+        const V odd0 = quarters_odd(a[c], a[4 + c]), odd1 = quarters_odd(a[8 + c], a[12 + c]);
+        store<float, 64>(to + c * ldo, quarters_even(even0, even1));
+        store<float, 64>(to + (4 + c) * ldo, quarters_even(odd0, odd1));
+        store<float, 64>(to + (8 + c) * ldo, quarters_odd(even0, even1));
+        store<float, 64>(to + (12 + c) * ldo, quarters_odd(odd0, odd1));
+    }
 }
 
 // The sums of the lanes of four vectors.
 template <typename T, int Bytes>
 ESPER_HD void lane_sums(const typename Vec<T, Bytes>::type* v, T* out) {
-    if constexpr (Bytes > 16) {
+    if constexpr (Bytes == 64 && sizeof(T) == 4) {
+        const auto quarters = quarter_sums(v), whole = add_quarters(quarters, quarters), sums = add_quarters(whole, whole);
+        std::memcpy(out, &sums, 4 * sizeof(T));
+    } else if constexpr (Bytes > 16) {
         typedef typename Vec<T, Bytes / 2>::type Half;
         Half folded[4];
         for (int j = 0; j < 4; ++j) {
@@ -91,8 +158,18 @@ template <typename T, int Bytes, int TI>
 ESPER_HD void tile_nt(const T* a, std::int64_t lda, const T* b, std::int64_t ldb, std::int64_t count, T* out, std::int64_t ldo) {
     typename Vec<T, Bytes>::type sum[TI][4];
     sums_nt<T, Bytes, TI>(a, lda, [&](int j) { return b + j * ldb; }, 0, count, sum);
+    if constexpr (Bytes == 64 && sizeof(T) == 4 && TI == 4) {
+        // All sixteen at once, each in the order in which lane_sums adds.
+        const auto upper = add_quarters(quarter_sums(sum[0]), quarter_sums(sum[1]));
+        const auto sums = add_quarters(upper, add_quarters(quarter_sums(sum[2]), quarter_sums(sum[3])));
+        T each[16];
+        std::memcpy(each, &sums, sizeof(each));
 #pragma GCC unroll 4
-    for (int i = 0; i < TI; ++i) lane_sums<T, Bytes>(sum[i], out + i * ldo);
+        for (int i = 0; i < TI; ++i) std::memcpy(out + i * ldo, each + 4 * i, 4 * sizeof(T));
+    } else {
+#pragma GCC unroll 4
+        for (int i = 0; i < TI; ++i) lane_sums<T, Bytes>(sum[i], out + i * ldo);
+    }
 }
 
 // The same for any four rows of b and any k in [k0, k1); `used` of the four are stored.
@@ -144,6 +221,15 @@ ESPER_HD void product_nt(const T* a, std::int64_t lda, const T* b, std::int64_t 
     }
 }
 
+// b as its columns: out[k - k0][j] = b[rows[j]][k] for k in [k0, k1), all numbers that 16 divides. Without rows, row j is j.
+template <typename V>
+ESPER_HD void turn_rows(const float* b, std::int64_t ldb, const std::int32_t* rows, std::int64_t nj, std::int64_t k0, std::int64_t k1,
+                        float* out) {
+    for (std::int64_t j = 0; j < nj; j += 16)
+        for (std::int64_t k = k0; k < k1; k += 16)
+            turn_block<V>([&](int i) { return b + (rows ? rows[j + i] : j + i) * ldb + k; }, out + (k - k0) * nj + j, nj);
+}
+
 // What product_nn works on; see there.
 template <typename T>
 struct Nn {
@@ -166,26 +252,26 @@ ESPER_HD void tile_nn(const Nn<T>& p, std::int64_t i0, std::int64_t c, std::int6
     constexpr std::int64_t W = Vec<T, Bytes>::width;
     const V zero = {};
     V sum[TI][TC];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < TI; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < TC; ++v)
             sum[i][v] = p.start ? load<T, Bytes>(p.start + (i0 + i) * p.ldo + c + v * W) * p.factor : -zero;
     for (std::int64_t j = 0; j < p.nj; ++j) {
         const T* bp = p.b + (p.rows ? p.rows[j] : j) * p.ldb + at;
         V bv[TC];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < TC; ++v) bv[v] = load<T, Bytes>(bp + v * W);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < TI; ++i) {
             const T w = p.a[(i0 + i) * p.si + j * p.sj];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int v = 0; v < TC; ++v) sum[i][v] += w * bv[v];
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < TI; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < TC; ++v) {
             check += sum[i][v] * T(0);
             store<T, Bytes>(p.out + (i0 + i) * p.ldo + c + v * W, sum[i][v]);
@@ -213,6 +299,8 @@ ESPER_HD void panel_nn(const Nn<T>& given, std::int64_t ni, std::int64_t c, type
         p.b = packed, p.ldb = width, p.rows = nullptr, at = 0;
     }
     std::int64_t i = 0;
+    if constexpr (Bytes == 64 && TC <= 2)
+        for (; i + 8 <= ni; i += 8) tile_nn<T, Bytes, 8, TC>(p, i, c, at, check);
     for (; i + 4 <= ni; i += 4) tile_nn<T, Bytes, 4, TC>(p, i, c, at, check);
     if (ni - i >= 2) {
         tile_nn<T, Bytes, 2, TC>(p, i, c, at, check);

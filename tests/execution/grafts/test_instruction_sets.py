@@ -14,10 +14,10 @@ module: Any = native.load()
 if module is None or not hasattr(module, "graft_instruction_sets"):
     pytest.skip("esper._native is not built, or older than this checkout", allow_module_level=True)
 
-COMPILED = ("baseline", "avx2", "avx512")
+COMPILED = ("baseline", "avx2", "avx512", "avx512 turned")
 SEEDS = 3
 #: rows, d_in, d_out, ranks: nothing fits a tile, everything fits, less than one register, one row, no row, several
-#: blocks of rows.
+#: blocks of rows; long rows that pay to be turned, some that do not fit, and rows that are left over.
 SIZES = [
     (7, 37, 53, (5, 3, 6)),
     (24, 64, 96, (8, 8, 8)),
@@ -26,6 +26,9 @@ SIZES = [
     (5, 16, 3, (16, 1, 16)),
     (0, 8, 8, (2, 2, 2)),
     (1001, 70, 9, (3, 1, 4)),
+    (64, 1024, 528, (16, 8, 8)),
+    (45, 512, 1040, (16, 24, 40)),
+    (33, 1000, 512, (8, 4, 4)),
 ]
 
 
