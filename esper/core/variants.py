@@ -72,11 +72,9 @@ class Variants:
             if isinstance(layer.grafts, ReservedGraftSet):
                 layer.grafts.keep_addresses()
         with _as_it_was(model):
-            for _ in range(repeats):
-                step()
+            _run(model, step, repeats)
             with self.awake():
-                for _ in range(repeats):
-                    step()
+                _run(model, step, repeats)
 
 
 class TwoForwards(nn.Module):
@@ -99,7 +97,7 @@ class TwoForwards(nn.Module):
 
         Args:
             step: What a training step does up to the backward, through the compiled callable; it must not move
-                parameters, nor call :attr:`step`.
+                parameters, nor call :attr:`step`. No parameter of the model has a gradient when it is called.
             repeats: How often it is run in each; a CUDA graph of ``mode="reduce-overhead"`` is there after three.
 
         Raises:
@@ -132,12 +130,24 @@ class TwoForwards(nn.Module):
         }
 
 
+def _run(model: nn.Module, step: Callable[[], object], repeats: int) -> None:
+    """Run the step so often, each time from parameters without gradients."""
+    for _ in range(repeats):
+        # CUDA graph trees write the gradients of every run into memory of their own. What an earlier run left there is
+        # gone by the next one's backward, and adding to it raises.
+        _forget_gradients(model)
+        step()
+
+
+def _forget_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Leave gradients, buffers and random numbers as they were."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
     try:
         with unchanged(model):
             yield

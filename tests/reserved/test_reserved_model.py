@@ -300,6 +300,8 @@ def test_prepare_leaves_everything_as_it_was() -> None:
 
     def step() -> None:
         calls.append("forward" in model.layer("0").default_transform.__dict__)
+        # Recorded backwards cannot add to what the one before has left.
+        assert all(parameter.grad is None for parameter in model.parameters())
         model(X).sum().backward()
 
     model.prepare(step, repeats=2)
