@@ -165,7 +165,7 @@ class Monitor:
             # The layer did not run: nothing was measured, and an old probe must not fire among other work.
             probe.disarm()
         elif probe is not None:
-            self.pacer.probed(self._probe_ns, warm_up=probe.total <= 1)
+            self.pacer.probed(self._probe_ns, warm_up=probe.starting)
         self._probe_ns = 0
 
     def _graph_due(self, n: int, now_ns: int) -> None:
@@ -245,9 +245,10 @@ class Monitor:
         """What watching cost so far.
 
         Returns:
-            samples, skipped (and last_skip, the reason of the last), spent_ns, warm_up_ns (each layer's first probe,
-            not in spent_ns), elapsed_ns (the host's own time), share (spent over elapsed), period (steps between
-            probes), budget.
+            samples, skipped (and last_skip, the reason of the last), spent_ns, owed_ns (the part of spent_ns that is
+            not earned yet, after a probe in which something was compiled), warm_up_ns (each layer's first probe and
+            first closing of a window, not in spent_ns), elapsed_ns (the host's own time), share (spent over elapsed),
+            period (steps between probes), budget.
         """
         pacer = self.pacer
         return {
@@ -255,6 +256,7 @@ class Monitor:
             "skipped": self._skipped,
             "last_skip": self._last_skip,
             "spent_ns": int(pacer.spent_ns),
+            "owed_ns": int(pacer.owed_ns),
             "warm_up_ns": int(pacer.warm_up_ns),
             "elapsed_ns": int(pacer.host_ns),
             "share": pacer.share,
@@ -304,9 +306,12 @@ class _Probe:
         "layer",
         "monitor",
         "phase",
+        "runs",
         "samples",
+        "starting",
         "total",
         "waiting",
+        "windows",
     )
 
     def __init__(self, monitor: Monitor, layer: ProbeTarget, index: int) -> None:
@@ -321,6 +326,11 @@ class _Probe:
         self.last_samples = 0
         self.total = 0
         self.phase = 0
+        #: Observations that were tried, and windows that were closed.
+        self.runs = 0
+        self.windows = 0
+        #: Whether the last observation was the layer's first, or the first to close a window.
+        self.starting = False
         self.waiting = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -347,19 +357,25 @@ class _Probe:
             return
         start = monitor._clock()
         self.waiting = False
+        runs, windows = self.runs, self.windows
         try:
             self._observe(y)
         except Exception as error:
-            # Outputs without memory of their own (vmap, functional transforms), integers, scalars, a kernel that does
-            # not compile: watching is not worth a run, whatever went wrong with it.
-            monitor._skip(f"{self.layer.layer_name}: {type(error).__name__}: {error}")
+            self._skip(error)
+        self.starting = runs == 0 or (windows == 0 and self.windows == 1)
         monitor._probe_ns += monitor._clock() - start
+
+    def _skip(self, error: Exception) -> None:
+        # Outputs without memory of their own (vmap, functional transforms), integers, scalars, a kernel that does not
+        # compile: watching is not worth a run, whatever went wrong with it.
+        self.monitor._skip(f"{self.layer.layer_name}: {type(error).__name__}: {error}")
 
     def _observe(self, y: Tensor) -> None:
         device = y.device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.monitor._skip(f"{self.layer.layer_name}: its forward is being captured into a CUDA graph")
             return
+        self.runs += 1
         channel_dim, features, chunks = self.layer.channel_dim, self.features, self.chunks
         if features is None or chunks is None or features.shape[1] != y.shape[channel_dim] or features.device != device:
             features, chunks = self._start_windows(y.shape[channel_dim], device)
@@ -388,7 +404,10 @@ class _Probe:
     def prepare(self) -> None:
         """Make the windows before a graph is traced, where the layer's size is known."""
         if self.features is None and (channels := self.layer.features) is not None:
-            self._start_windows(channels, self.layer.state_layout.device)
+            try:
+                self._start_windows(channels, self.layer.state_layout.device)
+            except Exception as error:
+                self._skip(error)
 
     def _start_windows(self, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
         seeds = self.layer.num_seeds
@@ -398,6 +417,9 @@ class _Probe:
             self.last_features = torch.zeros_like(self.features)
             self.chunks = torch.zeros((CHUNK_FIELDS, seeds), dtype=torch.float64, device=device)
             self.last_chunks = torch.zeros_like(self.chunks)
+            # Closing a window takes another kernel than observing. On a GPU it may have to be compiled: that belongs to
+            # the start.
+            seed_health(self.features, self.chunks, self.monitor.eps)
         self.samples = self.last_samples = 0
         return self.features, self.chunks
 
@@ -414,6 +436,7 @@ class _Probe:
             self.last_chunks.copy_(chunks)
         features.zero_()
         chunks.zero_()
+        self.windows += 1
         self.last_samples, self.samples = self.samples, 0
 
     def health(self) -> LayerHealth:

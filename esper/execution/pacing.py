@@ -36,6 +36,15 @@ _FIRST_LOOK = 16
 _INTERVALS = 8
 #: The next probe will cost the median of so many.
 _COSTS = 5
+#: A probe that took at least so long, and so many times what one costs, was not watching: something was compiled or
+#: loaded in it, and the next will be an ordinary one. What took less is earned before the next probe, as any other:
+#: at a budget of 0.5 % that is two and a half minutes for 50 ms.
+_OUTLIER_NS = 50e6
+_OUTLIER_TIMES = 50.0
+#: An outlier is owed, and this much of what the host's time earns pays it off; the probes have the rest.
+_REPAYMENT = 0.5
+#: With so much owed, the next outlier is charged as an ordinary probe: debts that only grow would be no budget.
+_MOST_OWED_NS = 10e9
 
 
 class ProbePacer:
@@ -44,6 +53,10 @@ class ProbePacer:
     Two rules, both of which must allow a probe. The sum: everything spent so far, and the probe, stay within the share
     of all the host's time so far. The rate: at the present speed of the host and cost of a probe, probes this far
     apart stay within it; so a long pause saves up no burst.
+
+    What one outlier took, a compilation for instance, is not held against the next probe, which would come an hour
+    later, but owed. While something is owed, half of what is earned pays it off, and probes come half as often. So all
+    that was spent exceeds the share by no more than ``owed_ns``, which is bounded.
 
     Args:
         budget: Share of the host's own time, in [0, 1].
@@ -66,6 +79,7 @@ class ProbePacer:
         self.probes_ns = 0.0
         self.steps = 0
         self.warm_up_ns = 0.0
+        self.owed_ns = 0.0
         self._cost = _FIRST_PROBE_NS
         self._costs: deque[float] = deque(maxlen=_COSTS)
         self._overhead = 0.0
@@ -82,8 +96,8 @@ class ProbePacer:
 
     @property
     def spent_ns(self) -> float:
-        """Probes and the fixed cost of the steps so far."""
-        return self.probes_ns + self.fixed_ns_per_step * self.steps
+        """Probes, with what is owed for some of them, and the fixed cost of the steps so far."""
+        return self.probes_ns + self.owed_ns + self.fixed_ns_per_step * self.steps
 
     @property
     def share(self) -> float:
@@ -95,12 +109,17 @@ class ProbePacer:
 
         Args:
             observed_ns: What it took, arming not included.
-            warm_up: It was its layer's first: memory was allocated, on a GPU a kernel loaded or even compiled. That is
-                the cost of starting, like an allocator's or an autotuner's, and is kept apart in ``warm_up_ns``.
+            warm_up: It was its layer's first, or the first that closed a window: memory was allocated, on a GPU a
+                kernel loaded or even compiled. That is the cost of starting, like an allocator's or an autotuner's, and
+                is kept apart in ``warm_up_ns``.
         """
         self._observed = observed_ns
         if warm_up:
             self.warm_up_ns += observed_ns
+            return
+        if observed_ns >= max(_OUTLIER_NS, _OUTLIER_TIMES * self._cost) and self.owed_ns < _MOST_OWED_NS:
+            # Caches cannot be emptied more than once, so that the unseen part does not grow with it.
+            self.owed_ns += observed_ns + _UNSEEN_NS
             return
         charged = observed_ns + max(_UNSEEN_NS, _UNSEEN_TIMES * observed_ns)
         self._costs.append(charged + self._overhead)
@@ -127,7 +146,10 @@ class ProbePacer:
         self.steps += steps
         self.host_ns += interval
         self._step_times.append(interval / steps)
+        self._pay_off(HEADROOM * (self.budget * interval - self.fixed_ns_per_step * steps))
         rate = HEADROOM * (self.budget * min(self._step_times) - self.fixed_ns_per_step)
+        if self.owed_ns > 0.0:
+            rate *= 1.0 - _REPAYMENT
         if rate <= 0.0:
             # Knowing what is due costs more than the budget already: look again much later.
             self.period = _LONGEST_PERIOD
@@ -143,6 +165,12 @@ class ProbePacer:
             return False
         self.due = n + self.period
         return True
+
+    def _pay_off(self, earned_ns: float) -> None:
+        """Turn a part of what is owed into what is spent, for which ``earned_ns`` are there."""
+        paid = min(self.owed_ns, _REPAYMENT * max(0.0, earned_ns))
+        self.owed_ns -= paid
+        self.probes_ns += paid
 
     def finish(self, n: int, now_ns: int) -> None:
         """The slow path ends: what it took is spent, and the host's time runs again."""

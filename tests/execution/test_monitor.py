@@ -159,7 +159,8 @@ def test_what_a_layer_needs_to_start_is_kept_apart():
     stats = rig.monitor.stats()
     rig.host_ns = rig.monitor_ns = 0
     rig.run(20_000, 300_000, 8_000)
-    assert rig.monitor.stats()["warm_up_ns"] == 2 * 10**9
+    # Beside each layer's first probe its first closing of a window.
+    assert rig.monitor.stats()["warm_up_ns"] == 2 * 10**9 + 2 * 8_000
     assert stats["spent_ns"] < 10**6
     assert len(rig.probes) > 100 and rig.share <= 0.005
     before = rig.monitor.stats()["period"]
@@ -170,6 +171,104 @@ def test_what_a_layer_needs_to_start_is_kept_apart():
     # It is paid for, by waiting, and changes the period of nobody.
     assert rig.monitor.stats()["period"] == before
     assert rig.share <= 0.005
+
+
+def until_a_probe(rig, host_ns, probe_ns):
+    """Run until a layer was probed, for ``probe_ns``."""
+    before = len(rig.probes)
+    while len(rig.probes) == before:
+        rig.step(host_ns, probe_ns)
+
+
+def test_one_compilation_silences_nobody():
+    host, long = 3_000_000, 60 * 10**6
+    rig = Rig(layers=1, budget=0.005)
+    rig.run(2_000, host, 8_000)
+    period = rig.monitor.stats()["period"]
+    until_a_probe(rig, host, long)
+    seen = len(rig.probes)
+    rig.run(4_000, host, 8_000)
+    stats = rig.monitor.stats()
+    # Half as often, and the other half pays: 1.5 us of each step's three million.
+    assert period < stats["period"] <= 2 * period
+    assert len(rig.probes) - seen == pytest.approx(4_000 / stats["period"], rel=0.05)
+    assert stats["owed_ns"] == pytest.approx(long - 4_000 * host * 0.005 * HEADROOM / 2, rel=0.01)
+    assert stats["spent_ns"] >= rig.monitor_ns - 16 * 8_000
+    rig.run(40_000, host, 8_000)
+    stats = rig.monitor.stats()
+    # Every nanosecond of it was earned by now.
+    assert stats["owed_ns"] == 0
+    assert stats["period"] == period
+    assert long < stats["spent_ns"] <= 0.005 * HEADROOM * stats["elapsed_ns"]
+    assert rig.share <= 0.005
+
+
+def test_debts_are_bounded():
+    pacer = ProbePacer(0.005)
+    pacer.probed(30_000.0)
+    for _ in range(20):
+        pacer.probed(3e9)
+    assert 10e9 <= pacer.owed_ns < 10e9 + 3.1e9
+    assert pacer.spent_ns > 20 * 3e9, "what is not owed is charged"
+
+
+def test_what_takes_less_than_a_compilation_is_charged():
+    pacer = ProbePacer(0.005)
+    pacer.probed(30_000.0)
+    pacer.probed(49e6)
+    assert pacer.owed_ns == 0.0
+    slow = ProbePacer(0.005)
+    for _ in range(5):
+        slow.probed(2e6)
+    slow.probed(60e6)
+    assert slow.owed_ns == 0.0, "30 times the others'"
+
+
+def test_a_probe_that_always_fails_is_charged():
+    rig = Rig(layers=1, budget=0.005)
+    rig.y = torch.ones(4, 4, dtype=torch.int64)
+    rig.run(20_000, 300_000, 8_000)
+    stats = rig.monitor.stats()
+    assert stats["skipped"] > 2
+    assert stats["warm_up_ns"] == 8_000
+
+
+def test_the_first_closing_of_a_window_belongs_to_the_start():
+    rig = Rig(layers=2, budget=0.5, window=3)
+    for turn in range(1, 13):
+        # Each layer's first, third and sixth probe take long; the sixth closes its second window.
+        for _ in range(2):
+            until_a_probe(rig, 300_000, 10**6 if turn in (1, 3, 6) else 8_000)
+    rig.step(300_000, 8_000)
+    assert rig.monitor.stats()["warm_up_ns"] == 4 * 10**6
+
+
+def test_what_closes_windows_runs_with_the_first_probe(monkeypatch):
+    from esper.execution import monitor as module
+
+    closings = []
+    original = module.seed_health
+    monkeypatch.setattr(module, "seed_health", lambda *given: closings.append(1) or original(*given))
+    layer = Layer("a")
+    monitor = Monitor([layer], object(), window=2)
+    probe(monitor, layer, torch.randn(4, 8))
+    assert len(closings) == 1 and not layer.state_layout.samples
+    probe(monitor, layer, torch.randn(4, 8))
+    assert len(closings) == 2 and len(layer.state_layout.samples) == 1
+
+
+def test_a_kernel_that_does_not_compile_is_not_worth_a_step(monkeypatch):
+    from esper.execution import monitor as module
+
+    def broken(*given):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(module, "seed_health", broken)
+    layer = Layer("a")
+    layer.features = 8
+    monitor = Monitor([layer], object(), window=2)
+    monitor.sample_now()
+    assert monitor.stats()["last_skip"] == "a: RuntimeError: no compiler"
 
 
 def test_layers_take_turns():
