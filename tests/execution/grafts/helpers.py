@@ -37,7 +37,16 @@ class State:
         self.first_row = 2
         self.alphas = torch.tensor([torch.nan, torch.nan, *alphas, torch.nan], dtype=torch.float32)
         self.faults = torch.zeros(len(self.alphas), dtype=torch.uint8)
-        self.alpha_blend, self.fault_flags = self.alphas[2:-1], self.faults[2:-1]
+        self._bind()
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the rows of all layers; this layer's are parts of them there too, as after a model's ``to``."""
+        self.alphas, self.faults = self.alphas.to(device), self.faults.to(device)
+        self._bind()
+
+    def _bind(self) -> None:
+        rows = slice(self.first_row, self.first_row + self.num_seeds)
+        self.alpha_blend, self.fault_flags = self.alphas[rows], self.faults[rows]
 
 
 def kernel(

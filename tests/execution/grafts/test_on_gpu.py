@@ -32,8 +32,7 @@ def _layer(name, alphas=(0.3, 0.0, 0.9), dtype=torch.float32, width=256, rank=8,
                 t.div_(t.shape[1] ** 0.5)
     host = nn.Linear(width, width).to("cuda", dtype)
     grafts = graft_set(host, alphas, kernels)
-    grafts.state_layout.alpha_blend = grafts.state_layout.alpha_blend.cuda()
-    grafts.state_layout.fault_flags = grafts.state_layout.fault_flags.cuda()
+    grafts.state_layout.to("cuda")
     return grafts.cuda(), host
 
 
@@ -211,8 +210,7 @@ def test_images_in_both_formats():
         1: kernel("lowrank", 16, 32, seed=1, dtype=torch.float32),
     }
     grafts = graft_set(host, (0.5, 0.25), kernels)
-    grafts.state_layout.alpha_blend = grafts.state_layout.alpha_blend.cuda()
-    grafts.state_layout.fault_flags = grafts.state_layout.fault_flags.cuda()
+    grafts.state_layout.to("cuda")
     grafts.cuda()
     x = torch.randn(4, 16, 9, 7, device="cuda")
     h = host(x).detach()

@@ -19,8 +19,7 @@ def layer(device: str = "cpu") -> tuple[nn.Linear, GraftSet]:
     grafts = graft_set(
         host.cpu(), (0.3, 0.6), {i: kernel("lowrank", D, D, seed=i, rank=2, dtype=torch.float32) for i in range(2)}
     )
-    grafts.state_layout.alpha_blend = grafts.state_layout.alpha_blend.to(device)
-    grafts.state_layout.fault_flags = grafts.state_layout.fault_flags.to(device)
+    grafts.state_layout.to(device)
     return host.to(device), grafts.to(device)
 
 
