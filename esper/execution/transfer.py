@@ -78,7 +78,7 @@ def _send(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[dict[str
     for name, tensor in tensors.items():
         spans[name] = size, size + tensor.nbytes
         size += -(-tensor.nbytes // _ALIGN) * _ALIGN
-    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    pinned = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
     for name, tensor in tensors.items():
         begin, end = spans[name]
         pinned[begin:end].copy_(tensor.reshape(-1).view(torch.uint8))

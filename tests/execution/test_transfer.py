@@ -18,6 +18,8 @@ from esper.execution.transfer import Arrival, to_device
 from esper.ops import native
 from tests.artifacts.samples import sample
 
+from .pinned import Unpinned, stand_for_cuda
+
 
 def test_on_the_cpu_nothing_is_copied_and_nothing_waited_for():
     artifact = Artifact.open(sample())
@@ -66,6 +68,18 @@ def test_only_a_gpu_is_asked_to_leave_graphs_alone_and_all_the_while(monkeypatch
     to_device({"a": torch.ones(1)}, device)
     kernel_executor._load_binaries(SimpleNamespace(binaries=(None,)), device)
     assert told == ["begin", "tensors for cuda:1", "end", "begin", "binaries for 1", "end"]
+
+
+def test_a_default_device_does_not_move_what_is_pinned(monkeypatch):
+    stand_for_cuda(monkeypatch)
+    monkeypatch.setattr(transfer, "_side_stream", lambda device: None)
+    tensors = {"a": torch.arange(5.0), "b": torch.ones(2, 3, dtype=torch.bfloat16)}
+    # What says nothing of its device is on meta here, and would be on the GPU under a default device "cuda".
+    with torch.device("meta"), Unpinned() as mode:
+        placed, _ = transfer._send(tensors, torch.device("cpu"))
+    assert [memory.device.type for memory in mode.pinned] == ["cpu"]
+    for name, tensor in tensors.items():
+        assert torch.equal(placed[name], tensor)
 
 
 @pytest.mark.gpu

@@ -114,7 +114,7 @@ def _on_its_way(window: ClosedWindow, events: list[torch.cuda.Event]) -> ClosedW
     table = window.table
     if not table.is_cuda:
         return window
-    host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+    host = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=True)
     with torch.cuda.device(table.device):
         host.copy_(table, non_blocking=True)
         event = torch.cuda.Event()

@@ -23,6 +23,7 @@ from esper.execution.telemetry.identity import Identity
 from esper.execution.telemetry.packing import PART_TAG, Packer, parts_of
 from esper.ops import native
 from esper.ops.stats import HealthField
+from tests.execution.pinned import Unpinned, stand_for_cuda
 
 WHO = Identity("run-1", 2, 4, "esper-train-host-1-rank2of4")
 
@@ -201,6 +202,23 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
 
     monkeypatch.setattr(capture_module, "_on_its_way", on_its_way)
     return made
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_a_default_device_does_not_move_what_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_for_cuda(monkeypatch)
+    health, events = torch.rand(3, 4), []
+    # What says nothing of its device is on meta here, and would be on the GPU under a default device "cuda".
+    with torch.device("meta"), Unpinned() as mode:
+        window = capture_module._on_its_way(ClosedWindow(5, health.as_subclass(OnGpu)), events)
+    assert [memory.device.type for memory in mode.pinned] == ["cpu"]
+    assert window.samples == 5 and torch.equal(window.table, health)
+    assert len(events) == 1
 
 
 def waits(capture: Any) -> bool:
