@@ -223,9 +223,10 @@ class HostForwards(nn.Module):
             if self._cuda_timing is not None or torch.cuda.is_current_stream_capturing():
                 return self._grafts.forward(x, h)
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record()
+            stream = torch.cuda.current_stream(h.device)  # by default that of the current device, which may be another
+            events[0].record(stream)
             y = self._grafts.forward(x, h)
-            events[1].record()
+            events[1].record(stream)
             self._cuda_timing = events
             return y
         start = time.perf_counter_ns()

@@ -8,6 +8,7 @@ roundings of values of the largest size: 4 eps of the dtype times the scale. In 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -453,9 +454,18 @@ def test_of_the_ways_the_fastest_that_agrees_is_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    costs, broken = {}, set()
+    costs, broken, current, used = {}, set(), ["cuda:0"], []
+
+    @contextlib.contextmanager
+    def switched(device):
+        before, current[0] = current[0], str(device)
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", switched)
 
     def run(way, x, weight, *rest):
+        used.append(current[0])
         if way in broken:
             raise MemoryError(way)
         last[0] = way
@@ -487,6 +497,9 @@ def test_of_the_ways_the_fastest_that_agrees_is_kept(monkeypatch, tmp_path):
     costs["inline"] = 0.99  # noise
     assert best() == "library"
     assert kept_way(9, 4, 4, ranks=4) is None
+    used.clear()
+    measure.tune_linear(8, 4, 4, device="cuda:1")
+    assert set(used) == {"cuda:1"} and current == ["cuda:0"], "events are recorded on the current device"
     broken.update(("inline", "given"))
     costs["inline"] = 0.1
     assert best() == "library"

@@ -79,24 +79,26 @@ def tune_linear(
     rest = (*graft, seats, graft_activation if ranks else None, keep, stats)
     times: dict[str, float] = {}
     expected: list[Tensor] = []
-    for way in WAYS if ranks else WAYS[:2]:
+    # Events are recorded, and Triton launches, on the current device.
+    with torch.cuda.device(device):
+        for way in WAYS if ranks else WAYS[:2]:
 
-        def run(way: str = way) -> list[Tensor]:
-            y, before, _, _ = runs_fused(way, *host, activation, *rest)  # type: ignore[arg-type]
-            return [y, before]
+            def run(way: str = way) -> list[Tensor]:
+                y, before, _, _ = runs_fused(way, *host, activation, *rest)  # type: ignore[arg-type]
+                return [y, before]
 
-        try:
-            results = [t.clone() for t in run()]
-            torch.cuda.synchronize(device)
-        except Exception:
-            # Triton raises many things where a GPU has too little shared memory or too few registers: no candidate. A
-            # library that fails is the caller's to hear of.
-            if way == "library":
-                raise
-            continue
-        expected = expected or results
-        if agree(results, expected, DTYPE_NAMES[dtype]):
-            times[way] = time_of(Workload(run, DTYPE_NAMES[dtype]))
+            try:
+                results = [t.clone() for t in run()]
+                torch.cuda.synchronize(device)
+            except Exception:
+                # Triton raises many things where a GPU has too little shared memory or too few registers: no candidate.
+                # A library that fails is the caller's to hear of.
+                if way == "library":
+                    raise
+                continue
+            expected = expected or results
+            if agree(results, expected, DTYPE_NAMES[dtype]):
+                times[way] = time_of(Workload(run, DTYPE_NAMES[dtype]))
     best = min(times, key=times.__getitem__)
     if times[best] > WORTH * times["library"]:
         best = "library"
