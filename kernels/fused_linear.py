@@ -17,7 +17,18 @@ With STATS each tile leaves its features' count, mean, M2, largest size and coun
 import triton
 import triton.language as tl
 
-from .graft_math import activate, any_awake, coefficients, finite, host_factor, live_rows, operand, product, replace_sum
+from .graft_math import (
+    FUSING,
+    activate,
+    any_awake,
+    coefficients,
+    finite,
+    host_factor,
+    live_rows,
+    operand,
+    product,
+    replace_sum,
+)
 
 #: z of the seeds: there is none, computed beside the product, or given.
 NO_GRAFT, Z_INLINE, Z_GIVEN = (tl.constexpr(i) for i in range(3))
@@ -374,17 +385,19 @@ def linear_blocks(
     blocks = {"BLOCK_R": 16 if ranks <= 16 else 32 if ranks <= 32 else 64, "GROUP_M": 8, "SPLITS": 1}
     if dtype == "fp32":  # each product is three, from twice the bytes
         tile = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
-        return blocks | tile, {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
+        return blocks | tile, {"num_warps": 8, "num_stages": 2, "maxnreg": 255, **FUSING}
     if not aligned:  # an address for every element instead of every eighth
         tile = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}
-        return blocks | tile, {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
+        return blocks | tile, {"num_warps": 8, "num_stages": 2, "maxnreg": 255, **FUSING}
     if rows <= 64:
-        return blocks | {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, {"num_warps": 4, "num_stages": 3, "maxnreg": 255}
+        tile = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}
+        return blocks | tile, {"num_warps": 4, "num_stages": 3, "maxnreg": 255, **FUSING}
     wide = 64 if inline and ranks > 32 else 128
     return blocks | {"BLOCK_M": 128, "BLOCK_N": wide, "BLOCK_K": 64, "SPLITS": 4}, {
         "num_warps": 8,
         "num_stages": 3,
         "maxnreg": 255,
+        **FUSING,
     }
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .graft_math import (
+    FUSING,
     activate,
     any_awake,
     coefficients,
@@ -168,7 +169,7 @@ def graft_bank_kernel(
             col = n + lane
             in_n = col < end
             mask = in_m[:, None] & in_n[None, :]
-            own = tl.load(h_at + col[None, :], mask=in_h[:, None] & in_n[None, :], other=0.0).to(tl.float32)
+            as_is = tl.load(h_at + col[None, :], mask=in_h[:, None] & in_n[None, :], other=0.0)
             total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if WIDE:
                 for first in range(0, ranks, BLOCK_R):
@@ -190,8 +191,9 @@ def graft_bank_kernel(
                     other=0.0,
                 )
                 total = product(scaled, operand(rows_up, dtype, EMULATE), total)
-            # Without a seed nothing is added: -0 + 0 would be +0.
-            result = tl.where(counting != 0, host * own + total, own).to(dtype)
+            # Without a seed h goes through as it is: -0 + 0 would be +0, and a NaN that is widened and rounded is
+            # another one.
+            result = tl.where(counting != 0, (host * as_is.to(tl.float32) + total).to(dtype), as_is)
             tl.store(y_at + col[None, :], result, mask=mask)
             bad = tl.maximum(bad, tl.max((mask & (finite(result.to(tl.float32)) == 0)).to(tl.int32), 1))
     if tl.max(bad, 0) != 0:
@@ -214,14 +216,14 @@ def bank_blocks(dtype: str, ranks: int, rows: int, gated: bool, aligned: bool) -
     if dtype == "fp32":  # each product is three, from twice the bytes
         roomy = rows > 1024 and ranks <= 64 and aligned and not gated
         blocks |= {"BLOCK_M": 32 if roomy else 16, "BLOCK_N": 32, "BLOCK_K": 32}
-        return {"WIDE": ranks > 64, **blocks}, {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
+        return {"WIDE": ranks > 64, **blocks}, {"num_warps": 8, "num_stages": 2, "maxnreg": 255, **FUSING}
     if not aligned:  # an address for every element instead of every eighth
         blocks |= {"BLOCK_M": min(32, blocks["BLOCK_M"]), "BLOCK_N": 32, "BLOCK_K": 32}
-        return {"WIDE": ranks > 64, **blocks}, {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
+        return {"WIDE": ranks > 64, **blocks}, {"num_warps": 8, "num_stages": 2, "maxnreg": 255, **FUSING}
     if ranks > 64 and gated:
         blocks |= {"BLOCK_N": 32, "BLOCK_K": 32}
     warps = 8 if ranks > 64 and not gated else 4
-    return {"WIDE": ranks > 64, **blocks}, {"num_warps": warps, "num_stages": 3, "maxnreg": 255}
+    return {"WIDE": ranks > 64, **blocks}, {"num_warps": warps, "num_stages": 3, "maxnreg": 255, **FUSING}
 
 
 def bank_signature(dtype: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .graft_math import (
+    FUSING,
     SEAT,
     activate,
     any_awake,
@@ -420,7 +421,7 @@ def rows_blocks(dtype: str, ranks: int, rows: int, gated: bool, aligned: bool) -
         blocks |= {"BLOCK_M": min(64 if aligned else 32, blocks["BLOCK_M"]), "BLOCK_N": 32, "BLOCK_K": 32}
     # Loads that begin a step early hold registers, and here there is none left: with two stages it spills 60 bytes.
     full = dtype == "fp32" and gated and not aligned and ranks > 64
-    return {"WIDE": ranks > 64, **blocks}, {"num_warps": 8, "num_stages": 1 if full else 2, "maxnreg": 255}
+    return {"WIDE": ranks > 64, **blocks}, {"num_warps": 8, "num_stages": 1 if full else 2, "maxnreg": 255, **FUSING}
 
 
 def weights_blocks(dtype: str, ranks: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -428,11 +429,11 @@ def weights_blocks(dtype: str, ranks: int) -> tuple[dict[str, int], dict[str, in
     blocks = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 16 if ranks <= 16 else 64}
     if dtype == "fp32":
         blocks |= {"BLOCK_M": 32, "BLOCK_N": 32}
-    return blocks, {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
+    return blocks, {"num_warps": 8, "num_stages": 2, "maxnreg": 255, **FUSING}
 
 
 REDUCE_BLOCKS = {"BLOCK_C": 256}
-REDUCE_OPTIONS = {"num_warps": 4}
+REDUCE_OPTIONS = {"num_warps": 4, **FUSING}
 
 _TABLES = {"alpha": "*fp32", "owner": "*i32", "seats": "*i32"}
 _ROWS_POINTERS = ("x", "gy", "gx", "gh", "down", "value", "up", "bias", "value_bias")

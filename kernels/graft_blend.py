@@ -10,7 +10,7 @@ y is written once. The addresses of at most eight contributions travel as argume
 import triton
 import triton.language as tl
 
-from .graft_math import SEAT, any_fault, coefficient_at, finite, host_factor
+from .graft_math import FUSING, SEAT, any_fault, coefficient_at, finite, host_factor
 
 #: Contributions one launch takes.
 PARTS = 8
@@ -92,16 +92,19 @@ def graft_blend_kernel(
     outer = i // inner // features
     replaced = _replaced(alpha, seats, channel, SEEDS)
     host = host_factor(replaced)
-    own = tl.load(h + i, mask=inside & (host != 0.0), other=0.0).to(tl.float32)
+    as_is = tl.load(h + i, mask=inside & (host != 0.0), other=0.0)
     # -0 where the host does not count: added to any k it gives k, the sign of zero included.
     nothing = tl.full([BLOCK], -2147483648, tl.int32).to(tl.float32, bitcast=True)
-    total = tl.where(host == 0.0, nothing, host * own)
+    total = tl.where(host == 0.0, nothing, host * as_is.to(tl.float32))
+    counting = tl.zeros([BLOCK], tl.int32)
     for s in tl.static_range(SEEDS):
         c = coefficient_at(alpha, seats, s, channel, replaced)
         at = _nth(s, k0, k1, k2, k3, k4, k5, k6, k7) + _place(seats, s, outer, channel, inner_index, inner)
         k = tl.load(at, mask=inside & (c != 0.0), other=0.0).to(tl.float32)
         total = tl.where(c != 0.0, total + c * k, total)
-    result = total.to(dtype)
+        counting = counting | (c != 0.0).to(tl.int32)
+    # Without a seed h goes through as it is: a NaN that is widened and rounded is another one.
+    result = tl.where(counting != 0, total.to(dtype), as_is)
     tl.store(y + i, result, mask=inside)
     broken = inside & (finite(result.to(tl.float32)) == 0)
     if tl.max(broken.to(tl.int32), 0) != 0:
@@ -174,7 +177,7 @@ def graft_blend_backward_kernel(
 
 
 BLEND_BLOCKS = {"BLOCK": 1024}
-BLEND_OPTIONS = {"num_warps": 4}
+BLEND_OPTIONS = {"num_warps": 4, **FUSING}
 
 
 def blend_signature(dtype: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ each mean nothing here.
 import triton
 import triton.language as tl
 
-from .graft_math import activate, any_fault, coefficient_at, finite, host_factor, replaced_at, slope
+from .graft_math import FUSING, activate, any_fault, coefficient_at, finite, host_factor, replaced_at, slope
 
 _SIZES = ["outer", "features", "inner", "seeds", "parts", "stretch", "x_row", "h_row", "y_row"]
 
@@ -111,14 +111,14 @@ def graft_elementwise_kernel(
             m = first + tl.arange(0, BLOCK_M)
             mask = (m < stop)[:, None] & inside[None, :]
             # What does not count is not read: 0 * NaN is NaN.
-            own = tl.load(h + m[:, None] * h_row + col[None, :], mask=mask & (host != 0.0)[None, :], other=0.0)
+            as_is = tl.load(h + m[:, None] * h_row + col[None, :], mask=mask & (host != 0.0)[None, :], other=0.0)
             v = tl.load(x + m[:, None] * x_row + col[None, :], mask=mask & (counting != 0)[None, :], other=0.0)
             k = factor[None, :] * activate(v.to(tl.float32), ACT)
             if SHIFTED:
                 k += offset[None, :]
-            own = own.to(tl.float32)
-            total = tl.where((host == 0.0)[None, :], k, host[None, :] * own + k)
-            result = tl.where((counting != 0)[None, :], total, own).to(dtype)
+            total = tl.where((host == 0.0)[None, :], k, host[None, :] * as_is.to(tl.float32) + k)
+            # Without a seed h goes through as it is: a NaN that is widened and rounded is another one.
+            result = tl.where((counting != 0)[None, :], total.to(dtype), as_is)
             tl.store(y + m[:, None] * y_row + col[None, :], result, mask=mask)
             broken = mask & (finite(result.to(tl.float32)) == 0)
             if tl.max(tl.max(broken.to(tl.int32), 1), 0) != 0:
@@ -278,11 +278,11 @@ def elementwise_options(planes: bool, shifted: bool = False) -> dict[str, int]:
     ``maxnreg`` leaves room for five, three or four blocks: left to itself, ptxas spills a few bytes in some variants to
     fit one more.
     """
-    return {"num_warps": 4, "num_stages": 2, "maxnreg": 96 if planes else 168 if shifted else 128}
+    return {"num_warps": 4, "num_stages": 2, "maxnreg": 96 if planes else 168 if shifted else 128, **FUSING}
 
 
 REDUCE_BLOCKS = {"BLOCK_C": 256}
-REDUCE_OPTIONS = {"num_warps": 4}
+REDUCE_OPTIONS = {"num_warps": 4, **FUSING}
 
 _NUMBERS = ("outer", "features", "inner", "seeds", "parts", "stretch")
 

@@ -8,7 +8,18 @@ everywhere, and only the end of a launch tells every program what the others fou
 import triton
 import triton.language as tl
 
-from .graft_math import SEAT, activate, any_fault, down_products, finite, live_rows, operand, product, replace_sum
+from .graft_math import (
+    FUSING,
+    SEAT,
+    activate,
+    any_fault,
+    down_products,
+    finite,
+    live_rows,
+    operand,
+    product,
+    replace_sum,
+)
 
 
 @triton.jit
@@ -220,9 +231,9 @@ def contain_signature(dtype: str) -> dict[str, str]:
 
 #: Small tiles: it runs seldom, and must not spill.
 BLAME_BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_R": 16}
-BLAME_OPTIONS = {"num_warps": 4, "num_stages": 1, "maxnreg": 255}
+BLAME_OPTIONS = {"num_warps": 4, "num_stages": 1, "maxnreg": 255, **FUSING}
 CONTAIN_BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 128}
-CONTAIN_OPTIONS = {"num_warps": 4}
+CONTAIN_OPTIONS = {"num_warps": 4, **FUSING}
 
 
 def _blame(dtype: str, act: int, gated: bool) -> tuple[object, ...]:

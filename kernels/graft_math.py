@@ -10,6 +10,9 @@ import triton.language as tl
 #: Numbers a seed has in ``seats``.
 SEAT = tl.constexpr(6)
 
+#: A launch option: a product and a sum may be one instruction. It is what Triton does unasked, and is about to change.
+FUSING = {"enable_fp_fusion": True}
+
 
 @triton.jit
 def sigmoid(v):

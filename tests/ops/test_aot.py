@@ -60,6 +60,23 @@ def test_what_the_forge_ships_can_be_asked_for() -> None:
     assert [(row["kernel"], row["arch"]) for row in report["table"]] == [("graft_faults.graft_contain_kernel", 80)]
 
 
+#: Cases that leave it to Triton whether products and sums become one instruction.
+UNDECIDED = """
+from esper.ops import aot
+found = [*(case for module in aot.modules() for case in aot.cases(module)), *aot.shipped_cases()]
+assert len(found) > 100
+for case in found:
+    if "enable_fp_fusion" not in case.options:
+        print(case.name, case.variant)
+"""
+
+
+def test_every_kernel_says_whether_it_fuses() -> None:
+    command = [sys.executable, "-c", UNDECIDED]
+    result = subprocess.run(command, env=compiling_environment(), capture_output=True, text=True, check=True)
+    assert result.stdout == ""
+
+
 def test_a_changed_kernel_is_named() -> None:
     numbers = {"registers": 32, "spill_stores": 0, "spill_loads": 0, "shared": 1024, "warps": 4}
     kept = {"triton": "3.9", "kernels": {"a": {"sm_80": numbers, "sm_90": numbers}, "b": {"sm_80": numbers}}}

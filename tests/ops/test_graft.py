@@ -79,6 +79,22 @@ def test_backends_agree(backend, places, shape, dim, dtype, alphas):
         torch.testing.assert_close(got, expected, rtol=4 * eps, atol=4 * eps)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "nans"),
+    # Of every kind one that no conversion gives: quiet or signalling, with bits in it.
+    [(torch.float32, (0x7F812345, -0x3EDCB)), (torch.bfloat16, (0x7F85, -0x3B)), (torch.float16, (0x7C15, -0x1AB))],
+    ids=str,
+)
+def test_where_nothing_counts_a_nan_keeps_its_bits(dtype, nans):
+    """In Triton, whose conversions on a GPU know one NaN only; the others multiply h by 1."""
+    places = [Place(0, 0, 4, False), Place(1, 4, 7, False)]
+    h, parts, trusted = _inputs((5, 7), 1, places, dtype)
+    whole = torch.int32 if dtype is torch.float32 else torch.int16
+    h.view(whole)[1:3, 4:6] = torch.tensor(nans, dtype=whole)
+    y, _ = _run("triton", h, parts, trusted, torch.tensor([0.5, 0.0]), BlendLayout(places, 7).flat, 1)
+    assert torch.equal(y.view(whole)[:, 4:], h.view(whole)[:, 4:])
+
+
 @hypothesis.given(st.data())
 def test_faults_agree(data):
     """Random places for NaN, infinities and huge numbers in h, the parts and the masks: the same seeds are named."""

@@ -190,6 +190,18 @@ def bits(t):
     return t.contiguous().view(torch.int16 if t.element_size() == 2 else torch.int32)
 
 
+#: NaNs that no conversion gives: quiet and signalling, with bits in them.
+NANS = {torch.float32: (0x7F812345, -0x3EDCB), torch.bfloat16: (0x7F85, -0x3B), torch.float16: (0x7C15, -0x1AB)}
+
+
+@pytest.mark.parametrize("dtype", NANS, ids=str)
+def test_where_nothing_counts_a_nan_keeps_its_bits(dtype):
+    case = Case(5, 4, 8, [(2, 0, 4, False), (2, 4, 8, False)], dtype, alphas=[0.5, 0.0])
+    bits(case.h)[1:3, 4:6] = torch.tensor(NANS[dtype], dtype=bits(case.h).dtype, device=DEVICE)
+    y, *_ = case.forward("triton")
+    assert torch.equal(bits(y)[:, 4:], bits(case.h)[:, 4:])
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["bottleneck", "gated"])
 def test_a_sleeping_seed_is_not_read(gated):
     case = Case(9, 7, 11, MIXED, activation="sigmoid", gated=gated, bias=True, alphas=[0.5, 0.0, 0.25])

@@ -187,6 +187,18 @@ def test_all_asleep_is_the_host_bit_for_bit(dtype):
     assert not faults.any() and not any(g.any() for g in (gx, *weights))
 
 
+#: NaNs that no conversion gives: quiet and signalling, with bits in them.
+NANS = {torch.float32: (0x7F812345, -0x3EDCB), torch.bfloat16: (0x7F85, -0x3B), torch.float16: (0x7C15, -0x1AB)}
+
+
+@pytest.mark.parametrize("dtype", NANS, ids=str)
+def test_where_nothing_counts_a_nan_keeps_its_bits(dtype):
+    case = Case((5, 7), 1, [(0, 4, False), (4, 7, False)], dtype, alphas=[0.5, 0.0])
+    bits(case.h)[1:3, 4:6] = torch.tensor(NANS[dtype], dtype=bits(case.h).dtype, device=DEVICE)
+    y, _ = case.forward("triton")
+    assert torch.equal(bits(y)[:, 4:], bits(case.h)[:, 4:])
+
+
 def test_a_sleeping_seed_is_not_read():
     case = Case((5, 7), 1, MIXED, alphas=[0.5, 0.0, 0.25])
     case.scale[1], case.shift[1] = float("nan"), float("inf")
