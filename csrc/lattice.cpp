@@ -260,14 +260,16 @@ void bind_lattice(py::module_& m) {
             check(lt::step_cuda(esper::as<uint8_t>(base), rows, epoch, esper::as<void>(stream)), "lattice_step");
         },
         py::arg("base"), py::arg("rows"), py::arg("epoch"), py::arg("stream"));
+    m.def("lattice_compact_blocks", &lt::compact_blocks, py::arg("rows"), "How many counts lattice_compact_cuda writes down.");
     m.def(
         "lattice_compact_cuda",
-        [](std::uintptr_t base, int64_t rows, std::uintptr_t indices, std::uintptr_t count, std::uintptr_t stream) {
-            check(lt::compact_cuda(esper::as<uint8_t>(base), rows, esper::as<int32_t>(indices), esper::as<int32_t>(count),
-                                   esper::as<void>(stream)),
+        [](std::uintptr_t base, int64_t rows, std::uintptr_t counts, std::uintptr_t indices, std::uintptr_t count,
+           std::uintptr_t stream) {
+            check(lt::compact_cuda(esper::as<uint8_t>(base), rows, esper::as<int32_t>(counts), esper::as<int32_t>(indices),
+                                   esper::as<int32_t>(count), esper::as<void>(stream)),
                   "lattice_compact");
         },
-        py::arg("base"), py::arg("rows"), py::arg("indices"), py::arg("count"), py::arg("stream"));
+        py::arg("base"), py::arg("rows"), py::arg("counts"), py::arg("indices"), py::arg("count"), py::arg("stream"));
     m.def("lattice_crc_partials", &lt::crc_partials, py::arg("words"), "How many partial checksums lattice_crc_cuda writes.");
     m.def(
         "lattice_crc_cuda",

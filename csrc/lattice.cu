@@ -1,4 +1,4 @@
-// The lattice on CUDA: one launch per operation for all seeds of a model. Row logic is shared with the CPU (lattice_core.h).
+// The lattice on CUDA: one launch per operation for all seeds of a model, two for a list of the awake ones among many. Row logic is shared with the CPU (lattice_core.h).
 #include <cuda_runtime.h>
 
 #include "lattice_core.h"
@@ -12,6 +12,10 @@ constexpr int kThreads = 256;
 // 16 words a thread: long enough to pay for the one product that moves a thread's remainder to its place.
 constexpr int64_t kCrcWordsPerThread = 16;
 constexpr int64_t kCrcWordsPerBlock = kThreads * kCrcWordsPerThread;
+
+// A thread takes 16 states, which is one load: fields begin at multiples of 64 bytes and are padded to such.
+constexpr int kCompactRowsPerThread = 16;
+constexpr int kCompactRowsPerBlock = kThreads * kCompactRowsPerThread;
 
 constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -68,50 +72,80 @@ __device__ int32_t block_sum(int32_t value, int32_t* shared) {
     return sum;
 }
 
-// Every block counts the awake rows before its own and in all by itself: a state is one byte, so a million of them come out of
-// the second-level cache in microseconds, and no block has to wait for another. A dormant row places one -1 behind the awake
-// ones, so that the output is complete without a second launch.
-__global__ void compact_kernel(uint8_t* base, int64_t rows, int64_t rows_per_block, int32_t* indices, int32_t* count) {
-    __shared__ int32_t shared[kThreads / 32];
-    __shared__ int32_t warp_start[kThreads / 32];
-    const Fields field(base, rows);
-    const uint8_t* const states = field.lifecycle_states;
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block;
-
-    int32_t before_here = 0, awake_here = 0;
-    for (int64_t row = threadIdx.x; row < rows; row += kThreads) {
-        const int32_t awake = in_set<kAwake>(states[row]) & 1;
-        awake_here += awake;
-        before_here += row < first ? awake : 0;
+// Bit k: whether row `first + k` is awake.
+__device__ uint32_t awake_bits(const uint8_t* states, int64_t rows, int64_t first) {
+    if (first >= rows) return 0;
+    const uint4 loaded = *reinterpret_cast<const uint4*>(states + first);
+    const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    uint32_t bits = 0;
+    for (int k = 0; k < kCompactRowsPerThread; ++k) {
+        const int32_t state = (words[k / 4] >> (8 * (k % 4))) & 0xFFu;
+        bits |= static_cast<uint32_t>(in_set<kAwake>(state)) & (1u << k);
     }
-    const int32_t total = block_sum(awake_here, shared);
-    int32_t before = block_sum(before_here, shared);
-    if (blockIdx.x == 0 && threadIdx.x == 0) *count = total;
+    // Behind the last row lies padding.
+    const int64_t left = rows - first;
+    return left < kCompactRowsPerThread ? bits & ((1u << left) - 1u) : bits;
+}
 
-    const int64_t end = min(rows, first + rows_per_block);
-    for (int64_t start = first; start < end; start += kThreads) {
-        const int64_t row = start + threadIdx.x;
-        const bool inside = row < end;
-        const bool awake = inside && in_set<kAwake>(states[row]);
-        const uint32_t votes = __ballot_sync(0xFFFFFFFFu, awake);
-        const int lane = threadIdx.x & 31;
-        __syncthreads();
-        if (lane == 0) warp_start[threadIdx.x >> 5] = __popc(votes);
-        __syncthreads();
-        int32_t rank = before + __popc(votes & ((1u << lane) - 1u));
-        int32_t added = 0;
-        for (int warp = 0; warp < kThreads / 32; ++warp) {
-            if (warp < static_cast<int>(threadIdx.x >> 5)) rank += warp_start[warp];
-            added += warp_start[warp];
+__device__ int64_t first_of_thread() {
+    return static_cast<int64_t>(blockIdx.x) * kCompactRowsPerBlock + threadIdx.x * kCompactRowsPerThread;
+}
+
+// counts[blocks]: how many rows of each block are awake.
+__global__ void count_kernel(uint8_t* base, int64_t rows, int32_t* counts) {
+    __shared__ int32_t shared[kThreads / 32];
+    const Fields field(base, rows);
+    const int32_t sum = block_sum(__popc(awake_bits(field.lifecycle_states, rows, first_of_thread())), shared);
+    if (threadIdx.x == 0) counts[blockIdx.x] = sum;
+}
+
+// Every block adds up the counts of the others, so that none waits for another; a single one reads none. A dormant row places
+// one -1 behind the awake ones.
+__global__ void compact_kernel(uint8_t* base, int64_t rows, const int32_t* counts, int32_t* indices, int32_t* count) {
+    __shared__ int32_t shared[kThreads / 32];
+    __shared__ uint32_t bits_of[kThreads];
+    __shared__ int32_t start_of[kThreads];
+    const Fields field(base, rows);
+    const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+
+    int32_t before_here = 0, after_here = 0;
+    for (int other = thread; other < static_cast<int>(gridDim.x); other += kThreads) {
+        if (other < block) before_here += counts[other];
+        if (other > block) after_here += counts[other];
+    }
+    const uint32_t bits = awake_bits(field.lifecycle_states, rows, first_of_thread());
+    const int32_t here = __popc(bits);
+    const int32_t before = block_sum(before_here, shared);
+    const int32_t total = before + block_sum(after_here + here, shared);
+    if (block == 0 && thread == 0) *count = total;
+
+    // Awake rows of this block before each thread's: within the warp, then the warps before.
+    int32_t up_to = here;
+    for (int offset = 1; offset < 32; offset <<= 1) {
+        const int32_t lower = __shfl_up_sync(0xFFFFFFFFu, up_to, offset);
+        if ((thread & 31) >= offset) up_to += lower;
+    }
+    __syncthreads();
+    if ((thread & 31) == 31) shared[thread >> 5] = up_to;
+    __syncthreads();
+    int32_t start = before + up_to - here;
+    for (int warp = 0; warp < thread >> 5; ++warp) start += shared[warp];
+    bits_of[thread] = bits;
+    start_of[thread] = start;
+    __syncthreads();
+
+    // Neighbouring threads write neighbouring places, for which they take neighbouring rows.
+    const int64_t first = static_cast<int64_t>(block) * kCompactRowsPerBlock;
+    const int rows_here = static_cast<int>(min(rows - first, static_cast<int64_t>(kCompactRowsPerBlock)));
+    for (int i = thread; i < rows_here; i += kThreads) {
+        const int owner = i / kCompactRowsPerThread, k = i % kCompactRowsPerThread;
+        const int32_t rank = start_of[owner] + __popc(bits_of[owner] & ((1u << k) - 1u));
+        const auto row = static_cast<int32_t>(first + i);
+        if ((bits_of[owner] >> k) & 1u) {
+            indices[rank] = row;
+        } else {
+            indices[total + (row - rank)] = -1;
         }
-        if (inside) {
-            if (awake) {
-                indices[rank] = static_cast<int32_t>(row);
-            } else {
-                indices[total + (row - rank)] = -1;
-            }
-        }
-        before += added;
     }
 }
 
@@ -145,12 +179,13 @@ int step_cuda(uint8_t* base, int64_t rows, int32_t epoch, void* stream) {
     return static_cast<int>(cudaGetLastError());
 }
 
-int compact_cuda(uint8_t* base, int64_t rows, int32_t* indices, int32_t* count, void* stream) {
-    // At most 256 blocks, because each reads every state once.
-    int64_t rows_per_block = 1024;
-    while (rows_per_block * 256 < rows) rows_per_block *= 2;
-    const auto blocks = static_cast<unsigned>(rows == 0 ? 1 : div_up(rows, rows_per_block));
-    compact_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(base, rows, rows_per_block, indices, count);
+int64_t compact_blocks(int64_t rows) { return rows == 0 ? 1 : div_up(rows, kCompactRowsPerBlock); }
+
+int compact_cuda(uint8_t* base, int64_t rows, int32_t* counts, int32_t* indices, int32_t* count, void* stream) {
+    const auto queue = static_cast<cudaStream_t>(stream);
+    const auto blocks = static_cast<unsigned>(compact_blocks(rows));
+    if (blocks > 1) count_kernel<<<blocks, kThreads, 0, queue>>>(base, rows, counts);
+    compact_kernel<<<blocks, kThreads, 0, queue>>>(base, rows, counts, indices, count);
     return static_cast<int>(cudaGetLastError());
 }
 

@@ -10,7 +10,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["AOT", "lattice_compact_kernel", "lattice_crc_kernel", "lattice_step_kernel"]
+__all__ = [
+    "AOT",
+    "OPTIONS",
+    "STEP_OPTIONS",
+    "lattice_compact_kernel",
+    "lattice_count_kernel",
+    "lattice_crc_kernel",
+    "lattice_step_kernel",
+]
+
+#: Counts of other programs that a program takes at once: those of a million rows.
+_COUNTS = tl.constexpr(512)
+#: Bit-equal results need every product and sum rounded by itself.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+#: By itself the compiler takes a few registers more, and an eighth of the threads do not fit any more.
+STEP_OPTIONS = OPTIONS | {"maxnreg": 64}
 
 
 @triton.jit
@@ -20,8 +35,13 @@ def _pad(size):
 
 @triton.jit
 def _in_set(state, MEMBERS: tl.constexpr):
-    # A state is one of 0 to 7; a corrupt one belongs to no set.
-    return (state < 8) & (((MEMBERS >> (state & 7)) & 1) != 0)
+    # 1 or 0. No set has a bit above 7, so that a corrupt state belongs to none.
+    return (MEMBERS >> tl.minimum(state, 31)) & 1
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
 
 
 @triton.jit(do_not_specialize=["rows", "epoch"])
@@ -40,10 +60,18 @@ def lattice_step_kernel(
     TRAINING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One step of ``rows`` seeds; a program takes ``BLOCK`` of them. See ``docs/lattice.md``."""
+    """One step of ``rows`` seeds; a program takes ``BLOCK`` of them. See ``docs/lattice.md``.
+
+    A thread reads four neighbouring rows of a field at once. For that no load may ask about a single row: a program
+    whose rows have nothing to do reads three fields and ends, any other reads the rest of all its rows. What the last
+    one reads behind row ``rows`` is padding, which is zero and stays so.
+    """
     n = rows.to(tl.int64)
     words = _pad(n * 4)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
     cursor = storage + _pad(n * 8)  # active_kernel_id is not touched
+    bytes_at = cursor + words * 8 + first
+    cursor += first * 4
     alpha_at = cursor.to(tl.pointer_type(tl.float32))
     target_at = (cursor + words).to(tl.pointer_type(tl.float32))
     stride_at = (cursor + words * 2).to(tl.pointer_type(tl.float32))
@@ -52,99 +80,133 @@ def lattice_step_kernel(
     # exec_latency_us is not touched
     error_at = (cursor + words * 6).to(tl.pointer_type(tl.int32))
     timer_at = (cursor + words * 7).to(tl.pointer_type(tl.int32))
-    state_at = cursor + words * 8
-    fallback_at = state_at + _pad(n)
-    sample_bytes = fallback_at + _pad(n)
-    sample_at = sample_bytes.to(tl.pointer_type(tl.float32))
-    flag_at = sample_bytes + words
+    state_at = bytes_at
+    fallback_at = bytes_at + _pad(n)
+    sample_at = (cursor + words * 8 + _pad(n) * 2).to(tl.pointer_type(tl.float32))
+    flag_at = bytes_at + _pad(n) * 2 + words
 
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < n
-    state = tl.load(state_at + row, mask=inside, other=DORMANT).to(tl.int32)
-    flag = tl.load(flag_at + row, mask=inside, other=0).to(tl.int32)
-    sample = tl.load(sample_at + row, mask=inside, other=float("nan"))
-    awake = _in_set(state, AWAKE)
-    timed = _in_set(state, TIMED)
-    # Rows with nothing to do read no more than these three fields.
-    work = awake | timed | (flag != 0)
-
-    errors = tl.load(error_at + row, mask=work, other=0)
-    fallback = tl.load(fallback_at + row, mask=work, other=0).to(tl.int32)
-    fault = awake & (flag != 0)
-    counted = errors + tl.where(errors < 2147483647, 1, 0)
-    streak = tl.where(fault, counted, 0)
-    dead = fault & (streak >= MAX_FAULTS)
-    new_errors = tl.where(awake, streak, errors)
-    new_fallback = tl.where(awake, fault.to(tl.int32), fallback)
-
-    alpha = tl.load(alpha_at + row, mask=work, other=0.0)
-    target = tl.load(target_at + row, mask=work, other=0.0)
-    stride = tl.abs(tl.load(stride_at + row, mask=work, other=0.0))
-    distance = target - alpha
-    moved = tl.where(distance > 0.0, alpha + stride, alpha - stride)
-    # False for NaN, so that a damaged alpha goes to its target.
-    reached = tl.where(tl.abs(distance) > 1.5 * stride, moved, target)
-    new_alpha = tl.where(dead, 0.0, tl.where(awake, reached, alpha))
-    new_target = tl.where(dead, 0.0, target)
-
-    timer = tl.load(timer_at + row, mask=work, other=0)
-    new_timer = tl.where(dead, 0, timer - tl.where(timed & (timer > 0), 1, 0))
-    arrived = (state == GRAFTING) & (new_alpha == new_target)
-    expired = timed & (timer == 1)
-    new = tl.where(arrived, tl.where(timer > 0, TRAINING, ACTIVE), state)
-    new = tl.where(expired, tl.where(state == TRAINING, ACTIVE, DORMANT), new)
-    new = tl.where(dead, ERROR_RECOVERY, new)
-
+    row = tl.arange(0, BLOCK)
+    left = tl.minimum(n - first, BLOCK).to(tl.int32)
+    inside = row < left
+    # Fields are padded to 64 bytes, which is 16 rows of the wide ones.
+    readable = row < (left + 15) // 16 * 16
+    state = tl.load(state_at + row, mask=readable, other=DORMANT).to(tl.int32)
+    flag = tl.load(flag_at + row, mask=readable, other=0).to(tl.int32)
+    sample = tl.load(sample_at + row, mask=readable, other=float("nan"))
+    # With these three nothing happens to a row, and so to none of the padding.
+    state = tl.where(inside, state, DORMANT)
+    flag = tl.where(inside, flag, 0)
     present = inside & (sample == sample)
-    floored = tl.where(sample > 0.0, sample, 0.0)
-    score = tl.where(floored < 1.0, floored, 1.0)
-    health = tl.load(health_at + row, mask=present, other=0.0)
-    new_health = health + (score - health) * HEALTH_RATE
+    work = tl.reduce(_in_set(state, AWAKE | TIMED) | flag | tl.where(present, 256, 0), 0, _or)
 
-    tl.store(alpha_at + row, new_alpha, mask=work & awake)
-    tl.store(target_at + row, new_target, mask=dead)
-    tl.store(stride_at + row, tl.zeros([BLOCK], tl.float32), mask=dead)
-    tl.store(error_at + row, new_errors, mask=work & (new_errors != errors))
-    tl.store(fallback_at + row, new_fallback.to(tl.uint8), mask=work & (new_fallback != fallback))
-    tl.store(timer_at + row, new_timer, mask=work & (new_timer != timer))
-    tl.store(state_at + row, new.to(tl.uint8), mask=work & (new != state))
-    tl.store(flag_at + row, tl.zeros([BLOCK], tl.uint8), mask=inside & (flag != 0))
-    tl.store(health_at + row, new_health, mask=present)
-    tl.store(sample_at + row, tl.full([BLOCK], float("nan"), tl.float32), mask=present)
-    stamp = tl.zeros([BLOCK], tl.int32) + epoch
-    tl.store(epoch_at + row, stamp, mask=present | fault | (new != state))
+    if (work & 256) != 0:
+        floored = tl.where(sample > 0.0, sample, 0.0)
+        score = tl.where(floored < 1.0, floored, 1.0)
+        health = tl.load(health_at + row, mask=readable, other=0.0)
+        new_health = health + (score - health) * HEALTH_RATE
+        tl.store(health_at + row, new_health, mask=present)
+        tl.store(sample_at + row, tl.full([BLOCK], float("nan"), tl.float32), mask=present)
+        tl.store(epoch_at + row, tl.zeros([BLOCK], tl.int32) + epoch, mask=present)
+
+    if (work & 255) != 0:
+        errors = tl.load(error_at + row, mask=readable, other=0)
+        fallback = tl.load(fallback_at + row, mask=readable, other=0).to(tl.int32)
+        timer = tl.load(timer_at + row, mask=readable, other=0)
+        alpha = tl.load(alpha_at + row, mask=readable, other=0.0)
+        target = tl.load(target_at + row, mask=readable, other=0.0)
+        stride = tl.abs(tl.load(stride_at + row, mask=readable, other=0.0))
+
+        awake = _in_set(state, AWAKE) != 0
+        timed = _in_set(state, TIMED) != 0
+        fault = awake & (flag != 0)
+        counted = errors + tl.where(errors < 2147483647, 1, 0)
+        streak = tl.where(fault, counted, 0)
+        dead = fault & (streak >= MAX_FAULTS)
+        new_errors = tl.where(awake, streak, errors)
+        new_fallback = tl.where(awake, fault.to(tl.int32), fallback)
+
+        distance = target - alpha
+        moved = tl.where(distance > 0.0, alpha + stride, alpha - stride)
+        # False for NaN, so that a damaged alpha goes to its target.
+        reached = tl.where(tl.abs(distance) > 1.5 * stride, moved, target)
+        new_alpha = tl.where(dead, 0.0, tl.where(awake, reached, alpha))
+        new_target = tl.where(dead, 0.0, target)
+
+        new_timer = tl.where(dead, 0, timer - tl.where(timed & (timer > 0), 1, 0))
+        arrived = (state == GRAFTING) & (new_alpha == new_target)
+        expired = timed & (timer == 1)
+        new = tl.where(arrived, tl.where(timer > 0, TRAINING, ACTIVE), state)
+        new = tl.where(expired, tl.where(state == TRAINING, ACTIVE, DORMANT), new)
+        new = tl.where(dead, ERROR_RECOVERY, new)
+
+        # Where a field is written whole, a row with nothing new gets the bits it had.
+        tl.store(alpha_at + row, new_alpha, mask=readable)
+        tl.store(timer_at + row, new_timer, mask=new_timer != timer)
+        # Alphas and timers move for many steps; all else happens once in a while.
+        if tl.reduce(flag | (new_errors ^ errors) | (new_fallback ^ fallback) | (new ^ state), 0, _or) != 0:
+            tl.store(error_at + row, new_errors, mask=readable)
+            tl.store(fallback_at + row, new_fallback.to(tl.uint8), mask=readable)
+            tl.store(state_at + row, new.to(tl.uint8), mask=readable)
+            tl.store(flag_at + row, tl.zeros([BLOCK], tl.uint8), mask=flag != 0)
+            tl.store(target_at + row, tl.zeros([BLOCK], tl.float32), mask=dead)
+            tl.store(stride_at + row, tl.zeros([BLOCK], tl.float32), mask=dead)
+            tl.store(epoch_at + row, tl.zeros([BLOCK], tl.int32) + epoch, mask=fault | (new != state))
+
+
+@triton.jit
+def _awake_here(storage, n, first, AWAKE: tl.constexpr, BLOCK: tl.constexpr):
+    """1 for each awake row of the ``BLOCK`` from ``first``, else 0."""
+    lane = tl.arange(0, BLOCK)
+    left = tl.minimum(n - first, BLOCK).to(tl.int32)
+    states = storage + _pad(n * 8) + _pad(n * 4) * 8 + first
+    # The padding behind the last row may be read, so that a thread takes many states at once.
+    state = tl.load(states + lane, mask=lane < (left + 63) // 64 * 64, other=0).to(tl.int32)
+    return tl.where(lane < left, _in_set(state, AWAKE), 0)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def lattice_compact_kernel(storage, rows, indices, count, AWAKE: tl.constexpr, BLOCK: tl.constexpr):
+def lattice_count_kernel(storage, rows, counts, AWAKE: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of each ``BLOCK`` rows are awake: ``counts[programs]``."""
+    block = tl.program_id(0)
+    awake = _awake_here(storage, rows.to(tl.int64), block.to(tl.int64) * BLOCK, AWAKE, BLOCK)
+    tl.store(counts + block, tl.sum(awake, 0))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def lattice_compact_kernel(storage, rows, counts, indices, count, AWAKE: tl.constexpr, BLOCK: tl.constexpr):
     """Ascending awake rows to ``indices[rows]``, -1 behind them, their number to ``count[1]``.
 
-    Every program counts the awake rows before its own and in all by itself: a state is one byte, so that a million come
-    out of the second-level cache in microseconds, and no program waits for another.
+    Args:
+        storage: The lattice.
+        rows: Of it.
+        counts: ``[programs]``, from :func:`lattice_count_kernel`. Every program adds up those of the others, so none
+            waits for another; a single program reads none.
+        indices: ``[rows]``, written.
+        count: ``[1]``, written.
+        AWAKE: The set of states.
+        BLOCK: Rows per program.
     """
     n = rows.to(tl.int64)
-    states = storage + _pad(n * 8) + _pad(n * 4) * 8
-    first = tl.program_id(0).to(tl.int64) * BLOCK
+    block = tl.program_id(0)
+    blocks = tl.num_programs(0)
+    first = block.to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
-    before = tl.zeros([BLOCK], tl.int32)
-    total = tl.zeros([BLOCK], tl.int32)
-    start = first * 0
-    while start < n:
-        state = tl.load(states + start + lane, mask=start + lane < n, other=0).to(tl.int32)
-        awake = _in_set(state, AWAKE).to(tl.int32)
-        total += awake
-        before += tl.where(start < first, awake, 0)
-        start += BLOCK
-    all_awake = tl.sum(total)
-    row = first + lane
-    inside = row < n
-    state = tl.load(states + row, mask=inside, other=0).to(tl.int32)
-    awake = _in_set(state, AWAKE)
-    rank = tl.sum(before) + tl.cumsum(awake.to(tl.int32), 0)  # awake rows up to and with this one
+    awake = _awake_here(storage, n, first, AWAKE, BLOCK)
+    before = tl.zeros([_COUNTS], tl.int32)
+    after = tl.zeros([_COUNTS], tl.int32)
+    for start in range(0, blocks, _COUNTS):
+        other = start + tl.arange(0, _COUNTS)
+        awake_there = tl.load(counts + other, mask=(other < blocks) & (other != block), other=0)
+        before += tl.where(other < block, awake_there, 0)
+        after += tl.where(other > block, awake_there, 0)
+    rows_before = tl.sum(before, 0)
+    all_awake = rows_before + tl.sum(awake, 0) + tl.sum(after, 0)
+    rank = rows_before + tl.cumsum(awake, 0)  # awake rows up to and with this one
+    row = first.to(tl.int32) + lane
     # Row r has r + 1 - rank sleeping rows up to and with it, and each places one -1.
-    place = tl.where(awake, rank - 1, all_awake + row - rank)
-    tl.store(indices + place, tl.where(awake, row, -1).to(tl.int32), mask=inside)
-    tl.store(count, all_awake, mask=first == 0)
+    place = tl.where(awake != 0, rank - 1, all_awake + row - rank)
+    tl.store(indices + place, tl.where(awake != 0, row, -1), mask=lane < n - first)
+    tl.store(count, all_awake, mask=block == 0)
 
 
 @triton.jit
@@ -196,19 +258,20 @@ _STEP = {
     "TRAINING": 6,
     "BLOCK": 512,
 }
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_COMPACT = {"AWAKE": 0b01110100, "BLOCK": 2048}
 AOT = [
-    (lattice_step_kernel, {"storage": "*u8", "rows": "i64", "epoch": "i32"}, _STEP, _OPTIONS),
+    (lattice_step_kernel, {"storage": "*u8", "rows": "i64", "epoch": "i32"}, _STEP, STEP_OPTIONS),
+    (lattice_count_kernel, {"storage": "*u8", "rows": "i64", "counts": "*i32"}, _COMPACT, OPTIONS),
     (
         lattice_compact_kernel,
-        {"storage": "*u8", "rows": "i64", "indices": "*i32", "count": "*i32"},
-        {"AWAKE": 0b01110100, "BLOCK": 4096},
-        _OPTIONS,
+        {"storage": "*u8", "rows": "i64", "counts": "*i32", "indices": "*i32", "count": "*i32"},
+        _COMPACT,
+        OPTIONS,
     ),
     (
         lattice_crc_kernel,
         {"data": "*i32", "words": "i64", "powers": "*i32", "places": "*i32", "partials": "*i32"},
         {"POLYNOMIAL": 0x82F63B78, "BLOCK": 1024},
-        _OPTIONS,
+        OPTIONS,
     ),
 ]

@@ -32,8 +32,12 @@ def _register(module: ModuleType) -> None:
 
     @registry.implements(_COMPACT, "cuda")
     def compact(storage: Tensor, rows: int, indices: Tensor, count: Tensor) -> None:
+        # Of the current stream's, or of the pool of the graph that is being captured.
+        counts = torch.empty(module.lattice_compact_blocks(rows), dtype=torch.int32, device=storage.device)
         with torch.cuda.device(storage.device):
-            compact_cuda(storage.data_ptr(), rows, indices.data_ptr(), count.data_ptr(), _stream(storage))
+            compact_cuda(
+                storage.data_ptr(), rows, counts.data_ptr(), indices.data_ptr(), count.data_ptr(), _stream(storage)
+            )
 
     @registry.implements(_CRC, "cuda")
     def crc(storage: Tensor, rows: int) -> int:

@@ -16,9 +16,7 @@ from esper.ops.lattice.layout import layout_of
 __all__: list[str] = []
 
 _STEP, _COMPACT, _CRC = "lattice_step", "lattice_compact", "lattice_crc"
-_STEP_BLOCK, _COMPACT_BLOCK, _CRC_BLOCK = 512, 4096, 1024
-#: Bit-equal results need every product and sum rounded by itself.
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_STEP_BLOCK, _COMPACT_BLOCK, _CRC_BLOCK = 512, 2048, 1024
 _STEP_CONSTANTS = {
     "AWAKE": table.AWAKE,
     "TIMED": table.TIMED,
@@ -54,15 +52,20 @@ def _register(kernels: ModuleType) -> None:
         if rows:
             grid = (-(-rows // _STEP_BLOCK),)
             with torch.cuda.device_of(storage):
-                kernels.lattice_step_kernel[grid](storage, rows, epoch, **_STEP_CONSTANTS, **_OPTIONS)
+                kernels.lattice_step_kernel[grid](storage, rows, epoch, **_STEP_CONSTANTS, **kernels.STEP_OPTIONS)
         return -1
 
     @registry.implements(_COMPACT, "triton")
     def compact(storage: Tensor, rows: int, indices: Tensor, count: Tensor) -> None:
-        grid = (max(1, -(-rows // _COMPACT_BLOCK)),)
-        constants = {"AWAKE": table.AWAKE, "BLOCK": _COMPACT_BLOCK}
+        programs = max(1, -(-rows // _COMPACT_BLOCK))
+        constants = {"AWAKE": table.AWAKE, "BLOCK": _COMPACT_BLOCK, **kernels.OPTIONS}
         with torch.cuda.device_of(storage):
-            kernels.lattice_compact_kernel[grid](storage, rows, indices, count, **constants, **_OPTIONS)
+            counts = count  # one program reads none
+            if programs > 1:
+                # Of the current stream's, or of the pool of the graph that is being captured.
+                counts = torch.empty(programs, dtype=torch.int32, device=storage.device)
+                kernels.lattice_count_kernel[(programs,)](storage, rows, counts, **constants)
+            kernels.lattice_compact_kernel[(programs,)](storage, rows, counts, indices, count, **constants)
 
     @registry.implements(_CRC, "triton")
     def crc(storage: Tensor, rows: int) -> int:
@@ -76,7 +79,7 @@ def _register(kernels: ModuleType) -> None:
         constants = {"POLYNOMIAL": crc32c.POLYNOMIAL, "BLOCK": _CRC_BLOCK}
         with torch.cuda.device_of(storage):
             kernels.lattice_crc_kernel[(programs,)](
-                words, words.numel(), powers, places, partials, **constants, **_OPTIONS
+                words, words.numel(), powers, places, partials, **constants, **kernels.OPTIONS
             )
         return crc32c.finish(crc32c.xor_all(partials), size)
 
