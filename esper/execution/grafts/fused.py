@@ -23,6 +23,9 @@ from torch import Tensor
 from esper.blueprints import interpret
 from esper.execution.grafts.seed import BoundSeed
 from esper.ops.graft.autograd import blend_bank, blend_elementwise
+from esper.ops.graft.bank import bank_layout
+from esper.ops.graft.triton import tables
+from esper.ops.graft.triton_blend import seats_on
 from esper.ops.graft.variants import BANK_FAMILIES, SEATS
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "run",
     "runs_of",
     "serves",
+    "upload",
 ]
 
 #: Stretches of neighbouring seeds: first seed of the layer, one past the last, position of the first among the bound.
@@ -143,6 +147,17 @@ def runs_of(seeds: Sequence[int]) -> Runs:
         else:
             runs.append((seed, seed + 1, position))
     return tuple(runs)
+
+
+def upload(plan: Plan, device: torch.device) -> None:
+    """Have the tables that a plan's kernels read on their device, before its first call; nobody waits for them.
+
+    That call may be a compiled one which PyTorch makes a CUDA graph of, and in which all memory is the graph's own.
+    """
+    if isinstance(plan, ElementwisePlan):
+        seats_on(plan.places, device)
+    else:
+        tables(bank_layout(plan.seats, plan.d_out, sum(plan.ranks)), plan.seats, device)
 
 
 def raise_flags(flags: Tensor, runs: Runs, faults: Tensor) -> None:

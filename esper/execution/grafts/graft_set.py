@@ -233,6 +233,15 @@ class GraftSet(BoundSeeds):
         self._plan = fused.plan_of(list(fitting.values()), tensors, self.spec.d_in, self.spec.d_out)
         self._sheet = None if self.misfits else self._sheet_of(weights)
         self._runs = fused.runs_of(list(fitting))
+        self._upload()
+
+    def _upload(self) -> None:
+        """Put what the seeds' operation reads beside them where it is read, unless a graph is being made just now."""
+        if self._plan is None or _compiling() or _traces():
+            return
+        device = next(t.device for i in self._seeds for t in self._weights(i).tensors().values())
+        if fused.serves(device) and not capturing(device):
+            fused.upload(self._plan, device)
 
     def _sheet_of(self, weights: list[SeedWeights]) -> compiled.Sheet | None:
         return compiled.sheet_of(list(self._seeds.values()), weights, self._like.dtype, self.spec.channel_dim)
@@ -408,6 +417,7 @@ class GraftSet(BoundSeeds):
     def _apply(self, fn: Any, recurse: bool = True) -> GraftSet:
         self._forget_bank()
         super()._apply(fn, recurse)
+        self._upload()
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -433,9 +443,12 @@ def _all(t: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def _observed(h: Tensor) -> bool:
     """Whether something traces or fakes the operations, so that values must not be looked at."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None or type(h) is not Tensor
-    ) and not _differentiated()
+    return (_traces() or type(h) is not Tensor) and not _differentiated()
+
+
+def _traces() -> bool:
+    """Whether something looks on at every operation."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
 
 
 def _differentiated() -> bool:

@@ -17,6 +17,10 @@ class Table:
     An upload from ordinary memory waits until the stream has done all that it was given before; one from pinned memory
     joins the end of it. Other streams are told to wait for it, as long as it is under way.
 
+    Tables are kept for as long as anybody may ask for them. One made in the course of a compiled call, whose memory
+    belongs to the CUDA graph that is to come of it, would hold on to a piece of that; so whoever knows of seeds has
+    theirs made before the first call (:func:`esper.execution.grafts.fused.upload`).
+
     Args:
         numbers: Of any shape.
         device: Where to.
@@ -40,7 +44,7 @@ class Table:
                     "before the capture"
                 )
             with torch.cuda.device(device):
-                pinned = torch.tensor(numbers, dtype=torch.int32, pin_memory=True)
+                pinned = torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=True)
                 self._tensor = pinned.to(device, non_blocking=True)
                 self._stream = torch.cuda.current_stream(device)
                 self._event = torch.cuda.Event()

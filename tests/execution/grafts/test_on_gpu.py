@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from esper.execution.grafts.device_bank import DeviceBank
+from esper.ops.graft import triton, triton_blend
 from esper.ops.registry import use_backend
 
 from .helpers import formula, gradients, graft_set, kernel, parameters
@@ -157,6 +158,22 @@ def test_compiled_without_recompiling(name, mode):
         for got, expected in zip(found, gradients(want, [x, *parameters(grafts)]), strict=True):
             scale = max(1.0, float(expected.abs().max()))
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("name", ["lowrank", "gated", "elementwise"])
+def test_the_first_run_of_all_may_be_one_that_becomes_a_graph(name):
+    """All memory of that run is the graph's, and PyTorch refuses what is kept of it: tables must be there before."""
+    triton._uploaded.cache_clear()
+    triton_blend._uploaded.cache_clear()
+    grafts, host = _layer(name)
+    x = _batch().detach()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: grafts(x, host(x)), fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            y = compiled(x).clone()
+        torch.testing.assert_close(y, grafts(x, host(x)), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["lowrank", "elementwise"])
