@@ -1,4 +1,5 @@
-// The lattice on CUDA: one launch per operation for all seeds of a model, two for a list of the awake ones among many. Row logic is shared with the CPU (lattice_core.h).
+// The lattice on CUDA: one launch per operation for all seeds of a model, two where many are asked which of them are awake. Row
+// logic is shared with the CPU (lattice_core.h).
 #include <cuda_runtime.h>
 
 #include "lattice_core.h"
