@@ -6,9 +6,10 @@ It needs the packages ``transformers`` and ``accelerate``, and is imported by it
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,9 @@ from torch.optim import Optimizer
 
 try:
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.utils.generic import can_return_loss, find_labels
+    from transformers.utils.logging import get_logger
 except ImportError as error:
     raise ImportError(f"esper.huggingface needs two packages: pip install transformers accelerate ({error})") from error
 
@@ -31,6 +34,7 @@ __all__ = ["CHECKPOINT_NAME", "SeededTrainer", "StepSeeds"]
 
 #: What a checkpoint's folder has beside the host's own files: the whole grown model, as ``esper.save`` writes it.
 CHECKPOINT_NAME = "esper.safetensors"
+_LOGGER = get_logger(__name__)
 
 
 class StepSeeds(transformers.TrainerCallback):
@@ -46,6 +50,7 @@ class StepSeeds(transformers.TrainerCallback):
         """Called by the Trainer when model and optimizer are as they will be."""
         trainer = self._trainer()
         wrapped = trainer.model_wrapped if trainer is not None else None
+        wrapped = getattr(wrapped, "_orig_mod", wrapped)  # what is compiled is compiled around the DDP
         if isinstance(wrapped, nn.parallel.DistributedDataParallel):
             join_ranks(wrapped)
 
@@ -104,7 +109,9 @@ class SeededTrainer(transformers.Trainer):
         return cast(MorphableModel, self.model)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """As the base; seeds join it."""
+        """As the base; seeds join it, those that are awake too, each as a group of its own."""
+        if not (args or kwargs or self._grown.reserve_rank):
+            args = (self._grown.wrapped_model,)
         optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
         attach(optimizer, self._grown, **self.seed_options)
         return optimizer
@@ -126,6 +133,18 @@ class SeededTrainer(transformers.Trainer):
         if not hasattr(base, "accepts_loss_kwargs"):
             parameters = inspect.signature(base.forward).parameters.values()
             self.model_accepts_loss_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        if self.label_smoother is not None and type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            # The base goes by the wrapped model's name, and would not shift a causal model's labels.
+            shifting: Any = functools.partial(_shifted, self.label_smoother)
+            self.label_smoother = shifting
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        if not isinstance(self.model, MorphableModel):  # which __init__ refuses later
+            found: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+            return found
+        with self._host_in_place():  # whose class decides how DDP is set up
+            found = super()._build_accelerator_args(**kwargs)
+            return found
 
     @contextlib.contextmanager
     def _host_in_place(self) -> Iterator[None]:
@@ -144,14 +163,19 @@ class SeededTrainer(transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with self._host_in_place():
             super()._save(output_dir, state_dict)
-        folder = self.args.output_dir if output_dir is None else output_dir
-        save(self._grown, Path(str(folder)) / CHECKPOINT_NAME)
+        if self.args.should_save:  # every rank comes here
+            folder = self.args.output_dir if output_dir is None else output_dir
+            save(self._grown, Path(str(folder)) / CHECKPOINT_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._restore(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._restore(str(self.state.best_model_checkpoint))
+        folder = str(self.state.best_model_checkpoint)
+        if (Path(folder) / CHECKPOINT_NAME).is_file():
+            self._restore(folder)
+        else:  # as the base: training is done, and an error would lose what it gave
+            _LOGGER.warning("%s has no %s: the model stays as training left it", folder, CHECKPOINT_NAME)
 
     def _restore(self, folder: str) -> None:
         path = Path(folder) / CHECKPOINT_NAME
@@ -161,3 +185,7 @@ class SeededTrainer(transformers.Trainer):
                 "weights before wrapping it (from_pretrained)"
             )
         restore(self._grown, path)
+
+
+def _shifted(smoother: Callable[..., Any], outputs: Any, labels: Any, shift_labels: bool = False, **kwargs: Any) -> Any:
+    return smoother(outputs, labels, shift_labels=True, **kwargs)

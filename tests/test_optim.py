@@ -320,7 +320,7 @@ def test_state_dict_round_trip_in_another_order_of_waking() -> None:
         assert torch.equal(other.state[twin]["exp_avg"], optimizer.state[ours]["exp_avg"])
         assert other.state[twin]["step"] == optimizer.state[ours]["step"]
     assert {group["lr"] for group in other.param_groups} == {0.01}
-    assert [group[SEED_KEY] for group in other.param_groups[1:]] == ["0#0", "2#1"]
+    assert [group[SEED_KEY] for group in other.param_groups[1:]] == ["2#1", "0#0"]  # as saved
 
 
 @pytest.mark.parametrize(("here", "there", "named"), [([("0", 0)], [], "0#0"), ([], [("2", 1)], "2#1")])
@@ -560,3 +560,34 @@ def test_what_is_loaded_lies_as_the_parameter_does() -> None:
     attachment.detach()
     optimizer.load_state_dict(state)  # nobody looks after it any more
     assert optimizer.state[weight]["exp_avg"].is_contiguous()
+
+
+def test_rates_of_groups_come_back_to_the_groups_they_were_of() -> None:
+    """Schedulers keep them by place, so the groups take the places that they had when the state was saved."""
+
+    def scheduled(*seeds: tuple[str, int]) -> tuple[Growing, torch.optim.Optimizer, lr_scheduler.LRScheduler]:
+        torch.manual_seed(0)
+        model = Growing(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
+        optimizer = torch.optim.SGD(model.host.parameters(), lr=0.1)
+        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+        attach(optimizer, model)
+        for layer, seed_idx in seeds:
+            model.wake(layer, seed_idx)
+        return model, optimizer, scheduler
+
+    def rates(optimizer: torch.optim.Optimizer) -> dict[str | None, float]:
+        return {group.get(SEED_KEY): group["lr"] for group in optimizer.param_groups}
+
+    _, optimizer, scheduler = scheduled(("2", 1), ("0", 3))
+    for group in optimizer.param_groups[1:]:
+        group["lr"] = group["initial_lr"] = {"2#1": 0.2, "0#3": 0.4}[group[SEED_KEY]]
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    states = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    _, again, schedule = scheduled(("0", 3), ("2", 1))
+    again.load_state_dict(states[0])
+    assert rates(again) == {None: 0.1, "2#1": 0.2, "0#3": 0.4} == rates(optimizer)
+    schedule.load_state_dict(states[1])
+    for one, other in ((optimizer, scheduler), (again, schedule)):
+        one.step(), other.step()
+    assert rates(again) == rates(optimizer) == {None: 0.05, "2#1": 0.1, "0#3": 0.2}
+    assert schedule.base_lrs == [0.1, 0.2, 0.4]

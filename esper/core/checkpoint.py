@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ def restore(model: MorphableModel, path: str | os.PathLike[str]) -> None:
     The model stays the same object, with its registry, bus, monitor and optimizers. Seeds get the file's kernels,
     weights, alphas and states; those that are awake and sleep in the file go to sleep; loads under way come to nothing.
     A seed that has the file's kernel already keeps its parameters, as objects, and so does the host: only their values
-    change. An optimizer that is attached (:mod:`esper.optim`) follows; load its own state after this.
+    change. An optimizer that is attached (:mod:`esper.optim`) follows; load its own state after this. Gradients stay.
 
     Call it between two training steps, with several ranks on each of them at the same step.
 
@@ -186,9 +186,10 @@ def restore(model: MorphableModel, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: ``model`` is not one that ``esper.wrap`` gave.
-        CheckpointError: as for :func:`load`, or the file is of a model with other layers or seeds; ``model`` is as it
-            was. Only what no look at the file can foresee, such as memory that runs out, leaves it half restored, with
-            the host's weights as they were; the message then says so.
+        CheckpointError: as for :func:`load`, or the file is of a model with other layers or seeds, or a layer that has
+            seeds there was replaced here; ``model`` is as it was. Only what no look at the file can foresee, such as
+            memory that runs out, leaves it half restored, with those seeds asleep that had another kernel; the message
+            then says so.
         FileNotFoundError: there is no such file.
     """
     model = grown_model(model, "restore")
@@ -200,23 +201,35 @@ def restore(model: MorphableModel, path: str | os.PathLike[str]) -> None:
     kernels = [_kernel(source, model, seed, tensors) for seed in record.seeds]
     for seed, kernel in zip(record.seeds, kernels, strict=True):
         try:
-            model.kasmina_layers[seed.layer].grafts.check(seed.seed_idx, kernel)
-        except EsperError as error:
+            layer = model.hosted_layer(seed.layer)
+            layer.check_host()
+            layer.grafts.check(seed.seed_idx, kernel)
+        except (EsperError, ValueError) as error:
             raise CheckpointError(f"{source}: layer '{seed.layer}', seed {seed.seed_idx}: {error}") from None
-    kept = {(seed.layer, seed.seed_idx) for seed in record.seeds if _has_kernel_of(model, seed)}
+    # Reserved memory is filled when a kernel is bound, and stays the same objects in any case.
+    kept = {(s.layer, s.seed_idx) for s in record.seeds if not model.reserve_rank and _has_kernel_of(model, s)}
+    _put_to_sleep(model, kept)
+    try:
+        for seed, kernel in zip(record.seeds, kernels, strict=True):
+            if (seed.layer, seed.seed_idx) not in kept:
+                _bind(source, model, seed, kernel)
+        _fill(source, model, tensors)
+    except BaseException as error:
+        _put_to_sleep(model, kept)
+        if isinstance(error, CheckpointError):
+            text = f"{error}. The model is half restored, and its other seeds sleep: restore again, or load"
+            raise CheckpointError(text) from None
+        raise
+
+
+def _put_to_sleep(model: MorphableModel, kept: Collection[tuple[str, int]]) -> None:
+    """Reset all seeds but ``kept``, whose loads end too."""
     for name, layer in model.kasmina_layers.items():
         for seed_idx in range(layer.num_seeds):
             if (name, seed_idx) in kept:
                 layer.overtake(seed_idx, "restored")
             else:
                 layer.reset(seed_idx, "restored")
-    try:
-        for seed, kernel in zip(record.seeds, kernels, strict=True):
-            if (seed.layer, seed.seed_idx) not in kept:
-                _bind(source, model, seed, kernel)
-        _fill(source, model, tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}. The model is half restored: its other seeds are the file's") from None
 
 
 def _check_model(path: Path, record: Record, model: MorphableModel) -> None:

@@ -82,7 +82,7 @@ class KernelRequests(nn.Module):
             LifecycleError: the seed is fossilized, culled, or already loading.
             RuntimeError: the model is trained by several ranks.
         """
-        layer = self._hosted(layer_name)
+        layer = self.hosted_layer(layer_name)
         if self._consensus is not None:
             raise RuntimeError("load_kernel() would wake the seed on this rank alone; use request_kernel() and step()")
         try:
@@ -109,7 +109,7 @@ class KernelRequests(nn.Module):
         """
         if self._closed:
             raise RuntimeError("the model is closed")
-        layer = self._hosted(layer_name)
+        layer = self.hosted_layer(layer_name)
         load = layer.begin_load(seed_idx, alpha, artifact_id, ramp_steps=ramp_steps)
         outcome: Future[bool] = Future()
         fetch = background.submit(layer.fetch(seed_idx, artifact_id))
@@ -133,7 +133,7 @@ class KernelRequests(nn.Module):
         fetch.add_done_callback(hand_over)
         return outcome
 
-    def _hosted(self, layer_name: str) -> KasminaLayer:
+    def hosted_layer(self, layer_name: str) -> KasminaLayer:
         """The layer of that name; ValueError when its host is no part of the network any more."""
         layer = self.layer(layer_name)
         host, network = layer.default_transform, self.wrapped_model

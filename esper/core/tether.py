@@ -35,7 +35,8 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, anchor: Tensor) -> Tensor:
-        return y.view_as(y)
+        # A view may not be changed in place, and a single number is what losses are scaled in.
+        return y.clone() if y.dim() == 0 else y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

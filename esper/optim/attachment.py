@@ -338,6 +338,8 @@ def _attachments_of(model: GrowingModel | None) -> list[Attachment]:
 
 def _warn_of_another_model(optimizer: Optimizer, model: GrowingModel) -> None:
     trainable = {id(p) for p in getattr(model, "parameters", list)() if p.requires_grad}
+    # Seeds that are awake join right away.
+    trainable -= {id(p) for layer in model.kasmina_layers.values() for p in layer.grafts.parameters()}
     if trainable and trainable.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
         warnings.warn(
             "the optimizer has no parameter of this model, so it trains none of what the model is now. esper.wrap "

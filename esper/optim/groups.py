@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from esper.optim.schedulers import find_schedulers, reorder_lists
+
 __all__ = [
     "SEED_KEY",
     "Place",
@@ -112,7 +114,10 @@ def innermost(optimizer: Optimizer) -> Optimizer:
 
 
 def match_groups_by_seed(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
-    """Load-time hook: bring the saved groups into the optimizer's own order, seeds by tag and the rest in sequence."""
+    """Load-time hook: bring the optimizer's groups into the saved order, seeds by tag and the rest in sequence.
+
+    Not the other way round: schedulers load what they keep of each group by its place.
+    """
     saved_groups: list[dict[str, Any]] = state["param_groups"]
     saved: dict[str, list[dict[str, Any]]] = {}
     for group in saved_groups:
@@ -135,10 +140,17 @@ def match_groups_by_seed(optimizer: Optimizer, state: dict[str, Any]) -> dict[st
             )
             + ". Rebuild the grown model first (esper.load), then attach, then load the optimizer's state."
         )
-    rest = iter([group for group in saved_groups if SEED_KEY not in group])
-    ordered = [saved[tag].pop(0) if tag is not None else next(rest, None) for tag in tags]
-    # A different number of plain groups is left for torch to refuse in its own words.
-    return {**state, "param_groups": [group for group in ordered if group is not None] + list(rest)}
+    if len(saved_groups) != len(tags):
+        return None  # another number of plain groups, which torch refuses in its own words
+    places: dict[str | None, list[int]] = {}
+    for place, tag in enumerate(tags):
+        places.setdefault(tag, []).append(place)
+    order = [places[group.get(SEED_KEY)].pop(0) for group in saved_groups]
+    if order != sorted(order):
+        optimizer.param_groups[:] = [optimizer.param_groups[place] for place in order]
+        for scheduler in find_schedulers(optimizer):
+            reorder_lists(scheduler, order)
+    return None
 
 
 def lay_out_as_parameters(optimizer: Optimizer) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["extend_lists", "find_schedulers", "shrink_lists"]
+__all__ = ["extend_lists", "find_schedulers", "reorder_lists", "shrink_lists"]
 
 #: Per-group lists that schedulers keep beside ``optimizer.param_groups``; the first kind scales with the learning rate.
 _RATE_LISTS = ("base_lrs", "max_lrs", "_last_lr")
@@ -46,6 +46,14 @@ def extend_lists(scheduler: LRScheduler, groups_before: int, ratio: float) -> No
         if isinstance(first, torch.Tensor):
             first = first.clone()
         setattr(scheduler, name, [*values, first * ratio if name in _RATE_LISTS else first])
+
+
+def reorder_lists(scheduler: LRScheduler, order: Sequence[int]) -> None:
+    """Let group i be the one that was ``order[i]``."""
+    for name in (*_RATE_LISTS, *_PLAIN_LISTS):
+        values = getattr(scheduler, name, None)
+        if isinstance(values, (list, tuple)) and len(values) == len(order):
+            setattr(scheduler, name, [values[place] for place in order])
 
 
 def shrink_lists(scheduler: LRScheduler, groups_before: int, removed: Container[int]) -> None:

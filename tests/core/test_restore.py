@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,9 @@ def test_what_is_reserved_and_what_grows_take_each_other_s_files(saved: tuple[Mo
     wide = esper.wrap(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3)), reserve_rank=4)
     narrow = esper.wrap(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3)), reserve_rank=1)
     assert wide.layer("0").commit(1, kernel("lowrank", 5, 6, rank=3), alpha=0.5)
+    with torch.no_grad():
+        for parameter in wide.layer("0").grafts.seed_parameters(1).values():
+            parameter.normal_()
     elastic = path.with_name("elastic.safetensors")
     save(wide, elastic)
     plain = esper.wrap(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3)))
@@ -219,7 +223,7 @@ def test_what_nobody_could_foresee_is_said(saved: tuple[MorphableModel, Path]) -
     weight = again.wrapped_model[0].weight.detach().clone()
     with pytest.raises(CheckpointError, match=r"layer '2', seed 0.*no more.*half restored"):
         restore(again, path)
-    assert torch.equal(again.wrapped_model[0].weight, weight)
+    assert torch.equal(again.wrapped_model[0].weight, weight) and not again.morphogenetic_active
     again(torch.randn(3, 5)).sum().backward()  # and it works
     stop()
     restore(again, path)
@@ -230,3 +234,33 @@ def test_what_is_not_wrapped_is_named(saved: tuple[MorphableModel, Path]) -> Non
     with pytest.raises(TypeError, match=r"restore needs a model that esper.wrap gave, got Sequential"):
         restore(host(), saved[1])  # type: ignore[arg-type]
     assert esper.restore is restore
+
+
+def test_a_layer_that_was_replaced_is_refused(saved: tuple[MorphableModel, Path]) -> None:
+    again = fresh()
+    again.wrapped_model[0] = nn.Linear(5, 6)
+    with pytest.raises(CheckpointError, match="layer '0', seed 1: Layer '0' was replaced after wrap"):
+        restore(again, saved[1])
+    other = fresh(preserve_original=False)
+    body = esper.unwrap(other)
+    owner = esper.wrap(body, ["0", "2", "3"], seeds_per_layer=3, preserve_original=False)
+    with pytest.raises(CheckpointError, match="was given up"):
+        restore(other, saved[1])
+    assert not any(model.morphogenetic_active for model in (again, other, owner))
+
+
+def test_reserved_memory_trains_on_as_it_did(tmp_path: Path) -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3)), reserve_rank=4)
+    assert model.layer("0").commit(1, kernel("lowrank", 5, 6, rank=3), alpha=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    esper.optim.attach(optimizer, model)
+    train(model, optimizer, seed=1)
+    save(model, tmp_path / "model.safetensors")
+    state = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, seed=2)
+    once = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, optimizer, seed=3)
+    restore(model, tmp_path / "model.safetensors")
+    optimizer.load_state_dict(state)
+    train(model, optimizer, seed=2)
+    assert [name for name, p in model.named_parameters() if not torch.equal(p, once[name])] == []

@@ -208,6 +208,52 @@ def test_two_processes_train_one_network(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     one, two = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert one == two
-    assert one["woken"] is True and one["awake"] == [1] and one["steps"] == 202 and one["end"] != one["again"]
+    assert (
+        one["joined"]
+        and one["woken"] is True
+        and one["awake"] == [1]
+        and one["steps"] == 202
+        and one["end"] != one["again"]
+    )
     assert one["refused"].startswith("2 processes need reserved memory, esper.wrap(model, reserve_rank=8)")
     assert (tmp_path / "run" / "checkpoint-200" / CHECKPOINT_NAME).is_file()
+
+
+def test_labels_of_a_causal_model_are_shifted_where_they_are_smoothed(tmp_path: Path) -> None:
+    def losses(kind: Any, model: Any) -> list[float]:
+        run = trainer(model, tmp_path, kind=kind, max_steps=2, label_smoothing_factor=0.1, logging_strategy="steps",
+                      logging_steps=1)  # fmt: skip
+        run.train()
+        return [entry["loss"] for entry in run.state.log_history if "loss" in entry] + [run.evaluate()["eval_loss"]]
+
+    plain = losses(transformers.Trainer, GPT2.make())
+    assert losses(SeededTrainer, esper.wrap(GPT2.make())) == plain
+
+
+def test_a_best_model_that_is_gone_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Lose(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for path in tmp_path.glob(f"checkpoint-*/{CHECKPOINT_NAME}"):
+                path.unlink()
+
+    run = trainer(
+        grown(), tmp_path, Lose(), max_steps=2, save_strategy="steps", save_steps=1, eval_strategy="steps",
+        eval_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    with caplog.at_level("WARNING"):
+        assert run.train().global_step == 2
+    assert f"has no {CHECKPOINT_NAME}: the model stays as training left it" in caplog.text
+
+
+def test_a_run_that_trains_seeds_alone_is_resumed(tmp_path: Path) -> None:
+    def frozen() -> Any:
+        model = grown()
+        model.wrapped_model.requires_grad_(False)
+        return model
+
+    whole = trainer(frozen(), tmp_path / "run", Grow(), save_strategy="steps", save_steps=3, max_steps=4)
+    whole.train()
+    again = trainer(frozen(), tmp_path / "again", Grow(), max_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    ours, theirs = again.model.graft_parameters(), whole.model.graft_parameters()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,21 @@ def main(folder: Path) -> None:
     torch.manual_seed(0)
     rows = [{"x": torch.randn(4), "labels": torch.tensor(i % 2)} for i in range(64)]
 
-    def trainer(name: str, *callbacks: Any, reserve_rank: int = 2, steps: int) -> Any:
+    if rank == 0:  # the other one must not come to a folder that is not there yet
+        plainly = transformers.Trainer._save
+
+        def late(*args: Any, **kwargs: Any) -> None:
+            time.sleep(0.5)
+            plainly(*args, **kwargs)
+
+        transformers.Trainer._save = late
+
+    def trainer(name: str, *callbacks: Any, reserve_rank: int = 2, steps: int, **options: Any) -> Any:
         torch.manual_seed(rank)  # DDP has all ranks begin with the first one's weights
         arguments = transformers.TrainingArguments(
             output_dir=str(folder / name), max_steps=steps, per_device_train_batch_size=2, use_cpu=True,
             report_to="none", ddp_backend="gloo", save_strategy="steps", save_steps=steps, logging_strategy="no",
-            disable_tqdm=True,
+            disable_tqdm=True, ddp_find_unused_parameters=False, **options,
         )  # fmt: skip
         model = esper.wrap(Net(), registry=registry, reserve_rank=reserve_rank)
         return SeededTrainer(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks))
@@ -74,8 +84,9 @@ def main(folder: Path) -> None:
     run = trainer("run", ask, steps=200)
     run.train()
     found = {"woken": ask.outcome.done() and ask.outcome.result(), "end": digest(run.model)}
-    again = trainer("again", steps=202)
+    again = trainer("again", steps=202, torch_compile=True, torch_compile_backend="eager")
     again.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-200"))
+    found["joined"] = again.model.consensus is not None
     found |= {
         "steps": again.state.global_step,
         "again": digest(again.model),
