@@ -88,30 +88,31 @@ def oracle(rows, seeds):
 def bounds(rows, seeds, backend, dtype):
     """How far a backend may be off, from its arithmetic.
 
-    A block of b rows is summed about a shift with unit roundoff u: (b + 4) u times the largest deviation D bounds the
-    error of its mean, and (b + 4) u (D^2 per sample) that of its M2, where D is at most twice the largest deviation
-    from the mean, because the shift is itself a sample (or a rounded mean). Blocks are joined in float64: at most
-    n / 16 joins, each of which rounds a mean of magnitude |mean| + D a few times.
+    Deviations from a shift are summed with unit roundoff u, each through at most h additions: (h + 4) u times the
+    largest deviation D bounds the error of the mean, and 3 (h + 4) u (D^2 per sample) that of M2 = S - n (mean -
+    shift)^2, whose S has one such share and whose subtrahend two. D is at most twice the largest deviation from the
+    mean, because the shift is itself a sample or a mean of some, which fewer than 16 roundings moved. Records are
+    joined in float64: at most n / 16 joins, each of which rounds a mean of magnitude |mean| + D a few times.
     """
     single = backend in ("triton", "cuda") and dtype is not torch.float64
-    u, b = (E32, kernels.BLOCK_ROWS) if single else (E64, 256)
+    u = E32 if single else E64
+    h = {"triton": kernels.DEPTH, "cuda": 64}.get(backend, 256)
     n, channels = rows.shape
     finite = np.isfinite(rows)
     values = np.where(finite, rows, 0)
     mean = values.sum(0) / np.maximum(finite.sum(0), 1)
     deviation = 2 * np.abs(np.where(finite, values - mean, 0)).max(0, initial=0)
     joins = (n / 16 + 8) * E64
-    # A rounded shift of float32 stands off the mean by u |mean|: the deviations are from there.
-    deviation = deviation + (u * np.abs(mean) if single else 0)
-    mean_bound = (b + 4) * u * deviation + joins * (np.abs(mean) + deviation)
-    m2_bound = n * ((b + 4) * u * deviation**2 + joins * deviation * (np.abs(mean) + deviation))
+    deviation = deviation + (16 * u * (np.abs(mean) + deviation) if single else 0)
+    mean_bound = (h + 4) * u * deviation + joins * (np.abs(mean) + deviation)
+    m2_bound = n * (3 * (h + 4) * u * deviation**2 + joins * deviation * (np.abs(mean) + deviation))
     row_mean, row_m2 = np.zeros(seeds), np.zeros(seeds)
     for s in range(seeds):
         begin, end = chunk_bounds(s, channels, seeds)
         width = end - begin
         row_deviation = deviation[begin:end].sum()
         level = np.abs(mean[begin:end]).sum()
-        error = (b + width + 4) * u * row_deviation + (joins + width * E64) * (level + row_deviation)
+        error = (h + width + 4) * u * row_deviation + (joins + width * E64) * (level + row_deviation)
         row_mean[s] = error
         row_m2[s] = n * 2 * error * (row_deviation + error)
     return mean_bound, m2_bound, row_mean, row_m2
@@ -219,14 +220,6 @@ def test_ten_million_samples(backend):
     x = torch.randn(10_000_000, 1) + 1e4
     features, chunks = call("channel_stats", backend, x, 1, -1)
     assert_stats(features, chunks, rows_of(x, -1), 1, backend, torch.float32)
-
-
-def test_triton_joins_many_blocks():
-    # More blocks than one program joins, twice over, at a tiny block: two levels of the tree.
-    rows = kernels.BLOCK_ROWS * (kernels.FAN_IN + 3) + 5
-    x = torch.randn(rows, 2) + 100
-    features, chunks = call("channel_stats", "triton", x, 1, -1)
-    assert_stats(features, chunks, rows_of(x, -1), 1, "triton", torch.float32)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -1,8 +1,9 @@
-"""Launches the Triton kernels of ``esper.kernels.stats``."""
+"""Launches the Triton kernels of ``esper.kernels.stats`` and ``esper.kernels.stats_records``."""
 
 from __future__ import annotations
 
 import contextlib
+import struct
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from esper.ops.stats.schema import (
     empty_accumulators,
     merge_check,
 )
+from esper.ops.stats.stripes import launch_stripes
 from esper.ops.stats.views import View, sample, view3, view_pair
 
 _OPS = ("channel_stats", "act_stats", "observe", "stats_merge", "seed_health")
-_REDUCE_BLOCK = 64
 _HEALTH_BLOCK = 128
 
 
@@ -38,11 +39,11 @@ def join_blocks(parts: tuple[Tensor, Tensor], count: int, features: Tensor, chun
 
     The caller has set the device. Without chunks (``[4, 0]``) features are joined alone.
     """
-    from esper.kernels import stats as kernels
+    from esper.kernels import stats_records as kernels
 
-    fan_in = kernels.FAN_IN
+    fan_in, block = kernels.FAN_IN, kernels.REDUCE_COLUMNS
     channels, seeds = features.shape[1], chunks.shape[1]
-    feature_programs, chunk_programs = _cdiv(channels, _REDUCE_BLOCK), _cdiv(seeds, _REDUCE_BLOCK)
+    feature_programs, chunk_programs = _cdiv(channels, block), _cdiv(seeds, block)
     step = 1
     while True:
         groups = _cdiv(_cdiv(count, step), fan_in)
@@ -58,9 +59,8 @@ def join_blocks(parts: tuple[Tensor, Tensor], count: int, features: Tensor, chun
             chunk_programs,
             LAST=groups == 1,
             FAN=fan_in,
-            BLOCK_C=_REDUCE_BLOCK,
-            num_warps=2,
-            enable_fp_fusion=False,
+            BLOCK_C=block,
+            num_warps=kernels.REDUCE_WARPS,
         )
         if groups == 1:
             return
@@ -68,45 +68,41 @@ def join_blocks(parts: tuple[Tensor, Tensor], count: int, features: Tensor, chun
 
 
 def _register() -> None:
-    from esper.kernels import stats as kernels
-
-    block_rows = kernels.BLOCK_ROWS
+    from esper.kernels import stats  # noqa: F401  # Whether it imports is the question.
+    from esper.kernels import stats_records as kernels
 
     def launch(x: Tensor, view: View, y: Tensor, y_view: View, act: int, features: Tensor, chunks: Tensor) -> None:
         """Merge the statistics of ``y`` (``x`` itself when ``act`` is 0) into ``features`` and ``chunks``."""
-        rows, seeds = view.positions, chunks.shape[1]
-        if rows == 0 or view.channels == 0:
+        rows, channels, seeds = view.positions, view.channels, chunks.shape[1]
+        if rows == 0 or channels == 0:
             return
-        blocks = _cdiv(rows, block_rows)
-        double = x.dtype is torch.float64
-        direct = blocks == 1
-        parts = (features, chunks)
-        if not direct:
-            parts = (
-                torch.empty((blocks, FEATURE_FIELDS, view.channels), dtype=torch.float64, device=x.device),
-                torch.empty((blocks, CHUNK_FIELDS, seeds), dtype=torch.float64, device=x.device),
-            )
         with _on(x):
-            kernels.stats_kernel[(blocks * seeds,)](
-                x,
-                y,
-                *parts,
-                rows,
-                view.channels,
-                view.inner,
-                *view[3:],
-                *y_view[3:],
-                seeds,
-                ACT=act,
-                DOUBLE=double,
-                DIRECT=direct,
-                BLOCK_R=block_rows,
-                BLOCK_C=kernels.BLOCK_FEATURES_DOUBLE if double else kernels.BLOCK_FEATURES,
-                num_warps=4,
-                enable_fp_fusion=False,
-            )
-            if not direct:
-                join_blocks(parts, blocks, features, chunks)
+            if rows <= kernels.WINDOW_ROWS and _cdiv(channels, seeds) <= kernels.WINDOW_WIDTH:
+                double = x.dtype is torch.float64
+                kernels.window_kernel[(seeds,)](
+                    x,
+                    y,
+                    features,
+                    chunks,
+                    rows,
+                    channels,
+                    view.inner,
+                    *view[3:],
+                    *y_view[3:],
+                    seeds,
+                    ACT=act,
+                    DOUBLE=double,
+                    BLOCK_R=kernels.WINDOW_ROWS,
+                    BLOCK_C=kernels.WINDOW_FEATURES_DOUBLE if double else kernels.WINDOW_FEATURES,
+                    num_warps=4,
+                )
+                return
+            columns, sums = launch_stripes(x, view, y, y_view, act, features, chunks)
+            # One kind at a time: there are not as many of the one as of the other.
+            if columns[1]:
+                join_blocks((columns[0], chunks), columns[1], features, chunks[:, :0])
+            if sums[1]:
+                join_blocks((features, sums[0]), sums[1], features[:, :0], chunks)
 
     @implements("channel_stats", "triton")
     def channel_stats(x: Tensor, seeds: int, channel_dim: int) -> tuple[Tensor, Tensor]:
@@ -144,22 +140,17 @@ def _register() -> None:
         with _on(features):
             join_blocks((new_features, new_chunks), 1, features, chunks)
 
-    limits: dict[tuple[float, torch.device], Tensor] = {}
-
     @implements("seed_health", "triton")
     def seed_health(features: Tensor, chunks: Tensor, eps: float) -> Tensor:
         channels, seeds = features.shape[-1], chunks.shape[-1]
         merge_check(features, chunks, channels, seeds)
         out = features.new_empty((HEALTH_FIELDS, seeds))
-        # A Python float would reach the kernel as float32. The upload happens once a device.
-        limit = limits.get((eps, features.device))
-        if limit is None:
-            limit = limits[eps, features.device] = torch.full((1,), eps, dtype=torch.float64, device=features.device)
+        (bits,) = struct.unpack("<q", struct.pack("<d", eps))
         with _on(features):
             kernels.health_kernel[(seeds,)](
                 features,
                 chunks,
-                limit,
+                bits,
                 out,
                 channels,
                 seeds,
