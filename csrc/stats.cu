@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlockRows = 64;
-constexpr int kTile = 32;    // features in shared memory at once
+constexpr int kTile = 32;    // features in shared memory at once; a warp adds their shifts
 constexpr int kFanIn = 64;   // blocks that one thread of reduce_kernel joins
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(kThreads)
     __shared__ A shift[kTile];
     __shared__ double row_sum[kBlockRows];
     __shared__ int row_bad[kBlockRows];
+    __shared__ int64_t row_in[kBlockRows], row_out[kBlockRows];  // where each row begins
     const int t = static_cast<int>(threadIdx.x);
     const int64_t block = blockIdx.x / seeds, seed = blockIdx.x % seeds;
     const int64_t channels = x.channels, total = x.outer * x.inner;
@@ -97,9 +98,11 @@ __global__ void __launch_bounds__(kThreads)
     if (t < kBlockRows) {
         row_sum[t] = 0.0;
         row_bad[t] = 0;
+        row_in[t] = row_offset(x, first_row + t);
+        if (activation != kIdentity) row_out[t] = row_offset(y, first_row + t);
     }
     const bool rows_adjacent = x.channel_stride != 1 && x.inner_stride == 1;
-    double offset = 0.0;  // thread 0: the sum of the chunk's shifts
+    double offset = 0.0;  // the first warp: the sum of the chunk's shifts
 
     for (int64_t c0 = begin; c0 < end; c0 += kTile) {
         const int width = static_cast<int>(end - c0 < kTile ? end - c0 : kTile);
@@ -108,10 +111,9 @@ __global__ void __launch_bounds__(kThreads)
             // Neighbouring threads read neighbouring addresses, whichever way the tensor lies.
             const int f = rows_adjacent ? i / kBlockRows : i % kTile, r = rows_adjacent ? i % kBlockRows : i / kTile;
             if (f < width && r < count) {
-                const int64_t a = (first_row + r) / x.inner, b = (first_row + r) % x.inner;
-                A value = widen(in[a * x.outer_stride + (c0 + f) * x.channel_stride + b * x.inner_stride]);
+                A value = widen(in[row_in[r] + (c0 + f) * x.channel_stride]);
                 if (activation != kIdentity) {
-                    T* const to = out + a * y.outer_stride + (c0 + f) * y.channel_stride + b * y.inner_stride;
+                    T* const to = out + row_out[r] + (c0 + f) * y.channel_stride;
                     narrow(activate(activation, value), to);
                     value = widen(*to);
                 }
@@ -170,8 +172,7 @@ __global__ void __launch_bounds__(kThreads)
                 row_bad[r] |= bad;
             }
         }
-        if (t == 0)
-            for (int f = 0; f < width; ++f) offset += static_cast<double>(shift[f]);
+        if (t < 32) offset += sum_over(t < width ? static_cast<double>(shift[t]) : 0.0, 32);
     }
     __syncthreads();
     if (t < 32) {

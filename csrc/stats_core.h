@@ -24,6 +24,13 @@ struct View {
     int64_t outer_stride, channel_stride, inner_stride;
 };
 
+// Elements from a view's first row to another; dividing 64-bit integers is slow, and most views need not.
+ESPER_HD int64_t row_offset(const View& view, int64_t row) {
+    if (view.inner == 1) return row * view.outer_stride;
+    const int64_t outer = row / view.inner;
+    return outer * view.outer_stride + (row - outer * view.inner) * view.inner_stride;
+}
+
 struct Moments {
     double n, mean, m2;
 };

@@ -11,7 +11,7 @@ h never reaches memory, so a fault cannot be undone here: ``graft_blame_kernel``
 and in front of them this kernel once more with GUARDED, which writes h, if there was one.
 
 With STATS each tile leaves its features' count, mean, M2, largest size and count of non-finite values behind, which
-``stats.reduce_kernel`` joins in a fixed order.
+``stats_records.reduce_kernel`` joins in a fixed order.
 """
 
 import triton
@@ -32,7 +32,7 @@ from .graft_math import (
 
 #: z of the seeds: there is none, computed beside the product, or given.
 NO_GRAFT, Z_INLINE, Z_GIVEN = (tl.constexpr(i) for i in range(3))
-#: Numbers a feature has in the statistics, as ``stats.py`` has them.
+#: Numbers a feature has in the statistics, as ``stats_records.py`` has them.
 FIELDS = tl.constexpr(5)
 
 SIZES = ["rows", "d_in", "d_out", "ranks", "seeds", "groups", "x_row", "w_row", "y_row", "z_row"]

@@ -38,12 +38,12 @@ def _tanh(x, DOUBLE: tl.constexpr):
 
 @triton.jit
 def _gelu_single(x, COARSE: tl.constexpr):
-    """x times the share q of a normal distribution above or below it, without a branch and without cancellation.
+    """Returns x times the share q of a normal distribution below it, without a branch and without cancellation.
 
     For w = ``|x|`` and t = 1 / (1 + a w), log2(q / t) + w^2 log2(e) / 2 is smooth in t on [0, 1], and so a polynomial
     (Chebyshev's, as in Numerical Recipes' ``erfcc``, fitted for w up to 15, where q is below the smallest float32).
-    Its error in q is 9e-8 q, and with COARSE, for what is rounded to 16 bits, 8e-6 q, a sixtieth of half an ulp of
-    float16. Rounding adds half an ulp of the exponent, w^2 / 2 of float32's u times q.
+    Its error in q is 9e-8 q, and with COARSE, for what is rounded to 16 bits, 8e-6 q, a thirtieth of half an ulp of
+    float16. Rounding adds some ulps, and w^2 / 2 of them for the exponent's.
     """
     w = tl.abs(x)
     if COARSE:
@@ -125,9 +125,7 @@ def put_column(at, stride, mask, n, mean, m2, absmax, bad, DIRECT: tl.constexpr)
 def put_chunk(at, stride, mask, n, mean, m2, skipped, DIRECT: tl.constexpr):
     """As :func:`put_column`, of several seeds, or of one with the mask None."""
     if DIRECT:
-        n, mean, m2 = merge(
-            tl.load(at, mask), tl.load(at + stride, mask), tl.load(at + 2 * stride, mask), n, mean, m2
-        )
+        n, mean, m2 = merge(tl.load(at, mask), tl.load(at + stride, mask), tl.load(at + 2 * stride, mask), n, mean, m2)
         skipped += tl.load(at + 3 * stride, mask)
     tl.store(at, n, mask)
     tl.store(at + stride, mean, mask)

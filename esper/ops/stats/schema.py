@@ -75,7 +75,7 @@ FEATURE_FIELDS = len(Field)
 CHUNK_FIELDS = len(ChunkField)
 HEALTH_FIELDS = len(HealthField)
 
-#: Name of each activation to its code in ``csrc/stats_core.h`` and ``kernels/stats.py``.
+#: Name of each activation to its code in ``csrc/stats_core.h`` and ``kernels/stats_math.py``.
 ACTIVATIONS = {"relu": 1, "gelu": 2, "gelu_tanh": 3, "tanh": 4, "sigmoid": 5, "silu": 6}
 
 

@@ -75,7 +75,8 @@ def plan(x: Tensor, view: View, y: Tensor, y_view: View, seeds: int) -> Plan:
         even = even and near % elements == 0 and all(c % elements == 0 for _, _, c in strides)
     elif all(c == 1 for _, _, c in strides):
         unit = kernels.FEATURES.value
-        even = even and channels % seeds == 0 and width % elements == 0 and all(n % elements == 0 for _, n, _ in strides)
+        even = even and all(n % elements == 0 for _, n, _ in strides)
+        even = even and channels % seeds == 0 and width % elements == 0
     else:
         unit, even = kernels.APART.value, False
     blocks = kernels.stripe_blocks(_TRITON_TYPES[x.dtype], unit, even, width, near)
@@ -83,7 +84,7 @@ def plan(x: Tensor, view: View, y: Tensor, y_view: View, seeds: int) -> Plan:
     total = far * _cdiv(near, blocks["BLOCK_R"])
     share = max(1, total * seeds * tiles // _PROGRAMS)
     turns = min(kernels.MOST_TURNS.value, 1 << (share.bit_length() - 1))
-    return Plan(far, near, *strides, blocks, unit, tiles, turns, _cdiv(total, turns))
+    return Plan(far, near, strides[0], strides[1], blocks, unit, tiles, turns, _cdiv(total, turns))
 
 
 def launch_stripes(

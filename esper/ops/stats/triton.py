@@ -12,8 +12,6 @@ from torch import Tensor
 from esper.ops.registry import implements, unavailable
 from esper.ops.stats.schema import (
     ACTIVATIONS,
-    CHUNK_FIELDS,
-    FEATURE_FIELDS,
     HEALTH_FIELDS,
     empty_accumulators,
     merge_check,
