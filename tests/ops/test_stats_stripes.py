@@ -127,3 +127,19 @@ def test_eps_reaches_the_kernel_in_full():
     assert call("seed_health", "triton", features, chunks, 0.0)[3, 0] == 0
     assert call("seed_health", "triton", features, chunks, 5e-324)[3, 0] == 0
     assert call("seed_health", "triton", features, chunks, -1.0)[3, 0] == 0
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")
+@pytest.mark.parametrize("rows", [20, 80])
+def test_gelu_keeps_its_digits_far_below_zero(rows):
+    # Both kernels. 1 + erf has none left at -6; erfc, whose exponent is off by w^2 u for w = |x|, has nearly all. A
+    # polynomial of nine terms, coefficients that add up to 12 and an exponential good to 2 ulps make the rest: 64 u.
+    x = torch.linspace(-12, 12, rows * 50).reshape(rows, 50)
+    y, _, _ = call("act_stats", "triton", x, "gelu", 1, -1)
+    wide = x.double()
+    exact = wide * 0.5 * torch.special.erfc(wide * -math.sqrt(0.5))
+    assert ((y.double() - exact).abs() <= (64 + 2 * wide**2) * 2.0**-24 * exact.abs()).all()
+    edge = torch.tensor([math.inf, -math.inf, math.nan, 0.0]).expand(rows, 4).contiguous()
+    y, features, _ = call("act_stats", "triton", edge, "gelu", 1, -1)
+    assert y[0, 0] == math.inf and y[0, 1:3].isnan().all() and y[0, 3] == 0  # as the CPU's
+    assert features[4].tolist() == [rows, rows, rows, 0]
