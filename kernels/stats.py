@@ -35,14 +35,14 @@ from .stats_math import activate, put_chunk, put_column, row_moments, widen
 
 #: Warps of a program, and as many registers as let two of them share a multiprocessor.
 WARPS = 8
-OPTIONS = {"num_warps": WARPS, "maxnreg": 128}
+OPTIONS = {"num_warps": WARPS, "maxnreg": 128, "enable_fp_fusion": True}
 #: Blocks of rows in a stripe at most, and additions that a value's share in a stripe's sum goes through: one a block,
 #: and fewer than 16 for all the tree within a block.
 MOST_TURNS = tl.constexpr(64)
 DEPTH = MOST_TURNS.value + 16
-#: Constants of ``join_kernel``, and its warps.
+#: Constants of ``join_kernel``, and how it is launched.
 JOIN = {"FAN": 64, "BLOCK_C": 16, "BLOCK_P": 256, "BLOCK_T": 8}
-JOIN_WARPS = 4
+JOIN_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 #: Which elements lie side by side: none, features, or rows.
 APART, FEATURES, ROWS = (tl.constexpr(i) for i in range(3))
 
@@ -158,7 +158,9 @@ def stats_kernel(
     largest = 1.7976931348623157e308 if DOUBLE else 3.4028234663852886e38
     axis: tl.constexpr = 1 if UNIT == ROWS else 0
     pid = tl.program_id(0).to(tl.int64)
+    # Products of these with a block's rows may need 64 bits.
     far, near = tl.cast(far, tl.int64), tl.cast(near, tl.int64)
+    x_near, y_near = tl.cast(x_near, tl.int64), tl.cast(y_near, tl.int64)
     tile = pid % (seeds * tiles)
     stripe = pid // (seeds * tiles)
     stripes = tl.num_programs(0).to(tl.int64) // (seeds * tiles)
@@ -199,12 +201,12 @@ def stats_kernel(
         raw = tl.load(x_first + (turn // blocks * x_far + first * x_near) + x_lanes, mask=mask, other=0.0)
         value = widen(_stored(raw, y.dtype.element_ty, ACT, DOUBLE), acc)
         ok = (tl.abs(value) <= largest) & mask
-        count = tl.sum(ok.to(tl.int32), 0)
+        found = tl.sum(ok.to(tl.int32), 0)
         # Scaled before they are added: a sum of large values would overflow.
-        each = 1.0 / tl.maximum(count, 1).to(acc)
+        each = 1.0 / tl.maximum(found, 1).to(acc)
         mean = tl.sum(tl.where(ok, value, 0.0) * each[None, :], 0)
         shift = tl.where(seen == 0, mean, shift)
-        seen += count
+        seen += found
         lacking = tl.max((seen == 0).to(tl.int32), 0)
         turn += 1
 
@@ -448,7 +450,7 @@ def _join_case(dtype: str, last: bool) -> tuple[object, ...]:
     names = (*_SIZES, "seeds", "tiles", "turns", "stripes", "feature_programs", "parts")
     blocks = stripe_blocks(dtype, 1, True, 1024, 4096)
     constants = {"LAST_FEATURES": last, "LAST_CHUNKS": False, "BLOCK_R": blocks["BLOCK_R"], "COLS": blocks["COLS"]}
-    return join_kernel, signature | dict.fromkeys(names, "i64"), constants | JOIN, {"num_warps": JOIN_WARPS}
+    return join_kernel, signature | dict.fromkeys(names, "i64"), constants | JOIN, JOIN_OPTIONS
 
 
 AOT = [

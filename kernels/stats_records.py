@@ -17,10 +17,11 @@ WINDOW_FEATURES = 32
 WINDOW_FEATURES_DOUBLE = 16
 #: Features of a chunk at most: a program takes them one block after the other.
 WINDOW_WIDTH = 1024
-#: Records that one program of ``reduce_kernel`` joins, of so many features or seeds, and its warps.
+#: Records that one program of ``reduce_kernel`` joins, of so many features or seeds.
 FAN_IN = 64
 REDUCE_COLUMNS = 16
-REDUCE_WARPS = 4
+#: How the two are launched.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -243,7 +244,7 @@ def _window_case(dtype: str, act: int) -> tuple[object, ...]:
     double = dtype == "fp64"
     columns = WINDOW_FEATURES_DOUBLE if double else WINDOW_FEATURES
     constants = {"ACT": act, "DOUBLE": double, "BLOCK_R": WINDOW_ROWS, "BLOCK_C": columns}
-    return window_kernel, pointers | dict.fromkeys(_SIZES, "i64"), constants, {"num_warps": 4}
+    return window_kernel, pointers | dict.fromkeys(_SIZES, "i64"), constants, OPTIONS
 
 
 _RECORDS = dict.fromkeys(("features", "chunks", "into_features", "into_chunks"), "*fp64")
@@ -257,7 +258,7 @@ AOT = [
             reduce_kernel,
             _RECORDS | dict.fromkeys(_REDUCE, "i64"),
             {"LAST": last, "FAN": FAN_IN, "BLOCK_C": REDUCE_COLUMNS},
-            {"num_warps": REDUCE_WARPS},
+            OPTIONS,
         )
         for last in (False, True)
     ),

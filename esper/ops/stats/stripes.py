@@ -124,6 +124,6 @@ def launch_stripes(
     kernels.join_kernel[(groups * programs + slots * seeds,)](
         columns, sums, bases, into_features, into_chunks, p.far, p.near, channels, seeds, tiles, p.turns, stripes,
         programs, parts, LAST_FEATURES=groups == 1, LAST_CHUNKS=slots == 1, BLOCK_R=p.blocks["BLOCK_R"],
-        COLS=p.blocks["COLS"], **join, num_warps=kernels.JOIN_WARPS,
+        COLS=p.blocks["COLS"], **join, **kernels.JOIN_OPTIONS,
     )  # fmt: skip
     return (into_features, 0 if groups == 1 else groups), (into_chunks, 0 if slots == 1 else slots)

@@ -58,7 +58,7 @@ def join_blocks(parts: tuple[Tensor, Tensor], count: int, features: Tensor, chun
             LAST=groups == 1,
             FAN=fan_in,
             BLOCK_C=block,
-            num_warps=kernels.REDUCE_WARPS,
+            **kernels.OPTIONS,
         )
         if groups == 1:
             return
@@ -92,7 +92,7 @@ def _register() -> None:
                     DOUBLE=double,
                     BLOCK_R=kernels.WINDOW_ROWS,
                     BLOCK_C=kernels.WINDOW_FEATURES_DOUBLE if double else kernels.WINDOW_FEATURES,
-                    num_warps=4,
+                    **kernels.OPTIONS,
                 )
                 return
             columns, sums = launch_stripes(x, view, y, y_view, act, features, chunks)
