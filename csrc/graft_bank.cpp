@@ -11,16 +11,13 @@
 
 #include "graft_core.h"
 #include "graft_simd.h"
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 namespace esper::graft {
 namespace {
 
 template <typename T>
 T* scratch(int which, std::size_t size) {
-    thread_local std::vector<T> buffers[5];
+    thread_local std::vector<T> buffers[4];
     auto& buffer = buffers[which];
     if (buffer.size() < size) buffer.resize(size);
     return buffer.data();
@@ -33,9 +30,6 @@ struct Products {
                std::int64_t nj, std::int64_t k0, std::int64_t k1, T* out, std::int64_t ldo);
     bool (*nn)(const Nn<T>& p, std::int64_t ni, std::int64_t c0, std::int64_t c1);
     bool (*scan)(const T* values, std::int64_t count);
-    // b as its columns, for `nn` in place of `nt`; null where that does not pay.
-    void (*turn)(const T* b, std::int64_t ldb, const std::int32_t* rows, std::int64_t nj, std::int64_t k0, std::int64_t k1, T* out) =
-        nullptr;
 };
 
 #define ESPER_PRODUCTS(name, attributes, bytes)                                                                       \
@@ -56,7 +50,7 @@ struct Products {
         }                                                                                                             \
         template <typename T>                                                                                         \
         static constexpr Products<T> all() {                                                                          \
-            return {nt<T>, nn<T>, scan<T>, nullptr};                                                                  \
+            return {nt<T>, nn<T>, scan<T>};                                                                           \
         }                                                                                                             \
     };
 
@@ -65,23 +59,9 @@ ESPER_PRODUCTS(Baseline, , 16)
 #define ESPER_HAS_X86_PRODUCTS 1
 ESPER_PRODUCTS(Avx2, __attribute__((target("avx2,fma"), flatten)), 32)
 ESPER_PRODUCTS(Avx512, __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"), flatten)), 64)
-
-__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"), flatten)) void turn(
-    const float* b, std::int64_t ldb, const std::int32_t* rows, std::int64_t nj, std::int64_t k0, std::int64_t k1, float* out) {
-    turn_rows<Vec<float, 64>::type>(b, ldb, rows, nj, k0, k1, out);
-}
-
-// Zen 3 and 4: what a 64-byte register holds is worked on in two halves. There a product of rows with rows is at the processor's
-// peak as it is, and to turn one of them would only cost.
-bool in_halves() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d)) return false;
-    return ((a >> 8) & 0xf) + ((a >> 20) & 0xff) == 0x19;
-}
 #endif
 #undef ESPER_PRODUCTS
 
-// What this processor has of what the products are compiled for; the last is what it is best at.
 std::vector<std::string> supported() {
     std::vector<std::string> names{"baseline"};
 #ifdef ESPER_HAS_X86_PRODUCTS
@@ -89,10 +69,8 @@ std::vector<std::string> supported() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         names.push_back("avx2");
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512bw")) {
-            names.insert(names.end(), {"avx512", "avx512 turned"});
-            if (in_halves()) std::swap(names[2], names[3]);
-        }
+            __builtin_cpu_supports("avx512bw"))
+            names.push_back("avx512");
     }
 #endif
     return names;
@@ -103,11 +81,6 @@ Products<T> products_named(const std::string& name) {
 #ifdef ESPER_HAS_X86_PRODUCTS
     if (name == "avx2") return Avx2::all<T>();
     if (name == "avx512") return Avx512::all<T>();
-    if (name == "avx512 turned") {
-        Products<T> found = Avx512::all<T>();
-        if constexpr (sizeof(T) == 4) found.turn = turn;
-        return found;
-    }
 #endif
     return Baseline::all<T>();
 }
@@ -119,24 +92,10 @@ Products<T>& products() {
     return chosen;
 }
 
-// A product of rows with rows reads all of a again for every four rows of b. Where that is more than the first cache holds, and there
-// are rows enough, it pays to turn b, so that a is read once: 45 us became 27 at 64 x 1024 with 32 rows on an Intel server of 2023.
-constexpr std::int64_t kTurnedRows = 32, kTurnedLength = 512;
-
-template <typename T>
-bool turns(std::int64_t ni, std::int64_t nj, std::int64_t length) {
-    return products<T>().turn != nullptr && ni >= kTurnedRows && length >= kTurnedLength && length % 16 == 0 && nj % 16 == 0;
-}
-
 template <typename T>
 void nt(const T* a, std::int64_t lda, const T* b, std::int64_t ldb, const std::int32_t* rows, std::int64_t ni,
         std::int64_t nj, std::int64_t k0, std::int64_t k1, T* out, std::int64_t ldo) {
-    const Products<T>& p = products<T>();
-    const std::int64_t length = k1 - k0;
-    if (!turns<T>(ni, nj, length)) return p.nt(a, lda, b, ldb, rows, ni, nj, k0, k1, out, ldo);
-    T* turned = scratch<T>(4, static_cast<std::size_t>(nj * length));
-    p.turn(b, ldb, rows, nj, k0, k1, turned);
-    p.nn({a + k0, lda, 1, turned, nj, nullptr, length, out, ldo, nullptr, T(0)}, ni, 0, nj);
+    products<T>().nt(a, lda, b, ldb, rows, ni, nj, k0, k1, out, ldo);
 }
 
 template <typename T>
@@ -266,16 +225,15 @@ std::vector<std::int32_t> Bank::live_rows(const T* table) const {
     return rows;
 }
 
-// So much of x is worked on at a time: it stays in the second-level cache while all of down passes over it. Where down is turned, x
-// passes once.
-constexpr std::int64_t kBlockBytes = 128 << 10;
+// So much of x is worked on at a time: it stays in the second-level cache while all of down passes over it.
+constexpr std::int64_t kBlockBytes = 256 << 10;
 constexpr std::int64_t kLeastRows = 12;  // some of every tile, whatever the width
 
 template <typename T>
 bool Bank::forward(const T* x, const T* h, T* y, const T* down, const T* up, const T* bias, const T* table,
                    std::int64_t n) const {
     const std::int64_t row_bytes = static_cast<std::int64_t>(sizeof(T)) * std::max<std::int64_t>(d_in_, 1);
-    const std::int64_t block = turns<T>(n, rows_, d_in_) ? n : std::max(kLeastRows, kBlockBytes / row_bytes);
+    const std::int64_t block = std::max(kLeastRows, kBlockBytes / row_bytes);
     bool finite = true;
     for (std::int64_t i = 0; i < n; i += block)
         finite &= forward_rows(x + i * d_in_, h + i * d_out_, y + i * d_out_, down, up, bias, table, std::min(block, n - i));

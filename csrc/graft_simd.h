@@ -81,31 +81,6 @@ ESPER_HD V quarter_sums(const V* v) {
     return pairs_low(first, second) + pairs_high(first, second);
 }
 
-// 16 rows of 16 floats, row(i) where one begins, as columns.
-template <typename V, typename Row>
-ESPER_HD void turn_block(const Row& row, float* to, std::int64_t ldo) {
-    V a[16], b[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) a[i] = load<float, 64>(row(i));
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) b[i] = lanes_low(a[i], a[i + 1]), b[i + 1] = lanes_high(a[i], a[i + 1]);
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = pairs_low(b[i], b[i + 2]), a[i + 1] = pairs_high(b[i], b[i + 2]);
-        a[i + 2] = pairs_low(b[i + 1], b[i + 3]), a[i + 3] = pairs_high(b[i + 1], b[i + 3]);
-    }
-    // a[4 g + c]: of the rows 4 g to 4 g + 3 the columns c, 4 + c, 8 + c, 12 + c, one a quarter.
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-        const V even0 = quarters_even(a[c], a[4 + c]), even1 = quarters_even(a[8 + c], a[12 + c]);
-        const V odd0 = quarters_odd(a[c], a[4 + c]), odd1 = quarters_odd(a[8 + c], a[12 + c]);
-        store<float, 64>(to + c * ldo, quarters_even(even0, even1));
-        store<float, 64>(to + (4 + c) * ldo, quarters_even(odd0, odd1));
-        store<float, 64>(to + (8 + c) * ldo, quarters_odd(even0, even1));
-        store<float, 64>(to + (12 + c) * ldo, quarters_odd(odd0, odd1));
-    }
-}
-
 // The sums of the lanes of four vectors.
 template <typename T, int Bytes>
 ESPER_HD void lane_sums(const typename Vec<T, Bytes>::type* v, T* out) {
@@ -219,15 +194,6 @@ ESPER_HD void product_nt(const T* a, std::int64_t lda, const T* b, std::int64_t 
         for (; i + 2 <= ni; i += 2) ragged_nt<T, Bytes, 2>(a + i * lda, lda, bp, k0, k1, to + i * ldo, ldo, used);
         if (i < ni) ragged_nt<T, Bytes, 1>(a + i * lda, lda, bp, k0, k1, to + i * ldo, ldo, used);
     }
-}
-
-// b as its columns: out[k - k0][j] = b[rows[j]][k] for k in [k0, k1), all numbers that 16 divides. Without rows, row j is j.
-template <typename V>
-ESPER_HD void turn_rows(const float* b, std::int64_t ldb, const std::int32_t* rows, std::int64_t nj, std::int64_t k0, std::int64_t k1,
-                        float* out) {
-    for (std::int64_t j = 0; j < nj; j += 16)
-        for (std::int64_t k = k0; k < k1; k += 16)
-            turn_block<V>([&](int i) { return b + (rows ? rows[j + i] : j + i) * ldb + k; }, out + (k - k0) * nj + j, nj);
 }
 
 // What product_nn works on; see there.

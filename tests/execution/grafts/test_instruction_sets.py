@@ -14,10 +14,10 @@ module: Any = native.load()
 if module is None or not hasattr(module, "graft_instruction_sets"):
     pytest.skip("esper._native is not built, or older than this checkout", allow_module_level=True)
 
-COMPILED = ("baseline", "avx2", "avx512", "avx512 turned")
+COMPILED = ("baseline", "avx2", "avx512")
 SEEDS = 3
 #: rows, d_in, d_out, ranks: nothing fits a tile, everything fits, less than one register, one row, no row, several
-#: blocks of rows; long rows that pay to be turned, some that do not fit, and rows that are left over.
+#: blocks of rows; long rows, whole tiles of them and some that are left over.
 SIZES = [
     (7, 37, 53, (5, 3, 6)),
     (24, 64, 96, (8, 8, 8)),
