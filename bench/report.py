@@ -50,7 +50,7 @@ COLOURS = {
     "compiled": "#009E73",
 }
 #: Width and batch, and seeds, of the comparison's short table.
-SHORT_SIZES = ((64, 8), (64, 512), (256, 8), (256, 512), (1024, 8), (1024, 512), (4096, 8), (4096, 512))
+SHORT_SIZES = ((64, 8), (64, 512), (256, 8), (256, 512), (1024, 8), (1024, 512), (1024, 8192), (4096, 1))
 SHORT_SEEDS = (1, 4)
 _MODES = ("forward", "step")
 _SIZE = re.compile(r"compare/(\d+)x(\d+)/seeds-(\d+)/(\w+)")
