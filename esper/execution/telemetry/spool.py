@@ -88,6 +88,7 @@ class Spool:
         self._size = 0
         self._next = 0
         self._file: int | None = None
+        self._lock: int | None = None
         self._pid = os.getpid()
         #: Records of tags that were dropped since :meth:`take_dropped`: (own, taken over).
         self._dropped: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
@@ -273,19 +274,25 @@ class Spool:
     # -- the end -----------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Let go of the folder: what is in it is the next process's. An empty one is removed."""
+        """Let go of the folder: what is in it is the next process's. An empty one is removed. Once is enough."""
         self._close_file()
-        if os.getpid() != self._pid:
-            return  # a forked child: the folder is its parent's
+        if os.getpid() != self._pid or self._lock is None:
+            return  # in a forked child the folder is its parent's
         if not len(self):
             shutil.rmtree(self._folder, ignore_errors=True)
-        _close(self._lock)
+        self._unlock()
 
     def forget(self) -> None:
         """In a forked child: close what was inherited; the parent keeps its lock."""
         self._close_file()
-        _close(self._lock)
+        self._unlock()
         self._segments.clear()
+
+    def _unlock(self) -> None:
+        # A number that is closed may be somebody else's file by the next time.
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            _close(lock)
 
     def _close_file(self) -> None:
         if self._file is not None:

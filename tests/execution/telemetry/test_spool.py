@@ -204,3 +204,19 @@ def test_a_stranger_in_the_root_is_left_alone(tmp_path: Path) -> None:
     assert len(Spool(tmp_path, BIG)) == 0
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (tmp_path / "folder").is_dir()
+
+
+def test_closed_twice_it_closes_nobody_else_s_file(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool", BIG)
+    lock = spool._lock
+    spool.close()
+    other = (tmp_path / "other").open("w")
+    try:
+        assert other.fileno() == lock, "the number is given out again"
+        spool.close()
+        spool.forget()
+        other.write("still open")
+        other.flush()
+    finally:
+        other.close()
+    assert (tmp_path / "other").read_text() == "still open"
