@@ -42,43 +42,28 @@ ESPER_HD V shuffled(V v, V w) {
 #endif
 }
 
-// Halves of two vectors of 16 floats in one: lanes in turn, pairs of lanes in turn, and quarters, always within a quarter but for the last.
+// Steps towards the sums of the lanes of several vectors of 16 floats: each makes one of two, with the sums of both, by adding
+// neighbouring lanes, pairs of lanes, and quarters.
 template <typename V>
-ESPER_HD V lanes_low(V v, V w) {
-    return shuffled<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(v, w);
+ESPER_HD V add_lanes(V v, V w) {
+    return shuffled<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(v, w) +
+           shuffled<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(v, w);
 }
 template <typename V>
-ESPER_HD V lanes_high(V v, V w) {
-    return shuffled<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(v, w);
+ESPER_HD V add_pairs(V v, V w) {
+    return shuffled<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>(v, w) +
+           shuffled<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(v, w);
 }
-template <typename V>
-ESPER_HD V pairs_low(V v, V w) {
-    return shuffled<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>(v, w);
-}
-template <typename V>
-ESPER_HD V pairs_high(V v, V w) {
-    return shuffled<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(v, w);
-}
-template <typename V>
-ESPER_HD V quarters_even(V v, V w) {
-    return shuffled<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(v, w);
-}
-template <typename V>
-ESPER_HD V quarters_odd(V v, V w) {
-    return shuffled<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(v, w);
-}
-
-// Steps towards the sums of the lanes of several vectors: each makes one of two, with the sums of both.
 template <typename V>
 ESPER_HD V add_quarters(V v, V w) {
-    return quarters_even(v, w) + quarters_odd(v, w);
+    return shuffled<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(v, w) +
+           shuffled<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(v, w);
 }
 
 // Of four vectors: in each quarter the sums of its lanes, one a vector.
 template <typename V>
 ESPER_HD V quarter_sums(const V* v) {
-    const V first = lanes_low(v[0], v[1]) + lanes_high(v[0], v[1]), second = lanes_low(v[2], v[3]) + lanes_high(v[2], v[3]);
-    return pairs_low(first, second) + pairs_high(first, second);
+    return add_pairs(add_lanes(v[0], v[1]), add_lanes(v[2], v[3]));
 }
 
 // The sums of the lanes of four vectors.
@@ -218,26 +203,26 @@ ESPER_HD void tile_nn(const Nn<T>& p, std::int64_t i0, std::int64_t c, std::int6
     constexpr std::int64_t W = Vec<T, Bytes>::width;
     const V zero = {};
     V sum[TI][TC];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int i = 0; i < TI; ++i)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int v = 0; v < TC; ++v)
             sum[i][v] = p.start ? load<T, Bytes>(p.start + (i0 + i) * p.ldo + c + v * W) * p.factor : -zero;
     for (std::int64_t j = 0; j < p.nj; ++j) {
         const T* bp = p.b + (p.rows ? p.rows[j] : j) * p.ldb + at;
         V bv[TC];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int v = 0; v < TC; ++v) bv[v] = load<T, Bytes>(bp + v * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int i = 0; i < TI; ++i) {
             const T w = p.a[(i0 + i) * p.si + j * p.sj];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
             for (int v = 0; v < TC; ++v) sum[i][v] += w * bv[v];
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int i = 0; i < TI; ++i)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int v = 0; v < TC; ++v) {
             check += sum[i][v] * T(0);
             store<T, Bytes>(p.out + (i0 + i) * p.ldo + c + v * W, sum[i][v]);
@@ -265,8 +250,6 @@ ESPER_HD void panel_nn(const Nn<T>& given, std::int64_t ni, std::int64_t c, type
         p.b = packed, p.ldb = width, p.rows = nullptr, at = 0;
     }
     std::int64_t i = 0;
-    if constexpr (Bytes == 64 && TC <= 2)
-        for (; i + 8 <= ni; i += 8) tile_nn<T, Bytes, 8, TC>(p, i, c, at, check);
     for (; i + 4 <= ni; i += 4) tile_nn<T, Bytes, 4, TC>(p, i, c, at, check);
     if (ni - i >= 2) {
         tile_nn<T, Bytes, 2, TC>(p, i, c, at, check);

@@ -139,18 +139,15 @@ class SeededTrainer(transformers.Trainer):
             self.label_smoother = shifting
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        if not isinstance(self.model, MorphableModel):  # which __init__ refuses later
-            found: dict[str, Any] = super()._build_accelerator_args(**kwargs)
-            return found
         with self._host_in_place():  # whose class decides how DDP is set up
-            found = super()._build_accelerator_args(**kwargs)
+            found: dict[str, Any] = super()._build_accelerator_args(**kwargs)
             return found
 
     @contextlib.contextmanager
     def _host_in_place(self) -> Iterator[None]:
         """While the base looks at its model's class, it sees the host."""
-        grown = self._grown
-        self.model = grown.wrapped_model
+        grown: Any = self.model
+        self.model = getattr(grown, "wrapped_model", grown)  # what is not wrapped is refused at the end of __init__
         try:
             yield
         finally:

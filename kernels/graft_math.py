@@ -25,7 +25,9 @@ def sigmoid(v):
 @triton.jit
 def tanh(v):
     """Hyperbolic tangent, with the digits near 0."""
-    # Near 0 the quotient cancels; there the odd series has the digits: its next term is 7e-11 of the sum at 0.3.
+    # Near 0 the quotient cancels; there the odd series has the digits: its next term is 7e-11 of the sum at 0.3, and
+    # 2e-27 at 0.02.
+    near_zero: tl.constexpr = 0.02 if v.dtype == tl.float64 else 0.3
     e = tl.exp(-2.0 * tl.abs(v))
     far = (1.0 - e) / (1.0 + e)
     s = v * v
@@ -41,7 +43,7 @@ def tanh(v):
             )
         )
     )
-    return tl.where(tl.abs(v) < 0.3, v * near, tl.where(v < 0.0, -far, far))
+    return tl.where(tl.abs(v) < near_zero, v * near, tl.where(v < 0.0, -far, far))
 
 
 @triton.jit

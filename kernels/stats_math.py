@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .graft_math import tanh
+
 
 @triton.jit
 def merge(n0, mean0, m20, n1, mean1, m21):
@@ -11,29 +13,6 @@ def merge(n0, mean0, m20, n1, mean1, m21):
     weight = tl.where(n > 0.0, n1 / tl.where(n > 0.0, n, 1.0), 0.0)
     delta = mean1 - mean0
     return n, mean0 + delta * weight, m20 + m21 + delta * delta * (n0 * weight)
-
-
-@triton.jit
-def _tanh(x, DOUBLE: tl.constexpr):
-    # Near 0 the quotient cancels; there the odd series has the digits: its next term is 7e-11 of the sum at 0.3, and
-    # 2e-27 at 0.02.
-    near_zero = 0.02 if DOUBLE else 0.3
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    s = x * x
-    near = 1.0 + s * (
-        -0.3333333333333333
-        + s
-        * (
-            0.13333333333333333
-            + s
-            * (
-                -0.05396825396825397
-                + s * (0.021869488536155203 + s * (-0.008863235529902197 + s * 0.003592128036572481))
-            )
-        )
-    )
-    return tl.where(tl.abs(x) < near_zero, x * near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
@@ -82,7 +61,7 @@ def activate(x, ACT: tl.constexpr, DOUBLE: tl.constexpr, COARSE: tl.constexpr):
     elif ACT == 3:  # gelu, tanh form: 0.5 (1 + tanh u) is sigmoid(2 u)
         return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
     elif ACT == 4:  # tanh
-        return _tanh(x, DOUBLE)
+        return tanh(x)
     elif ACT == 5:  # sigmoid
         return 1.0 / (1.0 + tl.exp(-x))
     else:  # silu

@@ -159,12 +159,7 @@ def load(
             _bind(source, model, seed, _kernel(source, model, seed, tensors))
         _fill(source, model, tensors)
     except BaseException:
-        for layer in model.kasmina_layers.values():
-            for seed_idx in layer.grafts.bound:
-                layer.state_layout.reset_seed(seed_idx)
-                layer.grafts.unbind(seed_idx)
-            layer.disarm_probe()
-            layer.hold_path(False)  # gives the host its own forward back, as there is no graft any more
+        _put_to_sleep(model)  # gives the host its own forwards back
         model.close()
         raise
     return model
@@ -214,15 +209,16 @@ def restore(model: MorphableModel, path: str | os.PathLike[str]) -> None:
             if (seed.layer, seed.seed_idx) not in kept:
                 _bind(source, model, seed, kernel)
         _fill(source, model, tensors)
-    except BaseException as error:
+    except CheckpointError as error:
         _put_to_sleep(model, kept)
-        if isinstance(error, CheckpointError):
-            text = f"{error}. The model is half restored, and its other seeds sleep: restore again, or load"
-            raise CheckpointError(text) from None
+        text = f"{error}. The model is half restored, and its other seeds sleep: restore again, or load"
+        raise CheckpointError(text) from None
+    except BaseException:
+        _put_to_sleep(model, kept)
         raise
 
 
-def _put_to_sleep(model: MorphableModel, kept: Collection[tuple[str, int]]) -> None:
+def _put_to_sleep(model: MorphableModel, kept: Collection[tuple[str, int]] = ()) -> None:
     """Reset all seeds but ``kept``, whose loads end too."""
     for name, layer in model.kasmina_layers.items():
         for seed_idx in range(layer.num_seeds):
@@ -246,15 +242,8 @@ def _check_model(path: Path, record: Record, model: MorphableModel) -> None:
 
 def _has_kernel_of(model: MorphableModel, seed: SeedRecord) -> bool:
     """Whether the seed is bound to the very kernel that the record names."""
-    grafts = model.kasmina_layers[seed.layer].grafts
-    if seed.seed_idx not in grafts.bound:
-        return False
-    kernel = grafts.kernel(seed.seed_idx)
-    return (
-        kernel.artifact_id == seed.artifact_id
-        and kernel.kernel_id == seed.kernel_id
-        and json.loads(kernel.manifest.to_json()) == seed.manifest
-    )
+    bound = seed.seed_idx in model.kasmina_layers[seed.layer].grafts.bound
+    return bound and next(_seed_records(model, [(seed.layer, seed.seed_idx)])) == seed
 
 
 def _seeds_with_kernels(model: MorphableModel, states: Sequence[int]) -> list[tuple[str, int]]:

@@ -135,13 +135,9 @@ def _run(model: nn.Module, step: Callable[[], object], repeats: int) -> None:
     for _ in range(repeats):
         # CUDA graph trees write the gradients of every run into memory of their own. What an earlier run left there is
         # gone by the next one's backward, and adding to it raises.
-        _forget_gradients(model)
+        for parameter in model.parameters():
+            parameter.grad = None
         step()
-
-
-def _forget_gradients(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def test_training_repeats_itself_to_the_bit(tmp_path: Path, kernels: str) -> Non
     train(model, optimizer, seed=3)
     scheduler.step()
     restore(model, tmp_path / "model.safetensors")
-    states = torch.load(tmp_path / "optimizer.pt")
+    states = torch.load(tmp_path / "optimizer.pt", weights_only=True)
     optimizer.load_state_dict(states[0])
     scheduler.load_state_dict(states[1])
     trained = [p for group in optimizer.param_groups for p in group["params"]]

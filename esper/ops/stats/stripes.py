@@ -10,7 +10,7 @@ from torch import Tensor
 from esper.ops.stats.schema import CHUNK_FIELDS, FEATURE_FIELDS
 from esper.ops.stats.views import View
 
-__all__ = ["Plan", "launch_stripes", "plan"]
+__all__ = ["Plan", "cdiv", "launch_stripes", "plan"]
 
 _TRITON_TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 #: Programs wanted: two a multiprocessor of the largest GPUs, all of which then work at once.
@@ -43,7 +43,8 @@ class Plan(NamedTuple):
     stripes: int
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
     return -(-a // b)
 
 
@@ -67,7 +68,7 @@ def plan(x: Tensor, view: View, y: Tensor, y_view: View, seeds: int) -> Plan:
 
     far, near, strides = _rows((view, y_view))
     channels = view.channels
-    width = _cdiv(channels, seeds)
+    width = cdiv(channels, seeds)
     elements = 16 // x.element_size()
     even = all(tensor.data_ptr() % 16 == 0 for tensor in (x, y)) and all(f % elements == 0 for f, _, _ in strides)
     if all(n == 1 for _, n, _ in strides):
@@ -80,11 +81,11 @@ def plan(x: Tensor, view: View, y: Tensor, y_view: View, seeds: int) -> Plan:
     else:
         unit, even = kernels.APART.value, False
     blocks = kernels.stripe_blocks(_TRITON_TYPES[x.dtype], unit, even, width, near)
-    tiles = _cdiv(width, blocks["COLS"])
-    total = far * _cdiv(near, blocks["BLOCK_R"])
+    tiles = cdiv(width, blocks["COLS"])
+    total = far * cdiv(near, blocks["BLOCK_R"])
     share = max(1, total * seeds * tiles // _PROGRAMS)
     turns = min(kernels.MOST_TURNS.value, 1 << (share.bit_length() - 1))
-    return Plan(far, near, strides[0], strides[1], blocks, unit, tiles, turns, _cdiv(total, turns))
+    return Plan(far, near, strides[0], strides[1], blocks, unit, tiles, turns, cdiv(total, turns))
 
 
 def launch_stripes(
@@ -115,12 +116,12 @@ def launch_stripes(
     )  # fmt: skip
 
     join = kernels.JOIN
-    groups = _cdiv(stripes, join["FAN"])
-    parts = _cdiv(min(p.turns * p.blocks["BLOCK_R"], p.far * p.near), join["BLOCK_P"])
+    groups = cdiv(stripes, join["FAN"])
+    parts = cdiv(min(p.turns * p.blocks["BLOCK_R"], p.far * p.near), join["BLOCK_P"])
     slots = stripes * parts
     into_features = features if groups == 1 else empty(groups, FEATURE_FIELDS, channels)
     into_chunks = chunks if slots == 1 else empty(slots, CHUNK_FIELDS, seeds)
-    programs = _cdiv(channels, join["BLOCK_C"])
+    programs = cdiv(channels, join["BLOCK_C"])
     kernels.join_kernel[(groups * programs + slots * seeds,)](
         columns, sums, bases, into_features, into_chunks, p.far, p.near, channels, seeds, tiles, p.turns, stripes,
         programs, parts, LAST_FEATURES=groups == 1, LAST_CHUNKS=slots == 1, BLOCK_R=p.blocks["BLOCK_R"],

@@ -16,15 +16,11 @@ from esper.ops.stats.schema import (
     empty_accumulators,
     merge_check,
 )
-from esper.ops.stats.stripes import launch_stripes
+from esper.ops.stats.stripes import cdiv, launch_stripes
 from esper.ops.stats.views import View, sample, view3, view_pair
 
 _OPS = ("channel_stats", "act_stats", "observe", "stats_merge", "seed_health")
 _HEALTH_BLOCK = 128
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -41,10 +37,10 @@ def join_blocks(parts: tuple[Tensor, Tensor], count: int, features: Tensor, chun
 
     fan_in, block = kernels.FAN_IN, kernels.REDUCE_COLUMNS
     channels, seeds = features.shape[1], chunks.shape[1]
-    feature_programs, chunk_programs = _cdiv(channels, block), _cdiv(seeds, block)
+    feature_programs, chunk_programs = cdiv(channels, block), cdiv(seeds, block)
     step = 1
     while True:
-        groups = _cdiv(_cdiv(count, step), fan_in)
+        groups = cdiv(cdiv(count, step), fan_in)
         kernels.reduce_kernel[(groups * (feature_programs + chunk_programs),)](
             *parts,
             features,
@@ -75,7 +71,7 @@ def _register() -> None:
         if rows == 0 or channels == 0:
             return
         with _on(x):
-            if rows <= kernels.WINDOW_ROWS and _cdiv(channels, seeds) <= kernels.WINDOW_WIDTH:
+            if rows <= kernels.WINDOW_ROWS and cdiv(channels, seeds) <= kernels.WINDOW_WIDTH:
                 double = x.dtype is torch.float64
                 kernels.window_kernel[(seeds,)](
                     x,
